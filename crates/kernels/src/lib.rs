@@ -1,1 +1,33 @@
+//! Arithmetic on slices: the operations a DeepSeek-style decoder needs, and nothing that knows a model by name.
+#![allow(unsafe_code)]
 
+mod attend;
+mod combine;
+mod experts;
+mod fp8;
+mod gate;
+mod linear;
+mod matrix;
+mod norm;
+mod numerics;
+mod pages;
+mod per_head;
+mod pool;
+mod rope;
+mod softmax;
+
+pub use attend::{Query, mla_attend};
+pub use combine::{add, combine_first, combine_next};
+pub use experts::{Ffn, grouped_experts};
+pub use fp8::{e4m3_to_f32, f32_to_e4m3};
+pub use gate::{Choice, GateParams, GroupScore, Scoring, route};
+pub use half::{bf16, f16};
+pub use linear::{Linear, RowsRef};
+pub use matrix::{Matrix, MatrixData};
+pub use norm::rms_norm;
+pub use numerics::{Dtype, Numerics};
+pub use pages::{LatentPages, PAGE_TOKENS};
+pub use per_head::PerHead;
+pub use pool::Pool;
+pub use rope::{RopeParams, RopeTable, Yarn, softmax_scale};
+pub use softmax::{log_softmax, softmax};
