@@ -1,6 +1,81 @@
-//! What travels.
+//! What travels between an attention worker and an expert worker, and the checks that a received frame must pass.
+//!
+//! A request carries rows of activations once, and a list of outputs: each names a row and one expert (answered as it
+//! is) or several (answered as their weighted sum). An answer carries one f32 row for each output, in order. A frame of
+//! any bytes gives a value or an error: never a panic, never an allocation of more than twice its size.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+use bytes::Bytes;
 use half::bf16;
-use moesaic_proto::v1::RefusalReason;
+use moesaic_proto::limits::{FRAME_BYTES_MAX, FRAME_ROWS_MAX};
+use moesaic_proto::v1::{self, RefusalReason};
+use moesaic_proto::{Epoch, ExpertId, LayerId};
+
+use crate::shared::Shared;
+
+/// Set in every answer.
+pub const FLAG_ANSWER: u16 = 1;
+/// Set in an answer that has a refusal instead of rows.
+pub const FLAG_REFUSAL: u16 = 1 << 1;
+/// The rows are f32; bf16 otherwise. Always set in answers.
+pub const FLAG_F32: u16 = 1 << 2;
+
+/// Largest payload of a frame, and of the answer that it asks for: what the limit leaves beside the framing.
+pub const PAYLOAD_BYTES_MAX: usize = FRAME_BYTES_MAX - 4096;
+
+/// The first 16 bytes of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The placement that the frame was made under.
+    pub epoch: Epoch,
+    pub layer: LayerId,
+    pub micro_batch: u8,
+    pub flags: u16,
+    /// The attention worker's number.
+    pub source: u16,
+    /// For transports with fixed buffers; zero on the others.
+    pub slot: u16,
+    /// With `micro_batch`, unique among the sender's outstanding frames.
+    pub sequence: u32,
+}
+
+impl Header {
+    pub const LEN: usize = 16;
+
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes[0..4].copy_from_slice(&self.epoch.0.to_le_bytes());
+        bytes[4] = self.layer.0;
+        bytes[5] = self.micro_batch;
+        bytes[6..8].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[8..10].copy_from_slice(&self.source.to_le_bytes());
+        bytes[10..12].copy_from_slice(&self.slot.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.sequence.to_le_bytes());
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
+        let bytes: [u8; Self::LEN] = bytes.try_into().map_err(|_| FrameError::Header { len: bytes.len() })?;
+        let short = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let long = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        Ok(Self {
+            epoch: Epoch(long(0)),
+            layer: LayerId(bytes[4]),
+            micro_batch: bytes[5],
+            flags: short(6),
+            source: short(8),
+            slot: short(10),
+            sequence: long(12),
+        })
+    }
+
+    /// The header of the answer to this frame.
+    fn answer(self, flags: u16) -> Self {
+        Self { flags: FLAG_ANSWER | flags, ..self }
+    }
+}
 
 /// A micro-batch's activations, row-major, in the compute dtype.
 #[derive(Clone, Debug)]
@@ -8,18 +83,355 @@ pub enum Rows {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
 }
+
+/// Activations as frames share them.
+#[derive(Clone, Debug)]
+pub enum Activations {
+    F32(Shared<f32>),
+    Bf16(Shared<bf16>),
+}
+
+impl From<Rows> for Activations {
+    fn from(rows: Rows) -> Self {
+        match rows {
+            Rows::F32(values) => Self::F32(values.into()),
+            Rows::Bf16(values) => Self::Bf16(values.into()),
+        }
+    }
+}
+
+impl Activations {
+    /// How many numbers.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn value_bytes(&self) -> usize {
+        match self {
+            Self::F32(_) => size_of::<f32>(),
+            Self::Bf16(_) => size_of::<bf16>(),
+        }
+    }
+
+    fn flags(&self) -> u16 {
+        if matches!(self, Self::F32(_)) { FLAG_F32 } else { 0 }
+    }
+
+    /// These rows of `hidden` values, one after the other; no copy where all are asked for.
+    fn gather(&self, hidden: usize, index: Option<&[u32]>) -> Bytes {
+        match (self, index) {
+            (Self::F32(values), None) => values.bytes(),
+            (Self::Bf16(values), None) => values.bytes(),
+            (Self::F32(values), Some(index)) => gather(values, hidden, index).bytes(),
+            (Self::Bf16(values), Some(index)) => gather(values, hidden, index).bytes(),
+        }
+    }
+}
+
+fn gather<T: Pod + Send + Sync>(values: &[T], hidden: usize, index: &[u32]) -> Shared<T> {
+    let mut rows = Vec::with_capacity(index.len() * hidden);
+    for &row in index {
+        rows.extend_from_slice(&values[row as usize * hidden..][..hidden]);
+    }
+    rows.into()
+}
+
+/// What to answer: one expert's row as it is, or the weighted sum of several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Output {
+    row: u16,
+    terms: u16,
+}
+
+impl Output {
+    const WEIGHTED: u16 = 1 << 15;
+
+    /// One term, answered as it is.
+    pub fn single(row: u16) -> Self {
+        Self { row, terms: 1 }
+    }
+
+    /// The weighted sum of `terms` terms.
+    pub fn sum(row: u16, terms: u16) -> Self {
+        Self { row, terms: terms | Self::WEIGHTED }
+    }
+
+    /// A row of the frame.
+    pub fn row(self) -> u16 {
+        self.row
+    }
+
+    pub fn is_weighted(self) -> bool {
+        self.terms & Self::WEIGHTED != 0
+    }
+
+    /// How many terms.
+    pub fn terms(self) -> usize {
+        usize::from(self.terms & !Self::WEIGHTED)
+    }
+}
+
+/// One expert's part in an output.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Term {
+    expert: u16,
+    zero: u16,
+    weight: f32,
+}
+
+impl Term {
+    pub fn new(expert: ExpertId, weight: f32) -> Self {
+        Self { expert: expert.0, zero: 0, weight }
+    }
+
+    pub fn expert(self) -> ExpertId {
+        ExpertId(self.expert)
+    }
+
+    pub fn weight(self) -> f32 {
+        self.weight
+    }
+}
+
 /// What a frame must fit: sizes of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     pub hidden: usize,
+    /// Routed experts of a layer.
     pub experts: usize,
 }
-pub struct RequestFrame;
-pub struct AnswerFrame;
+
+/// Rows on their way to experts. Clones share everything.
+#[derive(Clone, Debug)]
+pub struct RequestFrame {
+    pub header: Header,
+    activations: Activations,
+    /// The frame's rows as rows of `activations`; `None`: all of them in order.
+    index: Option<Arc<[u32]>>,
+    outputs: Shared<Output>,
+    terms: Shared<Term>,
+}
+
+impl RequestFrame {
+    /// A frame of rows that other frames share. The caller has made outputs and terms fit each other.
+    pub(crate) fn new(
+        header: Header,
+        activations: Activations,
+        index: Option<Arc<[u32]>>,
+        outputs: Vec<Output>,
+        terms: Vec<Term>,
+    ) -> Self {
+        let header = Header { flags: activations.flags(), ..header };
+        Self { header, activations, index, outputs: outputs.into(), terms: terms.into() }
+    }
+
+    /// Checks a received frame against itself and the model; its header has been decoded already.
+    pub fn decode(header: Header, frame: v1::Frame, shape: Shape) -> Result<Self, FrameError> {
+        if header.flags & !FLAG_F32 != 0 {
+            return Err(FrameError::Flags { flags: header.flags, expected: "a request's: 0, or 4 for f32 rows" });
+        }
+        if header.slot != 0 {
+            return Err(FrameError::Slot { slot: header.slot });
+        }
+        let value_bytes = if header.flags & FLAG_F32 != 0 { size_of::<f32>() } else { size_of::<bf16>() };
+        let (len, row_bytes) = (frame.rows.len(), shape.hidden * value_bytes);
+        let rows = len / row_bytes;
+        if rows == 0 || rows > FRAME_ROWS_MAX || !len.is_multiple_of(row_bytes) {
+            return Err(FrameError::Rows { len, row_bytes });
+        }
+        let outputs = table(&frame.outputs, "outputs")?;
+        let terms = table(&frame.terms, "terms")?;
+        check_outputs(&outputs, &terms, rows, shape)?;
+        let activations = match value_bytes {
+            4 => Shared::from_bytes(frame.rows).map(Activations::F32),
+            _ => Shared::from_bytes(frame.rows).map(Activations::Bf16),
+        }
+        .ok_or(FrameError::Rows { len, row_bytes })?;
+        Ok(Self { header, activations, index: None, outputs, terms })
+    }
+
+    /// The message of this frame; rows are gathered here if the frame has only some of its activations.
+    pub fn encode(&self, hidden: usize) -> v1::Frame {
+        v1::Frame {
+            header: Bytes::copy_from_slice(&self.header.encode()),
+            rows: self.activations.gather(hidden, self.index.as_deref()),
+            outputs: self.outputs.bytes(),
+            terms: self.terms.bytes(),
+            refusal: None,
+        }
+    }
+
+    /// Values that hold the frame's rows, and maybe others between them: see `position`.
+    pub fn activations(&self) -> &Activations {
+        &self.activations
+    }
+
+    /// Where a row of the frame is: the number of a row of `activations`.
+    pub fn position(&self, row: u16) -> u32 {
+        self.index.as_ref().map_or(u32::from(row), |index| index[usize::from(row)])
+    }
+
+    /// What to answer, in order, each with its terms.
+    pub fn outputs(&self) -> impl Iterator<Item = (Output, &[Term])> + '_ {
+        let mut rest: &[Term] = &self.terms;
+        self.outputs.iter().map(move |&output| {
+            let (terms, after) = rest.split_at(output.terms());
+            rest = after;
+            (output, terms)
+        })
+    }
+
+    pub fn output_count(&self) -> usize {
+        self.outputs.len()
+    }
+
+    pub fn terms(&self) -> &[Term] {
+        &self.terms
+    }
+}
+
+fn table<T: Pod + Send + Sync>(bytes: &Bytes, field: &'static str) -> Result<Shared<T>, FrameError> {
+    let entry = size_of::<T>();
+    Shared::from_bytes(bytes.clone()).ok_or(FrameError::Table { field, len: bytes.len(), entry })
+}
+
+fn check_outputs(outputs: &[Output], terms: &[Term], rows: usize, shape: Shape) -> Result<(), FrameError> {
+    let limit = PAYLOAD_BYTES_MAX / (shape.hidden * size_of::<f32>());
+    if outputs.is_empty() || outputs.len() > limit {
+        return Err(FrameError::OutputCount { count: outputs.len(), limit });
+    }
+    let mut rest = terms;
+    for (index, output) in outputs.iter().enumerate() {
+        if usize::from(output.row) >= rows {
+            return Err(FrameError::OutputRow { index, row: output.row, rows });
+        }
+        let count = output.terms();
+        if count == 0 || count > rest.len() || (!output.is_weighted() && count != 1) {
+            return Err(FrameError::OutputTerms { index, count, left: rest.len() });
+        }
+        let (own, after) = rest.split_at(count);
+        check_terms(index, own, shape.experts)?;
+        rest = after;
+    }
+    if rest.is_empty() { Ok(()) } else { Err(FrameError::TermsLeft { left: rest.len() }) }
+}
+
+fn check_terms(output: usize, terms: &[Term], experts: usize) -> Result<(), FrameError> {
+    for (i, term) in terms.iter().enumerate() {
+        let Term { expert, zero, weight } = *term;
+        if usize::from(expert) >= experts {
+            return Err(FrameError::Expert { output, expert, experts });
+        }
+        if i > 0 && terms[i - 1].expert >= expert {
+            return Err(FrameError::ExpertOrder { output, expert, after: terms[i - 1].expert });
+        }
+        if zero != 0 {
+            return Err(FrameError::TermReserved { output, value: zero });
+        }
+        if !weight.is_finite() {
+            return Err(FrameError::Weight { output, expert, weight });
+        }
+    }
+    Ok(())
+}
+
+/// Results on their way back, or the reason why there are none.
+#[derive(Clone, Debug)]
+pub struct AnswerFrame {
+    pub header: Header,
+    /// One row for each output that was asked for, in order.
+    pub result: Result<Shared<f32>, Refusal>,
+}
+
+impl AnswerFrame {
+    /// The answer to a frame with this header.
+    pub fn new(asked: Header, result: Result<Shared<f32>, Refusal>) -> Self {
+        let flags = if result.is_ok() { FLAG_F32 } else { FLAG_F32 | FLAG_REFUSAL };
+        Self { header: asked.answer(flags), result }
+    }
+
+    /// Checks a received answer against itself. Whether it fits what was asked is the tracker's to say.
+    pub fn decode(frame: v1::Frame) -> Result<Self, FrameError> {
+        let header = Header::decode(&frame.header)?;
+        let refused = header.flags & FLAG_REFUSAL != 0;
+        if header.flags & !FLAG_REFUSAL != FLAG_ANSWER | FLAG_F32 || refused != frame.refusal.is_some() {
+            let expected = "an answer's: 5, or 7 and a refusal";
+            return Err(FrameError::Flags { flags: header.flags, expected });
+        }
+        let value = size_of::<f32>();
+        let values = Shared::from_bytes(frame.rows.clone());
+        let result = match (frame.refusal, values) {
+            (Some(refusal), _) => Err(Refusal { reason: refusal.reason(), detail: refusal.detail }),
+            (None, Some(values)) => Ok(values),
+            (None, None) => return Err(FrameError::Rows { len: frame.rows.len(), row_bytes: value }),
+        };
+        Ok(Self { header, result })
+    }
+
+    pub fn encode(self) -> v1::Frame {
+        let header = Bytes::copy_from_slice(&self.header.encode());
+        match self.result {
+            Ok(values) => v1::Frame { header, rows: values.bytes(), ..Default::default() },
+            Err(Refusal { reason, detail }) => {
+                let refusal = Some(v1::Refusal { reason: reason.into(), detail });
+                v1::Frame { header, refusal, ..Default::default() }
+            }
+        }
+    }
+}
+
 /// Why a worker computed nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{reason:?}: {detail}")]
+#[error("{}: {detail}", .reason.as_str_name())]
 pub struct Refusal {
     pub reason: RefusalReason,
     pub detail: String,
+}
+
+impl Refusal {
+    pub fn new(reason: RefusalReason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into() }
+    }
+}
+
+/// What is wrong with a received frame.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum FrameError {
+    #[error("header: {len} bytes; expected {}", Header::LEN)]
+    Header { len: usize },
+    #[error("header: flags are {flags:#06x}; expected {expected}")]
+    Flags { flags: u16, expected: &'static str },
+    #[error("header: slot is {slot}; expected 0 on this transport")]
+    Slot { slot: u16 },
+    #[error("header: source is {given}; this stream's is {expected}")]
+    Source { given: u16, expected: u16 },
+    #[error("rows: {len} bytes; expected 1 to {FRAME_ROWS_MAX} rows of {row_bytes} bytes")]
+    Rows { len: usize, row_bytes: usize },
+    #[error("{field}: {len} bytes; expected a multiple of {entry}")]
+    Table { field: &'static str, len: usize, entry: usize },
+    #[error("outputs: {count}; expected 1 to {limit}, so that the answer fits a frame")]
+    OutputCount { count: usize, limit: usize },
+    #[error("outputs[{index}]: row {row} of a frame with {rows} rows")]
+    OutputRow { index: usize, row: u16, rows: usize },
+    #[error("outputs[{index}]: {count} terms of {left} that are left; expected at least 1, and 1 if not weighted")]
+    OutputTerms { index: usize, count: usize, left: usize },
+    #[error("terms: {left} belong to no output")]
+    TermsLeft { left: usize },
+    #[error("outputs[{output}]: expert {expert}; the model has {experts} a layer")]
+    Expert { output: usize, expert: u16, experts: usize },
+    #[error("outputs[{output}]: expert {expert} after expert {after}; experts must ascend")]
+    ExpertOrder { output: usize, expert: u16, after: u16 },
+    #[error("outputs[{output}]: a term's reserved bytes are {value:#06x}; expected 0")]
+    TermReserved { output: usize, value: u16 },
+    #[error("outputs[{output}]: expert {expert} has weight {weight}; expected a finite number")]
+    Weight { output: usize, expert: u16, weight: f32 },
 }

@@ -3,22 +3,26 @@
 //! Owns everything between an attention worker's gate and the sum of its experts' results. Never computes an expert,
 //! never knows a model, and never treats a missing contribution as zero.
 //!
-//! Reading order: `frame` (what travels), `plan` (which row goes where), `tracker` (what is outstanding),
-//! `dispatcher` (the attention worker's side of all this), `combine` (the additions), `local` and `grpc` (the ways
-//! there and back).
+//! Reading order: `dispatcher` (the attention worker's side, the main path), `plan` (which row goes where and how the
+//! answers are added up), `tracker` (what is outstanding), `frame` and `shared` (what travels), `local` and `grpc`
+//! (the ways there and back).
 
-pub mod frame;
+pub mod dispatcher;
 
+mod handshake;
 mod plan;
 
-pub mod tracker;
-
 pub mod combine;
-pub mod dispatcher;
+pub mod error;
+pub mod frame;
 pub mod grpc;
 pub mod local;
+pub mod shared;
+pub mod tracker;
 
 pub use combine::CombineOps;
-pub use dispatcher::{DispatchConfig, DispatchError, Dispatcher, Pending, Route};
-pub use frame::{AnswerFrame, Refusal, RequestFrame, Rows, Shape};
+pub use dispatcher::{DispatchConfig, Dispatcher, Pending, Route};
+pub use error::{Cause, DispatchError};
+pub use frame::{Activations, AnswerFrame, FrameError, Refusal, RequestFrame, Rows, Shape};
 pub use local::{ExpertHost, Hub, ReplySender};
+pub use shared::Shared;

@@ -1,0 +1,236 @@
+//! Which row goes where: splits a layer call over the workers that hold its experts, and says how the answers are put
+//! together again. A plain function of its input: the same routes and holders give the same frames.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use moesaic_proto::ExpertId;
+use moesaic_proto::limits::FRAME_ROWS_MAX;
+
+use crate::combine::CombineOps;
+use crate::dispatcher::Route;
+use crate::frame::{Output, PAYLOAD_BYTES_MAX, Term};
+use crate::shared::Shared;
+
+/// The sizes that a plan needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    pub hidden: usize,
+    /// Bytes of one activation: 4 or 2.
+    pub value_bytes: usize,
+    /// Experts of one logical group.
+    pub group_size: usize,
+    pub top_k: usize,
+    /// Rows and payload bytes of one frame, or of its answer, at most.
+    pub rows_max: usize,
+    pub bytes_max: usize,
+}
+
+impl Layout {
+    pub fn new(hidden: usize, value_bytes: usize, group_size: usize, top_k: usize) -> Self {
+        Self { hidden, value_bytes, group_size, top_k, rows_max: FRAME_ROWS_MAX, bytes_max: PAYLOAD_BYTES_MAX }
+    }
+
+    /// Rows of one frame, whatever they ask for: its answer has at most `top_k` rows for each.
+    fn frame_rows(&self) -> usize {
+        let request = self.hidden * self.value_bytes + self.top_k * (size_of::<Output>() + size_of::<Term>());
+        let answer = self.hidden * size_of::<f32>() * self.top_k;
+        (self.bytes_max / request.max(answer)).clamp(1, self.rows_max)
+    }
+}
+
+/// One frame to be.
+#[derive(Debug, Default)]
+pub struct Part {
+    /// Index of the destination among the placement's workers.
+    pub worker: u32,
+    /// Rows of the call, ascending.
+    pub rows: Vec<u32>,
+    pub outputs: Vec<Output>,
+    pub terms: Vec<Term>,
+}
+
+impl Part {
+    /// `None` if the part has all rows of the call: then nothing needs to be picked.
+    pub fn index(&self, rows: usize) -> Option<Arc<[u32]>> {
+        (self.rows.len() != rows).then(|| self.rows.as_slice().into())
+    }
+
+    /// The frame's number of a row of the call, which is the newest one or comes next.
+    fn row(&mut self, row: usize) -> u16 {
+        if self.rows.last() != Some(&(row as u32)) {
+            self.rows.push(row as u32);
+        }
+        (self.rows.len() - 1) as u16
+    }
+}
+
+/// The frames of a call and the recipe for its sums.
+#[derive(Debug)]
+pub struct Plan {
+    pub parts: Vec<Part>,
+    pub recipe: Recipe,
+}
+
+/// Where each addend of each row is, in the order of the additions.
+#[derive(Debug)]
+pub struct Recipe {
+    addends: Vec<Addend>,
+    /// For each row, where its addends end.
+    ends: Vec<usize>,
+}
+
+/// One output of one answer.
+#[derive(Clone, Copy, Debug)]
+struct Addend {
+    part: u32,
+    output: u32,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// A whole group's sum.
+    Group,
+    /// The first expert of a group whose experts went to several workers, and the ones that follow.
+    First(f32),
+    Next(f32),
+}
+
+/// Splits `routes` ([rows * top_k], each row's experts ascending); `holder` gives each expert its destination.
+pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32) -> Plan {
+    let mut split = Splitter { frame_rows: layout.frame_rows(), open: Vec::new(), plan: Plan::empty() };
+    for (row, routes) in routes.chunks_exact(layout.top_k).enumerate() {
+        let group_of = |route: &Route| usize::from(route.expert.0) / layout.group_size;
+        for group in routes.chunk_by(|a, b| group_of(a) == group_of(b)) {
+            let first = holder(group[0].expert);
+            if group.iter().all(|route| holder(route.expert) == first) {
+                split.ask_sum(row, first, group);
+            } else {
+                split.ask_singles(row, group, &holder);
+            }
+        }
+        let end = split.plan.recipe.addends.len();
+        split.plan.recipe.ends.push(end);
+    }
+    split.plan
+}
+
+impl Plan {
+    fn empty() -> Self {
+        Self { parts: Vec::new(), recipe: Recipe { addends: Vec::new(), ends: Vec::new() } }
+    }
+}
+
+struct Splitter {
+    frame_rows: usize,
+    /// For each worker, the part that takes its next row.
+    open: Vec<Option<usize>>,
+    plan: Plan,
+}
+
+impl Splitter {
+    fn ask_sum(&mut self, row: usize, worker: u32, group: &[Route]) {
+        let part = self.part(worker, row);
+        let target = &mut self.plan.parts[part];
+        let output = Output::sum(target.row(row), group.len() as u16);
+        target.outputs.push(output);
+        target.terms.extend(group.iter().map(|route| Term::new(route.expert, route.weight)));
+        self.add(part, Kind::Group);
+    }
+
+    fn ask_singles(&mut self, row: usize, group: &[Route], holder: impl Fn(ExpertId) -> u32) {
+        for (i, route) in group.iter().enumerate() {
+            let part = self.part(holder(route.expert), row);
+            let target = &mut self.plan.parts[part];
+            let output = Output::single(target.row(row));
+            target.outputs.push(output);
+            target.terms.push(Term::new(route.expert, route.weight));
+            self.add(part, if i == 0 { Kind::First(route.weight) } else { Kind::Next(route.weight) });
+        }
+    }
+
+    fn add(&mut self, part: usize, kind: Kind) {
+        let output = (self.plan.parts[part].outputs.len() - 1) as u32;
+        self.plan.recipe.addends.push(Addend { part: part as u32, output, kind });
+    }
+
+    /// The part that takes this row for this worker: a new one where the row would make the open one too large.
+    fn part(&mut self, worker: u32, row: usize) -> usize {
+        let slot = worker as usize;
+        if self.open.len() <= slot {
+            self.open.resize(slot + 1, None);
+        }
+        if let Some(part) = self.open[slot] {
+            let rows = &self.plan.parts[part].rows;
+            if rows.len() < self.frame_rows || rows.last() == Some(&(row as u32)) {
+                return part;
+            }
+        }
+        let part = self.plan.parts.len();
+        self.plan.parts.push(Part { worker, ..Part::default() });
+        self.open[slot] = Some(part);
+        part
+    }
+}
+
+impl Recipe {
+    pub fn rows(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// y[row] = the sum of the row's groups, ascending; `answers` are the parts' in order.
+    pub fn combine(&self, ops: &CombineOps, answers: &[Shared<f32>], hidden: usize, y: &mut [f32]) {
+        let mut scratch = vec![0.0; hidden];
+        let mut start = 0;
+        for (y, &end) in y.chunks_exact_mut(hidden).zip(&self.ends) {
+            self.combine_row(start..end, ops, answers, &mut scratch, y);
+            start = end;
+        }
+    }
+
+    fn combine_row(
+        &self,
+        addends: Range<usize>,
+        ops: &CombineOps,
+        answers: &[Shared<f32>],
+        scratch: &mut [f32],
+        y: &mut [f32],
+    ) {
+        let (mut rest, mut is_first) = (&self.addends[addends], true);
+        while let Some(addend) = rest.first() {
+            let singles = rest[1..].iter().take_while(|next| matches!(next.kind, Kind::Next(_))).count();
+            let (group, after) = rest.split_at(1 + singles);
+            rest = after;
+            let sum = match addend.kind {
+                Kind::Group => addend.value(answers, y.len()),
+                _ => {
+                    sum_group(group, ops, answers, scratch);
+                    &*scratch
+                }
+            };
+            match std::mem::take(&mut is_first) {
+                true => y.copy_from_slice(sum),
+                false => (ops.add)(y, sum),
+            }
+        }
+    }
+}
+
+/// `sum` = the weighted sum of single experts.
+fn sum_group(group: &[Addend], ops: &CombineOps, answers: &[Shared<f32>], sum: &mut [f32]) {
+    for addend in group {
+        let value = addend.value(answers, sum.len());
+        match addend.kind {
+            Kind::First(weight) => (ops.first)(sum, weight, value),
+            Kind::Next(weight) => (ops.next)(sum, weight, value),
+            Kind::Group => {}
+        }
+    }
+}
+
+impl Addend {
+    fn value<'a>(&self, answers: &'a [Shared<f32>], hidden: usize) -> &'a [f32] {
+        &answers[self.part as usize][self.output as usize * hidden..][..hidden]
+    }
+}

@@ -1,0 +1,239 @@
+//! The attention worker's end: keeps one connection to one expert worker, again and again until it is dropped.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::handshake;
+use futures::{StreamExt, stream};
+use moesaic_proto::limits::FRAME_BYTES_MAX;
+use moesaic_proto::v1::exchange_message::Kind;
+use moesaic_proto::v1::experts_client::ExpertsClient;
+use moesaic_proto::{WorkerId, v1};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::Streaming;
+use tonic::transport::Endpoint;
+
+use super::*;
+use crate::error::Cause;
+use crate::frame::{AnswerFrame, RequestFrame};
+
+/// Who hears from an edge. Called on the runtime: must not block.
+pub trait EdgeOwner: Send + Sync + 'static {
+    fn answer(&self, worker: &WorkerId, answer: AnswerFrame);
+    /// The connection is gone, and with it every answer that is not in.
+    fn edge_down(&self, worker: &WorkerId, reason: String);
+}
+
+/// What an edge is made of.
+#[derive(Clone, Debug)]
+pub struct EdgeConfig {
+    pub worker: WorkerId,
+    /// "host:port"
+    pub address: String,
+    /// This side's Hello.
+    pub hello: v1::Hello,
+    pub hidden: usize,
+}
+
+/// A connection to one expert worker, made in the background and made anew when it breaks. Clones share it; the last
+/// one to go gives it up, after the answers on their way are in.
+#[derive(Clone)]
+pub struct Edge {
+    state: Arc<State>,
+    _given_up_on_drop: Arc<DropGuard>,
+}
+
+struct State {
+    config: EdgeConfig,
+    connection: Mutex<Connection>,
+}
+
+enum Connection {
+    /// And why.
+    Down(String),
+    Live(mpsc::Sender<RequestFrame>),
+}
+
+impl Edge {
+    /// `stop` ends it at once, dropping it in good order.
+    pub fn connect(runtime: &Handle, config: EdgeConfig, owner: Weak<impl EdgeOwner>, stop: CancellationToken) -> Self {
+        let given_up = CancellationToken::new();
+        let connection = Mutex::new(Connection::Down("connecting".into()));
+        let state = Arc::new(State { config, connection });
+        let keep = keep_connected(state.clone(), owner, given_up.clone());
+        runtime.spawn(async move { stop.run_until_cancelled(keep).await });
+        Self { state, _given_up_on_drop: Arc::new(given_up.drop_guard()) }
+    }
+
+    pub fn address(&self) -> &str {
+        &self.state.config.address
+    }
+
+    pub fn is_live(&self) -> bool {
+        matches!(*self.state.connection(), Connection::Live(_))
+    }
+
+    /// For people.
+    pub fn describe(&self) -> String {
+        match &*self.state.connection() {
+            Connection::Down(reason) => reason.clone(),
+            Connection::Live(_) => "connected".into(),
+        }
+    }
+
+    /// Queues a frame for the connection; never waits.
+    pub fn send(&self, frame: RequestFrame) -> Result<(), Cause> {
+        match &*self.state.connection() {
+            Connection::Down(reason) => Err(Cause::EdgeDown { reason: reason.clone() }),
+            Connection::Live(frames) => frames.try_send(frame).map_err(|error| match error {
+                TrySendError::Full(_) => Cause::QueueFull { limit: EDGE_FRAMES_MAX },
+                TrySendError::Closed(_) => Cause::EdgeDown { reason: "its connection is closing".into() },
+            }),
+        }
+    }
+}
+
+impl State {
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The reason before this one; `None` if the edge was live.
+    fn set_down(&self, reason: &str) -> Option<String> {
+        match std::mem::replace(&mut *self.connection(), Connection::Down(reason.to_owned())) {
+            Connection::Down(before) => Some(before),
+            Connection::Live(_) => None,
+        }
+    }
+}
+
+async fn keep_connected(state: Arc<State>, owner: Weak<impl EdgeOwner>, given_up: CancellationToken) {
+    let EdgeConfig { worker, address, .. } = &state.config;
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        let reason = run_connection(&state, &owner, &given_up).await;
+        match state.set_down(&reason) {
+            None => {
+                tracing::warn!(%worker, address, reason, "edge to expert worker broke");
+                backoff = BACKOFF_MIN;
+            }
+            Some(before) if before != reason => tracing::info!(%worker, address, reason, "no edge to expert worker"),
+            Some(_) => {}
+        }
+        // Also where it was given up with answers missing. Does nothing if nothing was sent.
+        let Some(owner) = owner.upgrade() else { return };
+        owner.edge_down(worker, reason);
+        drop(owner);
+        if given_up.run_until_cancelled(tokio::time::sleep(backoff)).await.is_none() {
+            return;
+        }
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+/// One connection from beginning to end, and why it ended.
+async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &CancellationToken) -> String {
+    let (sender, frames) = mpsc::channel(EDGE_FRAMES_MAX);
+    let opened = given_up.run_until_cancelled(open(&state.config, frames)).await;
+    let mut answers = match opened {
+        None => return GIVEN_UP.into(),
+        Some(Err(reason)) => return reason,
+        Some(Ok(answers)) => answers,
+    };
+    *state.connection() = Connection::Live(sender);
+    tracing::info!(worker = %state.config.worker, address = state.config.address, "edge to expert worker is up");
+    let receive = receive(&state.config.worker, &mut answers, owner);
+    if let Some(reason) = given_up.run_until_cancelled(receive).await {
+        return reason;
+    }
+    // Dropping the sender ends the request stream; the worker answers what it has and ends its own.
+    state.set_down(GIVEN_UP);
+    let rest = timeout(LINGER, self::receive(&state.config.worker, &mut answers, owner)).await;
+    rest.unwrap_or_else(|_| GIVEN_UP.into())
+}
+
+const GIVEN_UP: &str = "the edge was given up";
+
+/// Connects and exchanges Hellos.
+async fn open(
+    config: &EdgeConfig,
+    frames: mpsc::Receiver<RequestFrame>,
+) -> Result<Streaming<v1::ExchangeMessage>, String> {
+    let channel = endpoint(&config.address)?.connect().await.map_err(|error| chain(&error))?;
+    let mut client = ExpertsClient::new(channel)
+        .max_decoding_message_size(FRAME_BYTES_MAX)
+        .max_encoding_message_size(FRAME_BYTES_MAX);
+    let hidden = config.hidden;
+    let hello = v1::ExchangeMessage { kind: Some(Kind::Hello(config.hello.clone())) };
+    let frame = move |frame: RequestFrame| v1::ExchangeMessage { kind: Some(Kind::Frame(frame.encode(hidden))) };
+    let outbound = stream::iter([hello]).chain(ReceiverStream::new(frames).map(frame));
+    let greeting = async {
+        let mut inbound = client.exchange(outbound).await?.into_inner();
+        let first = inbound.message().await?;
+        Ok::<_, tonic::Status>((inbound, first))
+    };
+    let greeted = timeout(HELLO_TIMEOUT, greeting).await;
+    let (inbound, first) = match greeted {
+        Err(_) => return Err(format!("no Hello within {} s", HELLO_TIMEOUT.as_secs())),
+        Ok(Err(status)) => return Err(status.message().to_owned()),
+        Ok(Ok(greeted)) => greeted,
+    };
+    let Some(v1::ExchangeMessage { kind: Some(Kind::Hello(peer)) }) = first else {
+        return Err("its first message is no Hello".into());
+    };
+    handshake::check(&config.hello, &peer, v1::Role::ExpertWorker).map_err(|mismatch| mismatch.to_string())?;
+    if peer.id != config.worker.as_str() {
+        return Err(format!("id: at {} is {:?}; expected {:?}", config.address, peer.id, config.worker.as_str()));
+    }
+    Ok(inbound)
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, String> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| chain(&error))?;
+    Ok(endpoint
+        .tcp_nodelay(true)
+        .connect_timeout(CONNECT_TIMEOUT)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(HTTP2_FRAME_BYTES)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true))
+}
+
+/// Passes answers on until the stream ends, and says why it did.
+async fn receive(
+    worker: &WorkerId,
+    answers: &mut Streaming<v1::ExchangeMessage>,
+    owner: &Weak<impl EdgeOwner>,
+) -> String {
+    loop {
+        let frame = match answers.message().await {
+            Ok(Some(v1::ExchangeMessage { kind: Some(Kind::Frame(frame)) })) => frame,
+            Ok(Some(_)) => return "it sent a message that is no frame".into(),
+            Ok(None) => return "it closed the connection".into(),
+            Err(status) => return status.message().to_owned(),
+        };
+        match AnswerFrame::decode(frame) {
+            Ok(answer) => match owner.upgrade() {
+                Some(owner) => owner.answer(worker, answer),
+                None => return GIVEN_UP.into(),
+            },
+            Err(error) => return format!("it sent a frame that is wrong: {error}"),
+        }
+    }
+}
+
+/// An error and its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,136 @@
+//! The expert worker's end: hands the frames of each stream to the host and sends its answers back as they come.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use crate::handshake;
+use futures::Stream;
+use moesaic_proto::limits::FRAME_BYTES_MAX;
+use moesaic_proto::v1::exchange_message::Kind;
+use moesaic_proto::v1::experts_server::{Experts, ExpertsServer};
+use moesaic_proto::v1::{self, ExchangeMessage, RefusalReason};
+use tokio::sync::mpsc::{self, OwnedPermit};
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{HELLO_TIMEOUT, STREAM_FRAMES_MAX};
+use crate::frame::{FrameError, Header, Refusal, RequestFrame};
+use crate::local::{ExpertHost, ReplySender};
+
+/// The `Experts` service in front of a host.
+pub struct ExpertsService {
+    host: Arc<dyn ExpertHost>,
+    hello: v1::Hello,
+    closing: CancellationToken,
+}
+
+/// `hello` is the worker's own. Once `closing` is cancelled no stream is read on; each ends when what it has in hand
+/// is answered.
+pub fn service(
+    host: Arc<dyn ExpertHost>,
+    hello: v1::Hello,
+    closing: CancellationToken,
+) -> ExpertsServer<ExpertsService> {
+    ExpertsServer::new(ExpertsService { host, hello, closing })
+        .max_decoding_message_size(FRAME_BYTES_MAX)
+        .max_encoding_message_size(FRAME_BYTES_MAX)
+}
+
+#[tonic::async_trait]
+impl Experts for ExpertsService {
+    type ExchangeStream = Pin<Box<dyn Stream<Item = Result<ExchangeMessage, Status>> + Send>>;
+
+    async fn exchange(
+        &self,
+        request: Request<Streaming<ExchangeMessage>>,
+    ) -> Result<Response<Self::ExchangeStream>, Status> {
+        let mut inbound = request.into_inner();
+        let peer = first_hello(&mut inbound).await?;
+        handshake::check(&self.hello, &peer, v1::Role::AttentionWorker)
+            .map_err(|mismatch| Status::failed_precondition(mismatch.to_string()))?;
+        let Ok(source) = u16::try_from(peer.source) else {
+            return Err(Status::failed_precondition(format!("source: {}; expected at most {}", peer.source, u16::MAX)));
+        };
+        let (answers, outbound) = mpsc::channel(STREAM_FRAMES_MAX);
+        // The channel is new: it has room.
+        let _ = answers.try_send(Ok(ExchangeMessage { kind: Some(Kind::Hello(self.hello.clone())) }));
+        let caller = Caller { host: self.host.clone(), source, answers, closing: self.closing.clone() };
+        tokio::spawn(caller.read(inbound));
+        Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
+    }
+}
+
+async fn first_hello(inbound: &mut Streaming<ExchangeMessage>) -> Result<v1::Hello, Status> {
+    let first = timeout(HELLO_TIMEOUT, inbound.message())
+        .await
+        .map_err(|_| Status::deadline_exceeded(format!("no Hello within {} s", HELLO_TIMEOUT.as_secs())))?;
+    match first?.and_then(|message| message.kind) {
+        Some(Kind::Hello(hello)) => Ok(hello),
+        _ => Err(Status::invalid_argument("the first message is no Hello")),
+    }
+}
+
+/// One stream's reader. Ends with the stream, or with `closing`.
+struct Caller {
+    host: Arc<dyn ExpertHost>,
+    source: u16,
+    answers: mpsc::Sender<Result<ExchangeMessage, Status>>,
+    closing: CancellationToken,
+}
+
+/// Room for one answer, kept from before its frame is read: so a reply never waits.
+type Room = OwnedPermit<Result<ExchangeMessage, Status>>;
+
+impl Caller {
+    async fn read(self, mut inbound: Streaming<ExchangeMessage>) {
+        let next = async |inbound: &mut Streaming<ExchangeMessage>| {
+            let room = self.answers.clone().reserve_owned().await.ok()?;
+            Some((room, inbound.message().await))
+        };
+        loop {
+            let (room, message) = tokio::select! {
+                () = self.closing.cancelled() => return,
+                () = self.answers.closed() => return,
+                next = next(&mut inbound) => match next {
+                    Some(next) => next,
+                    None => return,
+                },
+            };
+            let frame = match message {
+                Ok(None) => return,
+                Ok(Some(ExchangeMessage { kind: Some(Kind::Frame(frame)) })) => frame,
+                Ok(Some(_)) => return fail(room, Status::invalid_argument("a message after Hello is no frame")),
+                Err(status) => return fail(room, status),
+            };
+            match Header::decode(&frame.header) {
+                Ok(header) => self.submit(header, frame, room),
+                // Without a header there is nothing that an answer could be matched by.
+                Err(error) => return fail(room, Status::invalid_argument(error.to_string())),
+            }
+        }
+    }
+
+    fn submit(&self, header: Header, frame: v1::Frame, room: Room) {
+        let reply = ReplySender::new(header, move |answer| {
+            room.send(Ok(ExchangeMessage { kind: Some(Kind::Frame(answer.encode())) }));
+        });
+        match self.check(header, frame) {
+            Ok(frame) => self.host.submit(frame, reply),
+            Err(error) => reply.send(Err(Refusal::new(RefusalReason::Malformed, error.to_string()))),
+        }
+    }
+
+    fn check(&self, header: Header, frame: v1::Frame) -> Result<RequestFrame, FrameError> {
+        if header.source != self.source {
+            return Err(FrameError::Source { given: header.source, expected: self.source });
+        }
+        RequestFrame::decode(header, frame, self.host.shape())
+    }
+}
+
+/// Ends the stream with an error.
+fn fail(room: Room, status: Status) {
+    room.send(Err(status));
+}
