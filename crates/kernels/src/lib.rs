@@ -14,6 +14,7 @@ mod pages;
 mod per_head;
 mod pool;
 mod rope;
+mod simd;
 mod softmax;
 
 pub use attend::{Query, mla_attend};
@@ -25,7 +26,7 @@ pub use half::{bf16, f16};
 pub use linear::{Linear, RowsRef};
 pub use matrix::{Matrix, MatrixData};
 pub use norm::rms_norm;
-pub use numerics::{Dtype, Numerics};
+pub use numerics::{Dtype, Numerics, UnknownDtype};
 pub use pages::{LatentPages, PAGE_TOKENS};
 pub use per_head::PerHead;
 pub use pool::Pool;

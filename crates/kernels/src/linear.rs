@@ -1,47 +1,238 @@
-use crate::{Matrix, Numerics, Pool, bf16};
-/// Activations, row-major.
-#[derive(Clone, Copy, Debug)]
-pub enum RowsRef<'a> {
-    F32(&'a [f32]),
-    Bf16(&'a [bf16]),
-}
-impl RowsRef<'_> {
-    /// Number of values (rows * columns).
-    pub fn len(&self) -> usize {
-        match self {
-            Self::F32(x) => x.len(),
-            Self::Bf16(x) => x.len(),
-        }
-    }
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
+//! y = x Wᵀ. Owns packed weights and the cutting of a call into tasks; never splits K.
+//!
+//! ```text
+//! y[r, o] = one chain over k ascending from 0:                 acc = fma(x[r, k], w[o, k], acc)
+//! FP8:      for each block b of K its own chain over the codes, then  acc = fma(chain_b, scale[o, b], acc), b ascending
+//! bf16:     x and w rounded to bf16 first (FP8 codes are exact in it); sums are f32
+//! bf16-dp:  the same chains, denormals flushed at every step (`Simd::dot_pairs`)
+//! ```
+
+mod generic;
+mod panels;
+mod rows;
+
+use std::ops::Range;
+
+use half::f16;
+
+pub use rows::RowsRef;
+
+pub(crate) use generic::Place;
+pub(crate) use rows::{Form, Ready, bf16_bits, with_rows, with_scratch};
+
+use crate::pool::{Pool, Shared};
+use crate::{Dtype, Matrix, MatrixData, Numerics};
+use generic::Tiles;
+use panels::{Bf16Lanes, Bf16Pairs, E4m3Lanes, E4m3Pairs, F32Lanes, Packed, Scales};
+
 /// Packed weights of y = x Wᵀ.
-#[derive(Debug)]
 pub struct Linear {
+    panels: Panels,
     in_features: usize,
-    out_features: usize,
+    numerics: Numerics,
 }
+
+enum Panels {
+    F32(Packed<F32Lanes>),
+    Bf16(Packed<Bf16Lanes>),
+    E4m3(Packed<E4m3Lanes>),
+    Bf16Pairs(Packed<Bf16Pairs>),
+    E4m3Pairs(Packed<E4m3Pairs>),
+}
+
+/// Evaluates an expression on whichever panels these are.
+macro_rules! on_panels {
+    ($panels:expr, $packed:ident => $do:expr) => {
+        match $panels {
+            Panels::F32($packed) => $do,
+            Panels::Bf16($packed) => $do,
+            Panels::E4m3($packed) => $do,
+            Panels::Bf16Pairs($packed) => $do,
+            Panels::E4m3Pairs($packed) => $do,
+        }
+    };
+}
+
 impl Linear {
-    pub fn pack(m: &Matrix<'_>, _n: Numerics) -> Self {
-        Self { in_features: m.cols, out_features: m.rows }
+    /// `m` is [out, in]. Panics where its data does not have the size that its shape says (`crates/model` checks files).
+    pub fn pack(m: &Matrix<'_>, n: Numerics) -> Self {
+        m.check();
+        let (rows, cols) = (m.rows, m.cols);
+        let panels = match (&m.data, n.dtype()) {
+            (MatrixData::F32(b), Dtype::F32) => {
+                Panels::F32(Packed::new(rows, cols, None, |r, k| f32_at(b, r * cols + k)))
+            }
+            (MatrixData::F16(b), Dtype::F32) => {
+                Panels::F32(Packed::new(rows, cols, None, |r, k| f16_at(b, r * cols + k)))
+            }
+            (MatrixData::F32(b), Dtype::Bf16) => {
+                bf16_panels(n, rows, cols, |r, k| bf16_bits(f32_at(b, r * cols + k)) as u16)
+            }
+            (MatrixData::F16(b), Dtype::Bf16) => {
+                bf16_panels(n, rows, cols, |r, k| bf16_bits(f16_at(b, r * cols + k)) as u16)
+            }
+            (MatrixData::Bf16(b), _) => bf16_panels(n, rows, cols, |r, k| u16_at(b, r * cols + k)),
+            (MatrixData::Fp8 { q, scales, block }, _) => {
+                let scales = Scales { values: scales, block: *block };
+                if n.by_pairs() && block[1] % 2 == 0 {
+                    Panels::E4m3Pairs(Packed::new(rows, cols, Some(scales), |r, k| q[r * cols + k]))
+                } else {
+                    // A pair cannot lie across two blocks: such a matrix is computed as in `bf16`.
+                    Panels::E4m3(Packed::new(rows, cols, Some(scales), |r, k| q[r * cols + k]))
+                }
+            }
+        };
+        Self { panels, in_features: cols, numerics: n }
     }
+
     /// `w` is row-major [rows = out, cols = in].
-    pub fn pack_f32(rows: usize, cols: usize, _w: &[f32], _n: Numerics) -> Self {
-        Self { in_features: cols, out_features: rows }
+    pub fn pack_f32(rows: usize, cols: usize, w: &[f32], n: Numerics) -> Self {
+        Self::pack(&Matrix { rows, cols, data: MatrixData::F32(bytemuck::cast_slice(w)) }, n)
     }
+
     pub fn in_features(&self) -> usize {
         self.in_features
     }
+
     pub fn out_features(&self) -> usize {
-        self.out_features
+        on_panels!(&self.panels, p => p.outputs)
     }
+
+    /// Bytes of the packed weights.
     pub fn bytes(&self) -> usize {
-        0
+        on_panels!(&self.panels, p => p.bytes())
     }
-    /// y [rows, out], rows = x.len() / in
-    pub fn forward(&self, _pool: &Pool, _x: RowsRef<'_>, _y: &mut [f32]) {
-        unimplemented!()
+
+    /// x is [rows, in], y is [rows, out].
+    pub fn forward(&self, pool: &Pool, x: RowsRef<'_>, y: &mut [f32]) {
+        let rows = y.len().checked_div(self.out_features()).unwrap_or(0);
+        assert_eq!(x.len(), rows * self.in_features, "x does not have as many rows as y");
+        assert_eq!(y.len(), rows * self.out_features(), "y does not have whole rows");
+        with_rows(pool, self.numerics.kernels(), self.form(), x, self.in_features, |x| {
+            let job = Job { linear: self, x, y: Shared::new(y), place: self.place(), rows };
+            let cut = Cut::new(pool, job.work(), rows, self.panels());
+            pool.each(cut.tasks(), job.work(), |task| job.run(cut.rows(task), cut.panels(task)));
+        });
+    }
+
+    pub(crate) fn form(&self) -> Form {
+        match (&self.panels, self.numerics.dtype()) {
+            (Panels::Bf16Pairs(_) | Panels::E4m3Pairs(_), _) => Form::Pairs,
+            (_, Dtype::Bf16) => Form::Rounded,
+            (_, Dtype::F32) => Form::Full,
+        }
+    }
+
+    pub(crate) fn numerics(&self) -> Numerics {
+        self.numerics
+    }
+
+    pub(crate) fn panels(&self) -> usize {
+        on_panels!(&self.panels, p => p.panels())
+    }
+
+    /// Elements of a row of x in this linear's form.
+    pub(crate) fn steps(&self) -> usize {
+        on_panels!(&self.panels, p => p.steps)
+    }
+
+    /// Dense rows of x and y.
+    pub(crate) fn place<'a>(&self) -> Place<'a> {
+        Place { pick: None, x_stride: self.steps(), x_offset: 0, y_stride: self.out_features(), y_offset: 0 }
+    }
+}
+
+impl std::fmt::Debug for Linear {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Linear({} -> {}, {})", self.in_features, self.out_features(), self.numerics.name())
+    }
+}
+
+fn bf16_panels(n: Numerics, rows: usize, cols: usize, get: impl Fn(usize, usize) -> u16) -> Panels {
+    if n.by_pairs() {
+        Panels::Bf16Pairs(Packed::new(rows, cols, None, get))
+    } else {
+        Panels::Bf16(Packed::new(rows, cols, None, get))
+    }
+}
+
+fn u16_at(bytes: &[u8], i: usize) -> u16 {
+    u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])
+}
+
+fn f16_at(bytes: &[u8], i: usize) -> f32 {
+    f16::from_bits(u16_at(bytes, i)).to_f32()
+}
+
+fn f32_at(bytes: &[u8], i: usize) -> f32 {
+    f32::from_bits(u32::from(u16_at(bytes, 2 * i)) | u32::from(u16_at(bytes, 2 * i + 1)) << 16)
+}
+
+/// A linear over some rows, to be run piece by piece.
+#[derive(Clone, Copy)]
+pub(crate) struct Job<'a> {
+    pub linear: &'a Linear,
+    pub x: Ready<'a>,
+    pub y: Shared<'a, f32>,
+    pub place: Place<'a>,
+    pub rows: usize,
+}
+
+impl Job<'_> {
+    /// Multiply-adds of the whole.
+    pub fn work(&self) -> usize {
+        self.rows * self.linear.in_features * self.linear.out_features()
+    }
+
+    /// Writes the columns of `panels` of `rows` of y. No other call may be at work on them.
+    pub fn run(&self, rows: Range<usize>, panels: Range<usize>) {
+        let Self { x, y, place, .. } = *self;
+        let isa = self.linear.numerics.kernels();
+        match (&self.linear.panels, x) {
+            (Panels::F32(weights), Ready::F32(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::Bf16(weights), Ready::F32(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::E4m3(weights), Ready::F32(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::Bf16Pairs(weights), Ready::Pairs(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::E4m3Pairs(weights), Ready::Pairs(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            _ => unreachable!("rows are made in the form of the linear they are for"),
+        }
+    }
+}
+
+/// A call cut into tasks: ranges of panels, and of rows where panels alone are too few.
+#[derive(Clone, Copy)]
+pub(crate) struct Cut {
+    rows: usize,
+    panels: usize,
+    rows_each: usize,
+    panels_each: usize,
+    across: usize,
+}
+
+/// A task takes whole groups of panels and, if it must share rows, enough of them to be worth reading the weights for.
+const PANELS_EACH_MIN: usize = 8;
+const ROWS_EACH_MIN: usize = 24;
+
+impl Cut {
+    pub fn new(pool: &Pool, work: usize, rows: usize, panels: usize) -> Self {
+        let parts = pool.parts(work);
+        let panels_each = panels.div_ceil(parts).next_multiple_of(PANELS_EACH_MIN);
+        let across = panels.div_ceil(panels_each);
+        let down = parts.div_ceil(across.max(1));
+        Self { rows, panels, rows_each: rows.div_ceil(down).max(ROWS_EACH_MIN), panels_each, across }
+    }
+
+    pub fn tasks(&self) -> usize {
+        self.across * self.rows.div_ceil(self.rows_each)
+    }
+
+    pub fn rows(&self, task: usize) -> Range<usize> {
+        let first = task / self.across * self.rows_each;
+        first..self.rows.min(first + self.rows_each)
+    }
+
+    pub fn panels(&self, task: usize) -> Range<usize> {
+        let first = task % self.across * self.panels_each;
+        first..self.panels.min(first + self.panels_each)
     }
 }

@@ -1,13 +1,22 @@
+//! Which arithmetic a process runs: the dtype it was asked for, and the kernels that the processor allows.
+//!
+//! Two processes with the same [`Numerics::name`] produce the same bits whatever their instruction sets.
+
 use std::str::FromStr;
+
+use crate::simd::Isa;
+
 /// The type that weights and activations are rounded to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Dtype {
     F32,
     Bf16,
 }
+
 #[derive(Debug, thiserror::Error)]
-#[error("dtype `{0}` is neither f32 nor bf16")]
+#[error("dtype `{0}` is neither `f32` nor `bf16`")]
 pub struct UnknownDtype(String);
+
 impl FromStr for Dtype {
     type Err = UnknownDtype;
     fn from_str(s: &str) -> Result<Self, UnknownDtype> {
@@ -18,29 +27,63 @@ impl FromStr for Dtype {
         }
     }
 }
+
 /// A dtype with the kernel set chosen for it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Numerics {
     dtype: Dtype,
+    /// bf16 products go by pairs, with denormals flushed: `bf16-dp`.
+    pairs: bool,
+    isa: Isa,
 }
+
 impl Numerics {
+    /// The fastest that this processor has. Processors with AVX512-BF16 compute bf16 as `bf16-dp`.
     pub fn detect(dtype: Dtype) -> Self {
-        Self { dtype }
+        let isa = Isa::best();
+        Self { dtype, pairs: dtype == Dtype::Bf16 && isa.has_dot_pairs(), isa }
     }
+
+    /// What every processor has.
     pub fn portable(dtype: Dtype) -> Self {
-        Self { dtype }
+        Self { dtype, pairs: false, isa: Isa::Portable }
     }
-    /// The same kernel set with full precision: for the gate.
+
+    /// Every numerics on every instruction set that this processor can run, `bf16-dp` emulated where it has to be. For tests and benchmarks.
+    pub fn all() -> Vec<Self> {
+        let kinds = [(Dtype::F32, false), (Dtype::Bf16, false), (Dtype::Bf16, true)];
+        let on = |isa| kinds.map(|(dtype, pairs)| Self { dtype, pairs, isa });
+        Isa::available().into_iter().flat_map(on).collect()
+    }
+
+    /// The same kernel set in full precision: what the gate is computed in.
     pub fn as_f32(self) -> Self {
-        Self { dtype: Dtype::F32 }
+        Self { dtype: Dtype::F32, pairs: false, ..self }
     }
+
+    /// Peers compare this: equal names, equal bits.
     pub fn name(&self) -> &'static str {
-        "f32"
+        match (self.dtype, self.pairs) {
+            (Dtype::F32, _) => "f32",
+            (Dtype::Bf16, false) => "bf16",
+            (Dtype::Bf16, true) => "bf16-dp",
+        }
     }
+
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
+
+    /// The name of the instruction set, for logs.
     pub fn isa(&self) -> &'static str {
-        "portable"
+        self.isa.name()
+    }
+
+    pub(crate) fn kernels(&self) -> Isa {
+        self.isa
+    }
+
+    pub(crate) fn by_pairs(&self) -> bool {
+        self.pairs
     }
 }

@@ -1,0 +1,193 @@
+//! y = x Wᵀ for a range of rows and a range of panels, on any instruction set.
+//!
+//! ```text
+//! for 8 (or 4) panels, for up to 6 rows of x:         a tile; its sums stay in registers
+//!     for each block of K (one, where weights have no scales):
+//!         part = 0;  for each step k ascending:  part[row][panel] = step(x[row][k], w[panel][k], part[row][panel])
+//!         acc = part, or fma(part, scale, acc)
+//!     y[row][panel] = acc
+//! ```
+//! Tricks:
+//! 1. Lanes are outputs, so each output has one chain over K, as in the plain loop: rows, tiles, threads and instruction sets cannot change it.
+//! 2. A step waits for the one before it (4 cycles), so a tile always has several chains: few rows take many panels, many rows few.
+//! 3. Weights are read once for up to 6 rows; a group of panels stays in the second-level cache while all rows pass over it.
+//! 4. 3 or 5 rows run as 4 or 6 with the last row twice: cheaper than reading the weights twice, and less code.
+
+use std::ops::Range;
+
+use super::panels::{Packed, Weight};
+use crate::pool::Shared;
+use crate::simd::{Kernel, LANES, Simd};
+
+/// Where the rows of a call lie: row r of the call is row `pick[r]` (or r) of x, and row r of y.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub pick: Option<&'a [u32]>,
+    pub x_stride: usize,
+    pub x_offset: usize,
+    pub y_stride: usize,
+    pub y_offset: usize,
+}
+
+/// One task: every row of `rows` with every panel of `panels`. Writes those columns of those rows of `y`.
+pub(crate) struct Tiles<'a, W: Weight> {
+    pub weights: &'a Packed<W>,
+    pub x: &'a [W::X],
+    pub y: Shared<'a, f32>,
+    pub place: Place<'a>,
+    pub rows: Range<usize>,
+    pub panels: Range<usize>,
+}
+
+const ROWS_MAX: usize = 6;
+
+impl<W: Weight> Kernel for Tiles<'_, W> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let group = if S::WIDE { 8 } else { 4 };
+        for first in self.panels.clone().step_by(group) {
+            let panels = first..self.panels.end.min(first + group);
+            let mut row = self.rows.start;
+            while row < self.rows.end {
+                let rows = rows_of_tile(self.rows.end - row);
+                match (rows, S::WIDE) {
+                    (1, true) => self.strip::<S, 1, 8>(s, row, rows, panels.clone()),
+                    (1, false) => self.strip::<S, 1, 4>(s, row, rows, panels.clone()),
+                    (2, true) => self.strip::<S, 2, 4>(s, row, rows, panels.clone()),
+                    (2, false) => self.strip::<S, 2, 2>(s, row, rows, panels.clone()),
+                    (3..=4, true) => self.strip::<S, 4, 4>(s, row, rows, panels.clone()),
+                    (3..=4, false) => self.strip::<S, 4, 1>(s, row, rows, panels.clone()),
+                    (_, true) => self.strip::<S, 6, 4>(s, row, rows, panels.clone()),
+                    (_, false) => self.strip::<S, 6, 1>(s, row, rows, panels.clone()),
+                }
+                row += rows;
+            }
+        }
+    }
+}
+
+/// 6 while there are many; 7 to 11 are cut into halves, not into 6 and a small rest.
+fn rows_of_tile(left: usize) -> usize {
+    if left > ROWS_MAX && left < 2 * ROWS_MAX { left.div_ceil(2) } else { left.min(ROWS_MAX) }
+}
+
+impl<W: Weight> Tiles<'_, W> {
+    /// `live` rows from `row`, for all `panels`.
+    #[inline(always)]
+    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, live: usize, mut panels: Range<usize>) {
+        let mut x: [&[W::X]; R] = [&[]; R];
+        for (r, x) in x.iter_mut().enumerate() {
+            *x = self.x_row(row + r.min(live - 1));
+        }
+        while panels.len() >= P {
+            self.tile::<S, R, P>(s, x, row, live, panels.start);
+            panels.start += P;
+        }
+        if P > 4 && panels.len() >= 4 {
+            self.tile::<S, R, 4>(s, x, row, live, panels.start);
+            panels.start += 4;
+        }
+        for panel in panels {
+            self.tile::<S, R, 1>(s, x, row, live, panel);
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const P: usize>(
+        &self,
+        s: S,
+        x: [&[W::X]; R],
+        row: usize,
+        live: usize,
+        panel: usize,
+    ) {
+        let mut panels: [&[W]; P] = [&[]; P];
+        for (p, w) in panels.iter_mut().enumerate() {
+            *w = self.weights.panel(panel + p);
+        }
+        let acc = if self.weights.scales(panel).is_empty() {
+            chain::<S, W, R, P>(s, x, panels, 0..self.weights.steps)
+        } else {
+            self.scaled::<S, R, P>(s, x, panels, panel)
+        };
+        for (r, acc) in acc.iter().enumerate().take(live) {
+            for (p, sum) in acc.iter().enumerate() {
+                self.store(s, row + r, panel + p, *sum);
+            }
+        }
+    }
+
+    /// A chain for each block of K, then one chain over the blocks.
+    #[inline(always)]
+    fn scaled<S: Simd, const R: usize, const P: usize>(
+        &self,
+        s: S,
+        x: [&[W::X]; R],
+        panels: [&[W]; P],
+        panel: usize,
+    ) -> [[S::F; P]; R] {
+        let steps = self.weights.steps;
+        let mut acc = [[s.splat(0.0); P]; R];
+        for block in 0..self.weights.scales(panel).len() {
+            let first = block * self.weights.block_steps;
+            let part = chain::<S, W, R, P>(s, x, panels, first..steps.min(first + self.weights.block_steps));
+            for p in 0..P {
+                let scale = self.weights.scales(panel + p)[block].open(s);
+                for r in 0..R {
+                    acc[r][p] = s.fma(part[r][p], scale, acc[r][p]);
+                }
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn x_row(&self, row: usize) -> &[W::X] {
+        let row = self.place.pick.map_or(row, |pick| pick[row] as usize);
+        &self.x[row * self.place.x_stride + self.place.x_offset..][..self.weights.steps]
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(&self, s: S, row: usize, panel: usize, sum: S::F) {
+        let column = panel * LANES;
+        let live = LANES.min(self.weights.outputs - column);
+        // SAFETY: no other task has these columns of these rows (`Job::run` cuts them into disjoint ranges), and this one holds one part at a time.
+        let y = unsafe { self.y.part(row * self.place.y_stride + self.place.y_offset + column, live) };
+        if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
+            s.store(sum, y);
+        } else {
+            let mut lanes = [0.0; LANES];
+            s.store(sum, &mut lanes);
+            y.copy_from_slice(&lanes[..live]);
+        }
+    }
+}
+
+/// Sums of R rows and P panels over `steps`, from zero.
+#[inline(always)]
+fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
+    s: S,
+    x: [&[W::X]; R],
+    panels: [&[W]; P],
+    steps: Range<usize>,
+) -> [[S::F; P]; R] {
+    let mut acc = [[s.splat(0.0); P]; R];
+    assert!(x.iter().all(|x| steps.end <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
+    for k in steps {
+        let mut w = [panels[0][k].open(s); P];
+        for p in 1..P {
+            // SAFETY: `k` is below every length by the assertion.
+            w[p] = unsafe { panels[p].get_unchecked(k) }.open(s);
+        }
+        for r in 0..R {
+            // SAFETY: as above.
+            let x = unsafe { *x[r].get_unchecked(k) };
+            for p in 0..P {
+                acc[r][p] = W::step(s, x, w[p], acc[r][p]);
+            }
+        }
+    }
+    acc
+}

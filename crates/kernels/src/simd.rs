@@ -1,0 +1,140 @@
+//! Sixteen f32 lanes on every processor, and the one place where a kernel meets an instruction set.
+//!
+//! An operation is written once, as a [`Kernel`] over the trait [`Simd`]. [`Isa::run`] compiles it again for each instruction set (everything below a
+//! `run` is `#[inline(always)]`, so it is generated with the features of the wrapper it ends up in) and picks one at run time.
+//!
+//! Tricks:
+//! 1. The vector is always 16 lanes: one zmm, two ymm, or an array. Each trait operation is exactly defined for one lane, so a kernel gives the same bits
+//!    everywhere and no kernel needs a test of its own against every instruction set to be believed; the tests do it all the same.
+//! 2. A `Simd` value is a proof: it can only be made (unsafely) where its features were found, so kernels over it are safe code.
+//! 3. `bf16` pairs: see [`Simd::dot_pairs`].
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::sync::OnceLock;
+
+/// Lanes of a vector; outputs of a panel of weights; heads of an attention task.
+pub(crate) const LANES: usize = 16;
+
+/// An operation with its arguments, ready to be run on any instruction set.
+pub(crate) trait Kernel {
+    type Out;
+    /// Must be `#[inline(always)]`.
+    fn run<S: Simd>(self, s: S) -> Self::Out;
+}
+
+/// Instruction sets, slowest first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) enum Isa {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+impl Isa {
+    /// The last of [`Isa::available`].
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().into_iter().max().unwrap_or(Self::Portable))
+    }
+
+    /// What this processor can run.
+    pub fn available() -> Vec<Self> {
+        let mut found = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+            let bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
+            let all = [(avx2, Self::Avx2), (avx512, Self::Avx512), (bf16, Self::Avx512Bf16)];
+            found.extend(all.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
+        }
+        found
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => "avx512-bf16",
+        }
+    }
+
+    /// Whether [`Simd::dot_pairs`] is one instruction.
+    pub fn has_dot_pairs(self) -> bool {
+        self.name() == "avx512-bf16"
+    }
+
+    #[inline]
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        match self {
+            Self::Portable => kernel.run(portable::Portable),
+            // SAFETY: these variants are made by `available` alone, which found the features.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { x86::run_avx2(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { x86::run_avx512(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => unsafe { x86::run_avx512_bf16(kernel) },
+        }
+    }
+}
+
+/// Sixteen f32 lanes. Every operation is IEEE 754 with round to nearest even, lane by lane.
+pub(crate) trait Simd: Copy {
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen pairs of bf16.
+    type Pairs: Copy;
+    /// Whether there are 32 registers of a whole vector (else 16 of half a vector).
+    const WIDE: bool;
+
+    fn splat(self, x: f32) -> Self::F;
+    fn load(self, x: &[f32; LANES]) -> Self::F;
+    fn store(self, v: Self::F, to: &mut [f32; LANES]);
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a * b + c, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// a > b ? a : b, so `b` where either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a < b ? a : b, so `b` where either is NaN.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// x < limit ? 0 : v.
+    fn zero_below(self, x: Self::F, limit: Self::F, v: Self::F) -> Self::F;
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::F) -> Self::F;
+    /// a * 2^n for an integer n in -126..=127; anything where n is NaN and a is NaN too.
+    fn scale(self, a: Self::F, n: Self::F) -> Self::F;
+    /// Lanes 1 0 3 2 5 4 ...
+    fn swap_pairs(self, a: Self::F) -> Self::F;
+
+    fn widen_bf16(self, x: &[u16; LANES]) -> Self::F;
+    fn widen_e4m3(self, x: &[u8; LANES]) -> Self::F;
+    /// A pair is a u32: the high half is the lower k.
+    fn pairs_bf16(self, x: &[u32; LANES]) -> Self::Pairs;
+    /// Bytes 2i + 1 and 2i become the high and the low half of pair i.
+    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> Self::Pairs;
+    /// What `vdpbf16ps` does (found by comparing 160 million inputs, denormals, infinities and cancellations among them):
+    /// ```text
+    /// z(v) = v with denormals replaced by a zero of the same sign
+    /// t    = z(fma(z(x.high), z(w.high), z(acc)))
+    /// acc' = z(fma(z(x.low),  z(w.low),  t))
+    /// ```
+    /// so with the lower k in the high half it is the one ascending chain of the other kernels, but for the flushed denormals.
+    fn dot_pairs(self, x: u32, w: Self::Pairs, acc: Self::F) -> Self::F;
+}

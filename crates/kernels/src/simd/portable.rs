@@ -1,0 +1,121 @@
+//! The vector as an array: what each operation of [`Simd`] means, and the fall-back for every processor.
+
+use super::{LANES, Simd};
+use crate::fp8::e4m3_to_f32;
+
+#[derive(Clone, Copy)]
+pub(super) struct Portable;
+
+type F = [f32; LANES];
+
+#[inline(always)]
+fn map(a: F, f: impl Fn(f32) -> f32) -> F {
+    a.map(f)
+}
+
+#[inline(always)]
+fn zip(a: F, b: F, f: impl Fn(f32, f32) -> f32) -> F {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+/// Denormals to zero.
+#[inline(always)]
+fn flush(x: f32) -> f32 {
+    if x.abs() < f32::MIN_POSITIVE { 0f32.copysign(x) } else { x }
+}
+
+#[inline(always)]
+fn halves(pair: u32) -> (f32, f32) {
+    (flush(f32::from_bits(pair & 0xffff_0000)), flush(f32::from_bits(pair << 16)))
+}
+
+/// One step of [`Simd::dot_pairs`] on scalars.
+#[inline(always)]
+pub(crate) fn dot_pair(x: u32, w: u32, acc: f32) -> f32 {
+    let ((x0, x1), (w0, w1)) = (halves(x), halves(w));
+    flush(x1.mul_add(w1, flush(x0.mul_add(w0, flush(acc)))))
+}
+
+impl Simd for Portable {
+    type F = F;
+    type Pairs = [u32; LANES];
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> F {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn load(self, x: &F) -> F {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, v: F, to: &mut F) {
+        *to = v;
+    }
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: F, b: F, c: F) -> F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn min(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn zero_below(self, x: F, limit: F, v: F) -> F {
+        std::array::from_fn(|i| if x[i] < limit[i] { 0.0 } else { v[i] })
+    }
+    #[inline(always)]
+    fn round(self, a: F) -> F {
+        map(a, f32::round_ties_even)
+    }
+    #[inline(always)]
+    fn scale(self, a: F, n: F) -> F {
+        zip(a, n, |a, n| a * f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: F) -> F {
+        std::array::from_fn(|i| a[i ^ 1])
+    }
+    #[inline(always)]
+    fn widen_bf16(self, x: &[u16; LANES]) -> F {
+        x.map(|x| f32::from_bits(u32::from(x) << 16))
+    }
+    #[inline(always)]
+    fn widen_e4m3(self, x: &[u8; LANES]) -> F {
+        x.map(e4m3_to_f32)
+    }
+    #[inline(always)]
+    fn pairs_bf16(self, x: &[u32; LANES]) -> [u32; LANES] {
+        *x
+    }
+    #[inline(always)]
+    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> [u32; LANES] {
+        // A widened e4m3 has at most 4 significant bits, so the upper half of the f32 is all of it.
+        std::array::from_fn(|i| e4m3_to_f32(x[2 * i + 1]).to_bits() | e4m3_to_f32(x[2 * i]).to_bits() >> 16)
+    }
+    #[inline(always)]
+    fn dot_pairs(self, x: u32, w: [u32; LANES], acc: F) -> F {
+        std::array::from_fn(|i| dot_pair(x, w[i], acc[i]))
+    }
+}

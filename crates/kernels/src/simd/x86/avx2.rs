@@ -1,0 +1,182 @@
+//! Two ymm registers as one vector. Pairs are kept widened, since the dot product of pairs is two FMA here.
+
+use std::arch::x86_64::*;
+
+use crate::simd::{LANES, Simd};
+
+/// Proof that AVX2 and FMA are there.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    /// * The processor must have AVX2 and FMA.
+    #[inline(always)]
+    pub unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+type F = [__m256; 2];
+
+/// `each!(name(a, b))`: one intrinsic on both halves.
+macro_rules! each {
+    ($op:ident($($v:expr),*)) => {
+        // SAFETY: an `Avx2` exists, so the processor has the features; no memory is touched.
+        unsafe { [$op($($v[0]),*), $op($($v[1]),*)] }
+    };
+}
+
+/// Denormals to zeros of the same sign.
+#[inline(always)]
+fn flush(v: F) -> F {
+    // SAFETY: as in `each`.
+    let half = |v: __m256| unsafe {
+        let sign = _mm256_set1_ps(-0.0);
+        let denormal = _mm256_cmp_ps::<_CMP_LT_OQ>(_mm256_andnot_ps(sign, v), _mm256_set1_ps(f32::MIN_POSITIVE));
+        _mm256_blendv_ps(v, _mm256_and_ps(v, sign), denormal)
+    };
+    [half(v[0]), half(v[1])]
+}
+
+/// e4m3 codes in the low bytes of u32 lanes.
+/// The exponent is moved by 120; a denormal is read as 2^-6 * (1 + m/8) and loses its 2^-6; the NaN code is put in at the end.
+#[inline(always)]
+fn decode(code: __m256i) -> __m256 {
+    // SAFETY: as in `each`.
+    unsafe {
+        let magnitude = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));
+        let denormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
+        let bits = _mm256_add_epi32(_mm256_slli_epi32::<20>(magnitude), _mm256_set1_epi32(120 << 23));
+        let lifted =
+            _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_and_si256(denormal, _mm256_set1_epi32(1 << 23))));
+        let excess = _mm256_and_ps(_mm256_castsi256_ps(denormal), _mm256_set1_ps(1.0 / 64.0));
+        let value = _mm256_sub_ps(lifted, excess);
+        let nan = _mm256_castsi256_ps(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)));
+        let value = _mm256_blendv_ps(value, _mm256_set1_ps(f32::NAN), nan);
+        let sign = _mm256_slli_epi32::<24>(_mm256_and_si256(code, _mm256_set1_epi32(0x80)));
+        _mm256_or_ps(value, _mm256_castsi256_ps(sign))
+    }
+}
+
+impl Simd for Avx2 {
+    type F = F;
+    /// The high halves and the low halves, widened and flushed.
+    type Pairs = [F; 2];
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> F {
+        // SAFETY: as in `each`.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> F {
+        // SAFETY: 16 values are there to be read.
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+    }
+    #[inline(always)]
+    fn store(self, v: F, to: &mut [f32; LANES]) {
+        // SAFETY: 16 values are there to be written.
+        unsafe {
+            _mm256_storeu_ps(to.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(to.as_mut_ptr().add(8), v[1]);
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        each!(_mm256_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: F, b: F) -> F {
+        each!(_mm256_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: F, b: F) -> F {
+        each!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: F, b: F) -> F {
+        each!(_mm256_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: F, b: F, c: F) -> F {
+        each!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: F, b: F) -> F {
+        each!(_mm256_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: F, b: F) -> F {
+        each!(_mm256_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn zero_below(self, x: F, limit: F, v: F) -> F {
+        // SAFETY: as in `each`.
+        let half = |i: usize| unsafe { _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x[i], limit[i]), v[i]) };
+        [half(0), half(1)]
+    }
+    #[inline(always)]
+    fn round(self, a: F) -> F {
+        // SAFETY: as in `each`.
+        let half = |a: __m256| unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) };
+        [half(a[0]), half(a[1])]
+    }
+    #[inline(always)]
+    fn scale(self, a: F, n: F) -> F {
+        // SAFETY: as in `each`.
+        let half = |a: __m256, n: __m256| unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
+        };
+        [half(a[0], n[0]), half(a[1], n[1])]
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: F) -> F {
+        // SAFETY: as in `each`.
+        let half = |a: __m256| unsafe { _mm256_permute_ps::<0b10_11_00_01>(a) };
+        [half(a[0]), half(a[1])]
+    }
+    #[inline(always)]
+    fn widen_bf16(self, x: &[u16; LANES]) -> F {
+        // SAFETY: 16 values are there to be read.
+        let half = |i: usize| unsafe {
+            let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(8 * i).cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
+        };
+        [half(0), half(1)]
+    }
+    #[inline(always)]
+    fn widen_e4m3(self, x: &[u8; LANES]) -> F {
+        // SAFETY: 16 values are there to be read.
+        let half = |i: usize| unsafe { decode(_mm256_cvtepu8_epi32(_mm_loadl_epi64(x.as_ptr().add(8 * i).cast()))) };
+        [half(0), half(1)]
+    }
+    #[inline(always)]
+    fn pairs_bf16(self, x: &[u32; LANES]) -> [F; 2] {
+        // SAFETY: 16 values are there to be read.
+        let x: [__m256i; 2] =
+            unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] };
+        // SAFETY: as in `each`.
+        let high =
+            |x: __m256i| unsafe { _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000_u32 as i32))) };
+        // SAFETY: as in `each`.
+        let low = |x: __m256i| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)) };
+        [flush([high(x[0]), high(x[1])]), flush([low(x[0]), low(x[1])])]
+    }
+    #[inline(always)]
+    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> [F; 2] {
+        // SAFETY: 32 bytes are there to be read.
+        let half = |i: usize| unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(16 * i).cast())) };
+        // SAFETY: as in `each`.
+        let high = |x: __m256i| unsafe { decode(_mm256_srli_epi32::<8>(x)) };
+        [[high(half(0)), high(half(1))], [decode(half(0)), decode(half(1))]]
+    }
+    #[inline(always)]
+    fn dot_pairs(self, x: u32, w: [F; 2], acc: F) -> F {
+        let high = flush(self.splat(f32::from_bits(x & 0xffff_0000)));
+        let low = flush(self.splat(f32::from_bits(x << 16)));
+        flush(self.fma(low, w[1], flush(self.fma(high, w[0], flush(acc)))))
+    }
+}

@@ -1,0 +1,188 @@
+//! One zmm register as one vector. With `DOT`, the dot product of pairs is `vdpbf16ps`.
+
+use std::arch::x86_64::*;
+
+use crate::simd::{LANES, Simd};
+
+/// Proof that AVX512F and AVX512BW (and AVX512BF16 with `DOT`) are there.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512<const DOT: bool>(());
+
+impl<const DOT: bool> Avx512<DOT> {
+    /// # Safety
+    /// * The processor must have AVX512F and AVX512BW, and with `DOT` AVX512BF16.
+    #[inline(always)]
+    pub unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+/// The 128 e4m3 magnitudes as bf16: four registers that `vpermi2w` reads from.
+static MAGNITUDES: [u16; 128] = {
+    let mut table = [0; 128];
+    let mut code = 0;
+    while code < 128 {
+        table[code] = (crate::fp8::e4m3_bits(code as u8) >> 16) as u16;
+        code += 1;
+    }
+    table
+};
+
+/// Denormals to zeros of the same sign.
+#[inline(always)]
+fn flush(v: __m512) -> __m512 {
+    // SAFETY: called with an `Avx512` in hand, so the processor has the features; no memory is touched.
+    unsafe {
+        let denormal = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(v), _mm512_set1_ps(f32::MIN_POSITIVE));
+        let bits = _mm512_castps_si512(v);
+        _mm512_castsi512_ps(_mm512_mask_and_epi32(bits, denormal, bits, _mm512_set1_epi32(i32::MIN)))
+    }
+}
+
+/// e4m3 codes in u32 lanes. The exponent is moved by 120; a denormal is read as 2^-6 * (1 + m/8) and loses its 2^-6; NaN is put in at the end.
+#[inline(always)]
+fn decode(code: __m512i) -> __m512 {
+    // SAFETY: as in `flush`.
+    unsafe {
+        let magnitude = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
+        let denormal = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
+        let bits = _mm512_add_epi32(_mm512_slli_epi32::<20>(magnitude), _mm512_set1_epi32(120 << 23));
+        let bits = _mm512_mask_add_epi32(bits, denormal, bits, _mm512_set1_epi32(1 << 23));
+        let value = _mm512_castsi512_ps(bits);
+        let value = _mm512_mask_sub_ps(value, denormal, value, _mm512_set1_ps(1.0 / 64.0));
+        let nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
+        let value = _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(f32::NAN));
+        let sign = _mm512_slli_epi32::<24>(_mm512_and_si512(code, _mm512_set1_epi32(0x80)));
+        _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign))
+    }
+}
+
+impl<const DOT: bool> Simd for Avx512<DOT> {
+    type F = __m512;
+    type Pairs = __m512i;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> __m512 {
+        // SAFETY: `self` proves the features; 16 values are there to be read.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, v: __m512, to: &mut [f32; LANES]) {
+        // SAFETY: `self` proves the features; 16 values are there to be written.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn zero_below(self, x: __m512, limit: __m512, v: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, limit), _mm512_setzero_ps()) }
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn scale(self, a: __m512, n: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_mul_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
+        }
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_permute_ps::<0b10_11_00_01>(a) }
+    }
+    #[inline(always)]
+    fn widen_bf16(self, x: &[u16; LANES]) -> __m512 {
+        // SAFETY: `self` proves the features; 16 values are there to be read.
+        unsafe {
+            let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x))
+        }
+    }
+    #[inline(always)]
+    fn widen_e4m3(self, x: &[u8; LANES]) -> __m512 {
+        // SAFETY: `self` proves the features; 16 values are there to be read.
+        decode(unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast())) })
+    }
+    #[inline(always)]
+    fn pairs_bf16(self, x: &[u32; LANES]) -> __m512i {
+        // SAFETY: `self` proves the features; 16 values are there to be read.
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> __m512i {
+        // SAFETY: `self` proves the features; 32 bytes of `x` and four times 64 bytes of the table are there to be read.
+        unsafe {
+            let code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(x.as_ptr().cast()));
+            let table = |i: usize| _mm512_loadu_si512(MAGNITUDES.as_ptr().add(32 * i).cast());
+            let small = _mm512_permutex2var_epi16(table(0), code, table(1));
+            let large = _mm512_permutex2var_epi16(table(2), code, table(3));
+            let is_large = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+            let sign = _mm512_slli_epi16::<8>(_mm512_and_si512(code, _mm512_set1_epi16(0x80)));
+            _mm512_or_si512(_mm512_mask_mov_epi16(small, is_large, large), sign)
+        }
+    }
+    #[inline(always)]
+    fn dot_pairs(self, x: u32, w: __m512i, acc: __m512) -> __m512 {
+        if DOT {
+            // SAFETY: `self` proves the features; the casts between 512-bit types keep every bit.
+            return unsafe {
+                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32));
+                _mm512_dpbf16_ps(acc, x, std::mem::transmute::<__m512i, __m512bh>(w))
+            };
+        }
+        // SAFETY: `self` proves the features.
+        let high =
+            |v: __m512i| unsafe { _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32 as i32))) };
+        // SAFETY: `self` proves the features.
+        let low = |v: __m512i| unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(v)) };
+        // SAFETY: `self` proves the features.
+        let x = unsafe { _mm512_set1_epi32(x as i32) };
+        let first = flush(self.fma(flush(high(x)), flush(high(w)), flush(acc)));
+        flush(self.fma(flush(low(x)), flush(low(w)), first))
+    }
+}
