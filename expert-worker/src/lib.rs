@@ -1,1 +1,13 @@
+//! Owns experts: loads its shard of the routed experts, groups the rows of all callers by expert, answers. Stateless:
+//! it keeps nothing of a request once it has answered.
+//!
+//! Reading order: `shell` (a worker's life), `engine` (the compute thread), `core` (what waits, what is computed
+//! together), `shard` (what is held), `config`.
 
+pub mod config;
+
+pub mod core;
+pub mod engine;
+pub mod shard;
+
+pub use config::{Config, Flags};

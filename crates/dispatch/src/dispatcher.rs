@@ -161,8 +161,8 @@ impl Dispatcher {
 
         let header = self.inner.header(view.placement.epoch(), layer, micro_batch);
         let frames = parts.into_iter().map(|part| {
-            let (worker, index) = (&view.placement.workers()[part.worker as usize], part.index(recipe.rows()));
-            (worker.clone(), RequestFrame::new(header, activations.clone(), index, part.outputs, part.terms))
+            let worker = view.placement.workers()[part.worker as usize].clone();
+            (worker, RequestFrame::new(header, activations.clone(), hidden, part.content))
         });
         let (call, answers) = self.inner.call(layer, frames.collect());
         Ok(Pending { inner: self.inner.clone(), call, answers, recipe })

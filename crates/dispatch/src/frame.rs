@@ -210,10 +210,20 @@ pub struct Shape {
     pub experts: usize,
 }
 
+/// What a frame asks for, before it is one: `plan` fills it.
+#[derive(Debug, Default)]
+pub struct Content {
+    /// Rows of the call's activations, ascending.
+    pub rows: Vec<u32>,
+    pub outputs: Vec<Output>,
+    pub terms: Vec<Term>,
+}
+
 /// Rows on their way to experts. Clones share everything.
 #[derive(Clone, Debug)]
 pub struct RequestFrame {
     pub header: Header,
+    rows: usize,
     activations: Activations,
     /// The frame's rows as rows of `activations`; `None`: all of them in order.
     index: Option<Arc<[u32]>>,
@@ -222,16 +232,12 @@ pub struct RequestFrame {
 }
 
 impl RequestFrame {
-    /// A frame of rows that other frames share. The caller has made outputs and terms fit each other.
-    pub(crate) fn new(
-        header: Header,
-        activations: Activations,
-        index: Option<Arc<[u32]>>,
-        outputs: Vec<Output>,
-        terms: Vec<Term>,
-    ) -> Self {
+    /// A frame of some rows of a call's activations, which it shares with the call's other frames.
+    pub(crate) fn new(header: Header, activations: Activations, hidden: usize, content: Content) -> Self {
         let header = Header { flags: activations.flags(), ..header };
-        Self { header, activations, index, outputs: outputs.into(), terms: terms.into() }
+        let Content { rows, outputs, terms } = content;
+        let index = (rows.len() * hidden != activations.len()).then(|| rows.as_slice().into());
+        Self { header, rows: rows.len(), activations, index, outputs: outputs.into(), terms: terms.into() }
     }
 
     /// Checks a received frame against itself and the model; its header has been decoded already.
@@ -256,7 +262,7 @@ impl RequestFrame {
             _ => Shared::from_bytes(frame.rows).map(Activations::Bf16),
         }
         .ok_or(FrameError::Rows { len, row_bytes })?;
-        Ok(Self { header, activations, index: None, outputs, terms })
+        Ok(Self { header, rows, activations, index: None, outputs, terms })
     }
 
     /// The message of this frame; rows are gathered here if the frame has only some of its activations.
@@ -268,6 +274,10 @@ impl RequestFrame {
             terms: self.terms.bytes(),
             refusal: None,
         }
+    }
+
+    pub fn row_count(&self) -> usize {
+        self.rows
     }
 
     /// Values that hold the frame's rows, and maybe others between them: see `position`.

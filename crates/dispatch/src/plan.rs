@@ -2,14 +2,13 @@
 //! together again. A plain function of its input: the same routes and holders give the same frames.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use moesaic_proto::ExpertId;
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 
 use crate::combine::CombineOps;
 use crate::dispatcher::Route;
-use crate::frame::{Output, PAYLOAD_BYTES_MAX, Term};
+use crate::frame::{Content, Output, PAYLOAD_BYTES_MAX, Term};
 use crate::shared::Shared;
 
 /// The sizes that a plan needs.
@@ -40,28 +39,26 @@ impl Layout {
 }
 
 /// One frame to be.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Part {
     /// Index of the destination among the placement's workers.
     pub worker: u32,
-    /// Rows of the call, ascending.
-    pub rows: Vec<u32>,
-    pub outputs: Vec<Output>,
-    pub terms: Vec<Term>,
+    pub content: Content,
 }
 
 impl Part {
-    /// `None` if the part has all rows of the call: then nothing needs to be picked.
-    pub fn index(&self, rows: usize) -> Option<Arc<[u32]>> {
-        (self.rows.len() != rows).then(|| self.rows.as_slice().into())
+    /// The frame's number of a row of the call, which is its newest one or comes next.
+    fn row(&mut self, row: usize) -> u16 {
+        let rows = &mut self.content.rows;
+        if rows.last() != Some(&(row as u32)) {
+            rows.push(row as u32);
+        }
+        (rows.len() - 1) as u16
     }
 
-    /// The frame's number of a row of the call, which is the newest one or comes next.
-    fn row(&mut self, row: usize) -> u16 {
-        if self.rows.last() != Some(&(row as u32)) {
-            self.rows.push(row as u32);
-        }
-        (self.rows.len() - 1) as u16
+    fn ask(&mut self, output: Output, terms: &[Route]) {
+        self.content.outputs.push(output);
+        self.content.terms.extend(terms.iter().map(|route| Term::new(route.expert, route.weight)));
     }
 }
 
@@ -134,8 +131,7 @@ impl Splitter {
         let part = self.part(worker, row);
         let target = &mut self.plan.parts[part];
         let output = Output::sum(target.row(row), group.len() as u16);
-        target.outputs.push(output);
-        target.terms.extend(group.iter().map(|route| Term::new(route.expert, route.weight)));
+        target.ask(output, group);
         self.add(part, Kind::Group);
     }
 
@@ -144,14 +140,13 @@ impl Splitter {
             let part = self.part(holder(route.expert), row);
             let target = &mut self.plan.parts[part];
             let output = Output::single(target.row(row));
-            target.outputs.push(output);
-            target.terms.push(Term::new(route.expert, route.weight));
+            target.ask(output, &group[i..=i]);
             self.add(part, if i == 0 { Kind::First(route.weight) } else { Kind::Next(route.weight) });
         }
     }
 
     fn add(&mut self, part: usize, kind: Kind) {
-        let output = (self.plan.parts[part].outputs.len() - 1) as u32;
+        let output = (self.plan.parts[part].content.outputs.len() - 1) as u32;
         self.plan.recipe.addends.push(Addend { part: part as u32, output, kind });
     }
 
@@ -162,13 +157,13 @@ impl Splitter {
             self.open.resize(slot + 1, None);
         }
         if let Some(part) = self.open[slot] {
-            let rows = &self.plan.parts[part].rows;
+            let rows = &self.plan.parts[part].content.rows;
             if rows.len() < self.frame_rows || rows.last() == Some(&(row as u32)) {
                 return part;
             }
         }
         let part = self.plan.parts.len();
-        self.plan.parts.push(Part { worker, ..Part::default() });
+        self.plan.parts.push(Part { worker, content: Content::default() });
         self.open[slot] = Some(part);
         part
     }

@@ -1,0 +1,200 @@
+//! The compute thread and its front: frames are checked and queued on the caller's thread, computed on one thread of
+//! the worker (with the kernels' pool under it), and answered from there.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use moesaic_dispatch::{Activations, ExpertHost, Refusal, ReplySender, RequestFrame, Shape};
+use moesaic_kernels::{Dtype, Ffn, Numerics, Pool, RowsRef, bf16, combine_first, combine_next, grouped_experts};
+use moesaic_proto::v1::RefusalReason;
+use tokio::sync::oneshot;
+
+use crate::core::batch::{self, Chunk};
+use crate::core::inbox::{Inbox, Job};
+use crate::shard::Shards;
+
+/// What one call of the kernels may produce: bounds the thread's scratch memory whatever callers ask for, and is
+/// thousands of rows for any model there is.
+const RESULT_BYTES_MAX: usize = 64 << 20;
+
+/// The worker as transports see it.
+pub struct Engine {
+    shape: Shape,
+    numerics: Numerics,
+    shards: Shards,
+    inbox: Mutex<Inbox>,
+    /// Something is in the inbox, or it stops.
+    news: Condvar,
+}
+
+/// The compute thread's end: resolves when it has ended, which before `Engine::stop` means that it panicked.
+pub type Ended = oneshot::Receiver<()>;
+
+impl Engine {
+    /// Starts the compute thread; it ends after `stop`, when all that waits is answered.
+    pub fn start(
+        shape: Shape,
+        numerics: Numerics,
+        frames_max: usize,
+        pool: Pool,
+    ) -> std::io::Result<(Arc<Self>, Ended)> {
+        let inbox = Mutex::new(Inbox::new(frames_max));
+        let engine = Arc::new(Self { shape, numerics, shards: Shards::default(), inbox, news: Condvar::new() });
+        let (alive, ended) = oneshot::channel();
+        let worker = engine.clone();
+        thread::Builder::new().name("experts".into()).spawn(move || {
+            worker.run(&pool);
+            drop(alive);
+        })?;
+        Ok((engine, ended))
+    }
+
+    pub fn shards(&self) -> &Shards {
+        &self.shards
+    }
+
+    /// Refuses new frames from now on. The compute thread answers what waits and ends.
+    pub fn stop(&self) {
+        self.inbox().stop();
+        self.news.notify_all();
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check(&self, frame: &RequestFrame) -> Result<(), Refusal> {
+        if matches!(frame.activations(), Activations::Bf16(_)) && self.numerics.dtype() == Dtype::F32 {
+            let detail = format!("header: flags {:#06x} say bf16 rows; this worker computes f32", frame.header.flags);
+            return Err(Refusal::new(RefusalReason::Malformed, detail));
+        }
+        self.shards.get(frame.header.epoch)?.check(frame)
+    }
+
+    fn run(&self, pool: &Pool) {
+        let terms_max = (RESULT_BYTES_MAX / (self.shape.hidden * size_of::<f32>())).max(1);
+        let mut scratch = Vec::new();
+        loop {
+            let jobs = self.wait(terms_max);
+            if jobs.is_empty() {
+                return;
+            }
+            self.answer(jobs, pool, terms_max, &mut scratch);
+        }
+    }
+
+    /// The next jobs, of one layer and epoch; none when it is time to end.
+    fn wait(&self, terms_max: usize) -> Vec<Job> {
+        let idle = |inbox: &mut Inbox| inbox.is_empty() && !inbox.is_stopping();
+        let mut inbox = self.news.wait_while(self.inbox(), idle).unwrap_or_else(PoisonError::into_inner);
+        inbox.take(terms_max)
+    }
+
+    fn answer(&self, jobs: Vec<Job>, pool: &Pool, terms_max: usize, scratch: &mut Vec<f32>) {
+        let shard = match self.shards.get(jobs[0].frame.header.epoch) {
+            Ok(shard) => shard,
+            // Retired while they waited.
+            Err(refusal) => return jobs.into_iter().for_each(|job| job.reply.send(Err(refusal.clone()))),
+        };
+        let hidden = self.shape.hidden;
+        let frames: Vec<&RequestFrame> = jobs.iter().map(|job| &job.frame).collect();
+        let layer = frames[0].header.layer;
+        let x = Input::of(&frames, hidden);
+        let mut answers: Vec<Vec<f32>> = frames.iter().map(|f| vec![0.0; f.output_count() * hidden]).collect();
+        for chunk in batch::chunks(&frames, terms_max) {
+            let held = |expert| shard.expert(layer, expert).expect("checked when the frame was taken");
+            let groups: Vec<(&Ffn, &[u32])> = chunk.experts.iter().map(|(e, rows)| (&**held(*e), &rows[..])).collect();
+            scratch.resize(chunk.terms.len() * hidden, 0.0);
+            grouped_experts(pool, &groups, x.rows(), scratch);
+            add_up(&chunk, scratch, hidden, &mut answers);
+        }
+        for (job, answer) in jobs.into_iter().zip(answers) {
+            job.reply.send(Ok(answer.into()));
+        }
+    }
+}
+
+impl ExpertHost for Engine {
+    fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn submit(&self, frame: RequestFrame, reply: ReplySender) {
+        let taken = match self.check(&frame) {
+            Ok(()) => self.inbox().offer(Job { frame, reply }),
+            Err(refusal) => Err((Job { frame, reply }, refusal)),
+        };
+        match taken {
+            Ok(()) => self.news.notify_one(),
+            Err((job, refusal)) => {
+                tracing::debug!(header = ?job.frame.header, %refusal, "frame refused");
+                job.reply.send(Err(refusal));
+            }
+        }
+    }
+}
+
+/// All rows of a batch: one frame's activations as they are, or those of several one after the other.
+enum Input<'a> {
+    Shared(&'a Activations),
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+impl<'a> Input<'a> {
+    fn of(frames: &[&'a RequestFrame], hidden: usize) -> Self {
+        match (frames, frames[0].activations()) {
+            ([_], activations) => Self::Shared(activations),
+            (_, Activations::F32(_)) => Self::F32(gather(frames, hidden, |frame| match frame.activations() {
+                Activations::F32(values) => values,
+                Activations::Bf16(_) => &[],
+            })),
+            (_, Activations::Bf16(_)) => Self::Bf16(gather(frames, hidden, |frame| match frame.activations() {
+                Activations::Bf16(values) => values,
+                Activations::F32(_) => &[],
+            })),
+        }
+    }
+
+    fn rows(&self) -> RowsRef<'_> {
+        match self {
+            Self::Shared(Activations::F32(values)) => RowsRef::F32(values),
+            Self::Shared(Activations::Bf16(values)) => RowsRef::Bf16(values),
+            Self::F32(values) => RowsRef::F32(values),
+            Self::Bf16(values) => RowsRef::Bf16(values),
+        }
+    }
+}
+
+fn gather<'a, T: Copy>(
+    frames: &[&'a RequestFrame],
+    hidden: usize,
+    values: impl Fn(&'a RequestFrame) -> &'a [T],
+) -> Vec<T> {
+    let mut x = Vec::with_capacity(frames.iter().map(|frame| frame.row_count() * hidden).sum());
+    for frame in frames {
+        let values = values(frame);
+        for row in 0..frame.row_count() {
+            x.extend_from_slice(&values[frame.position(row as u16) as usize * hidden..][..hidden]);
+        }
+    }
+    x
+}
+
+/// The outputs of a chunk from its experts' results, by the additions of rule 1(c).
+fn add_up(chunk: &Chunk, results: &[f32], hidden: usize, answers: &mut [Vec<f32>]) {
+    let row = |row: u32| &results[row as usize * hidden..][..hidden];
+    for target in &chunk.outputs {
+        let y = &mut answers[target.frame][target.output * hidden..][..hidden];
+        let terms = &chunk.terms[target.terms.clone()];
+        let (first, rest) = terms.split_first().expect("an output has at least one term");
+        if !target.is_weighted {
+            y.copy_from_slice(row(first.row));
+            continue;
+        }
+        combine_first(y, first.weight, row(first.row));
+        for term in rest {
+            combine_next(y, term.weight, row(term.row));
+        }
+    }
+}
