@@ -1,0 +1,97 @@
+//! Typed config: defaults under a TOML file, under the environment, under flags. A key that the struct does not have is
+//! an error; so is a value of the wrong type.
+
+use std::path::{Path, PathBuf};
+
+use figment::{Figment, Provider};
+use figment::providers::{Env, Format, Serialized, Toml};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// `MOESAIC_THREADS=4` sets `threads`.
+pub const ENVIRONMENT_PREFIX: &str = "MOESAIC_";
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("config file {}: cannot be read: {reason}", path.display())]
+    File { path: PathBuf, reason: String },
+    #[error("config: {0}")]
+    Value(String),
+}
+
+/// Reads a config. `T` is a struct with `#[serde(deny_unknown_fields, default)]`; `flags` serialises to the same keys
+/// and leaves out what was not given.
+///
+/// In the environment only variables of the struct's keys count: Kubernetes adds variables of its own that begin
+/// with a service's name, such as `MOESAIC_PORT`.
+pub fn load<T>(file: Option<&Path>, flags: &impl Serialize) -> Result<T, ConfigError>
+where
+    T: Default + Serialize + DeserializeOwned,
+{
+    let defaults = Figment::from(Serialized::defaults(T::default()));
+    let value = |error: figment::Error| ConfigError::Value(error.to_string());
+    let keys: Vec<String> = defaults.data().map_err(value)?.into_values().flat_map(|dict| dict.into_keys()).collect();
+    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+
+    let mut figment = defaults;
+    if let Some(path) = file {
+        let reason = |error: std::io::Error| ConfigError::File { path: path.to_owned(), reason: error.to_string() };
+        figment = figment.merge(Toml::string(&std::fs::read_to_string(path).map_err(reason)?));
+    }
+    let environment = Env::prefixed(ENVIRONMENT_PREFIX).only(&keys);
+    figment.merge(environment).merge(Serialized::defaults(flags)).extract().map_err(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    struct Config {
+        node_config_test_threads: usize,
+        name: String,
+        id: Option<String>,
+    }
+
+    impl Default for Config {
+        fn default() -> Self {
+            Self { node_config_test_threads: 1, name: "a".into(), id: None }
+        }
+    }
+
+    #[derive(Default, Serialize)]
+    struct Flags {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        name: Option<String>,
+    }
+
+    fn load_text(text: &str, flags: &Flags) -> Result<Config, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        load(Some(file.path()), flags).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let flags = Flags { name: Some("flag".into()) };
+        let config = load_text("name = 'file'\nnode_config_test_threads = 3\nid = 'x'", &flags).unwrap();
+        assert_eq!(config, Config { node_config_test_threads: 3, name: "flag".into(), id: Some("x".into()) });
+        assert_eq!(load::<Config>(None, &Flags::default()).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, expected) in [
+            ("nmae = 'x'", "nmae"),
+            ("node_config_test_threads = 'many'", "node_config_test_threads"),
+            ("name = ", "TOML"),
+        ] {
+            let error = load_text(text, &Flags::default()).unwrap_err();
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+        let error = load::<Config>(Some(Path::new("/nonexistent.toml")), &Flags::default()).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent.toml"));
+    }
+}

@@ -1,0 +1,84 @@
+//! Whether two nodes may work together: what each says of itself in its first message, compared field by field.
+
+use moesaic_proto::v1::{Hello, Role};
+use moesaic_proto::{PROTOCOL_VERSION, WorkerId};
+
+/// The first field in which two nodes do not match.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field} does not match: here {own:?}, peer {peer:?}")]
+pub struct Mismatch {
+    pub field: &'static str,
+    pub own: String,
+    pub peer: String,
+}
+
+/// What this process says of itself; `source` is 0 until somebody sets it.
+pub fn hello(cluster: &str, role: Role, id: &WorkerId, fingerprint: &str, numerics: &str) -> Hello {
+    Hello {
+        protocol_version: PROTOCOL_VERSION,
+        cluster: cluster.to_owned(),
+        role: role.into(),
+        id: id.as_str().to_owned(),
+        incarnation: uuid::Uuid::new_v4().as_u64_pair().0,
+        fingerprint: fingerprint.to_owned(),
+        numerics: numerics.to_owned(),
+        source: 0,
+    }
+}
+
+/// Compares a peer's Hello with ours; `expected` is the role that the peer must have. Numerics are compared where both
+/// compute: a coordinator's are empty.
+pub fn check(own: &Hello, peer: &Hello, expected: Role) -> Result<(), Mismatch> {
+    let same = |field, own: &dyn ToString, peer: &dyn ToString| {
+        let (own, peer) = (own.to_string(), peer.to_string());
+        if own == peer { Ok(()) } else { Err(Mismatch { field, own, peer }) }
+    };
+    same("protocol_version", &own.protocol_version, &peer.protocol_version)?;
+    same("cluster", &own.cluster, &peer.cluster)?;
+    same("role", &expected.as_str_name(), &peer.role().as_str_name())?;
+    same("fingerprint", &own.fingerprint, &peer.fingerprint)?;
+    if !own.numerics.is_empty() && !peer.numerics.is_empty() {
+        same("numerics", &own.numerics, &peer.numerics)?;
+    }
+    match WorkerId::new(&peer.id) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Mismatch { field: "id", own: "a valid id".into(), peer: error.id }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own(role: Role) -> Hello {
+        hello("c", role, &WorkerId::new("a").unwrap(), "f00d", "f32")
+    }
+
+    #[test]
+    fn each_field_that_differs_is_named_with_both_values() {
+        type Change = fn(&mut Hello);
+        let table: [(Change, &str, &str); 6] = [
+            (|h| h.protocol_version = 99, "protocol_version", "99"),
+            (|h| h.cluster = "d".into(), "cluster", "d"),
+            (|h| h.role = Role::Coordinator.into(), "role", "ROLE_COORDINATOR"),
+            (|h| h.fingerprint = "beef".into(), "fingerprint", "beef"),
+            (|h| h.numerics = "bf16".into(), "numerics", "bf16"),
+            (|h| h.id = "NOT valid".into(), "id", "NOT valid"),
+        ];
+        for (change, field, value) in table {
+            let mut peer = own(Role::ExpertWorker);
+            change(&mut peer);
+            let mismatch = check(&own(Role::AttentionWorker), &peer, Role::ExpertWorker).unwrap_err();
+            assert_eq!((mismatch.field, mismatch.peer.as_str()), (field, value));
+            assert!(mismatch.to_string().contains(field));
+        }
+    }
+
+    #[test]
+    fn matching_nodes_pass_and_a_coordinator_needs_no_numerics() {
+        assert_eq!(check(&own(Role::AttentionWorker), &own(Role::ExpertWorker), Role::ExpertWorker), Ok(()));
+        let mut coordinator = own(Role::Coordinator);
+        coordinator.numerics.clear();
+        assert_eq!(check(&own(Role::AttentionWorker), &coordinator, Role::Coordinator), Ok(()));
+    }
+}

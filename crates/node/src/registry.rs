@@ -1,0 +1,121 @@
+//! Who is there and who holds what: the same trait over a table in this process and over etcd.
+
+mod embedded;
+mod etcd;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use moesaic_proto::v1::{Hello, MemberRecord, Role};
+use moesaic_proto::{Epoch, Placement, WorkerId};
+use tokio::sync::watch;
+
+pub use embedded::embedded;
+pub use etcd::{EtcdOptions, etcd};
+
+/// The cluster as one node sees it. With the registry away the last view stays in force.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct View {
+    pub members: BTreeMap<(Role, WorkerId), Member>,
+    pub placement: Option<Arc<Placement>>,
+}
+
+impl View {
+    pub fn of_role(&self, role: Role) -> impl Iterator<Item = &Member> {
+        self.members.values().filter(move |member| member.hello.role() == role)
+    }
+}
+
+/// A node that is alive.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Member {
+    pub hello: Hello,
+    pub id: WorkerId,
+    /// "host:port"
+    pub address: String,
+    /// Expert workers: the newest placement epoch whose experts are loaded; 0 for none.
+    pub epoch_loaded: Epoch,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    #[error("registry {spec:?} is unknown; expected embedded or etcd://host:port[,host:port]")]
+    Spec { spec: String },
+    #[error("cluster {cluster:?} is not 1 to 63 characters of a-z, 0-9 and -")]
+    Cluster { cluster: String },
+    #[error("no etcd answers at {endpoints}")]
+    Connect { endpoints: String, source: etcd_client::Error },
+    #[error("etcd did not answer within {seconds} s")]
+    Timeout { seconds: u64 },
+    #[error("etcd refused")]
+    Etcd(#[from] etcd_client::Error),
+    #[error("member {id}: {reason}")]
+    Member { id: String, reason: String },
+}
+
+/// Where members, their leases and the placement are kept.
+pub trait Registry: Send + Sync + 'static {
+    /// Makes the member known until the registration is given up. A newer process of the same role and id takes the
+    /// older one's place.
+    fn register(&self, member: Member) -> BoxFuture<'_, Result<Registration, RegistryError>>;
+
+    /// The newest view, and news of it.
+    fn view(&self) -> watch::Receiver<Arc<View>>;
+
+    /// Puts a placement in force if its epoch follows the one in force (1 if there is none). False: somebody was first.
+    fn publish(&self, placement: Placement) -> BoxFuture<'_, Result<bool, RegistryError>>;
+}
+
+/// A member's entry. Dropping it gives the entry up in the background.
+pub struct Registration(Box<dyn Entry>);
+
+trait Entry: Send + Sync {
+    fn update(&self, member: Member);
+    fn leave(self: Box<Self>) -> BoxFuture<'static, ()>;
+}
+
+impl Registration {
+    /// Replaces the entry's record.
+    pub fn update(&self, member: Member) {
+        self.0.update(member);
+    }
+
+    /// Gives the entry up and waits until others can see it, or the registry does not answer.
+    pub async fn leave(self) {
+        self.0.leave().await;
+    }
+}
+
+/// Opens the registry that `spec` names: "embedded" or "etcd://host:port[,host:port]".
+pub async fn open(spec: &str, cluster: &str) -> Result<Arc<dyn Registry>, RegistryError> {
+    match spec.split_once("://") {
+        None if spec == "embedded" => Ok(embedded()),
+        Some(("etcd", endpoints)) if !endpoints.is_empty() => {
+            let endpoints: Vec<String> = endpoints.split(',').map(str::to_owned).collect();
+            etcd(&endpoints, cluster, EtcdOptions::default()).await
+        }
+        _ => Err(RegistryError::Spec { spec: spec.to_owned() }),
+    }
+}
+
+impl Member {
+    pub fn to_record(&self) -> MemberRecord {
+        let (hello, address) = (Some(self.hello.clone()), self.address.clone());
+        MemberRecord { hello, address, epoch_loaded: self.epoch_loaded.0 }
+    }
+
+    /// Checks a record that came from elsewhere.
+    pub fn from_record(record: MemberRecord) -> Result<Self, RegistryError> {
+        let hello = record.hello.unwrap_or_default();
+        let refused = |reason: String| RegistryError::Member { id: hello.id.chars().take(80).collect(), reason };
+        let id = WorkerId::new(&hello.id).map_err(|e| refused(e.to_string()))?;
+        if hello.role() == Role::Unspecified {
+            return Err(refused(format!("role {} is unknown", hello.role)));
+        }
+        if record.address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+            return Err(refused(format!("address {:?} is not host:port", record.address)));
+        }
+        Ok(Self { id, hello, address: record.address, epoch_loaded: Epoch(record.epoch_loaded) })
+    }
+}

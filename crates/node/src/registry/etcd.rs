@@ -1,0 +1,396 @@
+//! The registry over etcd: keys under `/moesaic/<cluster>/`, values in protobuf.
+//!
+//! etcd-client does not mend broken watches or lease keep-alives, so one supervised task does it for each:
+//!
+//! * the **watch** lists the prefix, follows it from the next revision, and lists again whenever the stream breaks or
+//!   the revision was compacted. A list is an atomic snapshot, so nothing is missed or seen in the wrong order. While
+//!   etcd is away the last view stays in force;
+//! * each **registration** holds a lease; when the lease or the connection is lost it takes a new one and writes its
+//!   record again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{
+    Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, PutOptions, Txn, TxnOp, WatchOptions,
+    WatchStream,
+};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use moesaic_proto::v1::{self, Role};
+use moesaic_proto::{Placement, WorkerId};
+use prost::Message;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{Entry, Member, Registration, Registry, RegistryError, View};
+
+/// How long one call may take: far more than a healthy etcd needs, far less than anybody waits.
+const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+/// Between tries to reach an etcd that is away.
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// A watch on which nothing came for this long is asked whether it still lives.
+const WATCH_QUIET: Duration = Duration::from_secs(10);
+
+/// How the registry uses etcd.
+#[derive(Clone, Copy, Debug)]
+pub struct EtcdOptions {
+    /// A member whose process is gone disappears this many seconds later. Death is noticed on the data path long before.
+    pub lease_ttl_seconds: i64,
+}
+
+impl Default for EtcdOptions {
+    fn default() -> Self {
+        Self { lease_ttl_seconds: 5 }
+    }
+}
+
+/// Connects, and lists the cluster once, so that a wrong address is an error at start.
+pub async fn etcd(
+    endpoints: &[String],
+    cluster: &str,
+    options: EtcdOptions,
+) -> Result<Arc<dyn Registry>, RegistryError> {
+    WorkerId::new(cluster).map_err(|_| RegistryError::Cluster { cluster: cluster.to_owned() })?;
+    let connect = ConnectOptions::new()
+        .with_connect_timeout(CALL_TIMEOUT)
+        .with_keep_alive(Duration::from_secs(2), CALL_TIMEOUT)
+        .with_keep_alive_while_idle(true);
+    let unreachable = |source| RegistryError::Connect { endpoints: endpoints.join(","), source };
+    let mut client = Client::connect(endpoints, Some(connect)).await.map_err(unreachable)?;
+    let prefix = format!("/moesaic/{cluster}/");
+
+    let (listed, revision) = match call(Listing::read(&mut client, &prefix)).await {
+        Err(RegistryError::Etcd(source)) => return Err(unreachable(source)),
+        other => other?,
+    };
+    let view = watch::Sender::new(Arc::new(listed.view()));
+    let stop = CancellationToken::new();
+    let follow = follow(client.clone(), prefix.clone(), listed, revision, view.clone());
+    tokio::spawn(stop.clone().run_until_cancelled_owned(follow));
+    Ok(Arc::new(Etcd { client, prefix, options, view, _stop: stop.drop_guard() }))
+}
+
+struct Etcd {
+    client: Client,
+    prefix: String,
+    options: EtcdOptions,
+    view: watch::Sender<Arc<View>>,
+    _stop: DropGuard,
+}
+
+impl Registry for Etcd {
+    fn register(&self, member: Member) -> BoxFuture<'_, Result<Registration, RegistryError>> {
+        async move {
+            let member = Member::from_record(member.to_record())?;
+            let key = member_key(&self.prefix, member.hello.role(), &member.id);
+            let mut lease = Lease { client: self.client.clone(), key, ttl: self.options.lease_ttl_seconds, id: 0 };
+            call(lease.take(&member)).await?;
+            let (record, stop) = (watch::Sender::new(member), CancellationToken::new());
+            let task = tokio::spawn(lease.keep(record.subscribe(), stop.clone()));
+            Ok(Registration(Box::new(EtcdEntry { record, _stop: stop.drop_guard(), task })))
+        }
+        .boxed()
+    }
+
+    fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.view.subscribe()
+    }
+
+    fn publish(&self, placement: Placement) -> BoxFuture<'_, Result<bool, RegistryError>> {
+        let (mut client, key) = (self.client.clone(), format!("{}placement", self.prefix));
+        async move {
+            let stored = call(client.get(key.clone(), None).map(|r| r.map_err(RegistryError::from))).await?;
+            let (epoch, revision) = match stored.kvs().first() {
+                Some(kv) => (v1::Placement::decode(kv.value()).map_or(0, |p| p.epoch), kv.mod_revision()),
+                None => (0, 0),
+            };
+            if epoch.checked_add(1) != Some(placement.epoch().0) {
+                return Ok(false);
+            }
+            let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, revision);
+            let put = TxnOp::put(key, placement.to_proto().encode_to_vec(), None);
+            let txn = client.txn(Txn::new().when([unchanged]).and_then([put]));
+            Ok(call(txn.map(|r| r.map_err(RegistryError::from))).await?.succeeded())
+        }
+        .boxed()
+    }
+}
+
+async fn call<T>(work: impl Future<Output = Result<T, RegistryError>>) -> Result<T, RegistryError> {
+    let seconds = CALL_TIMEOUT.as_secs();
+    timeout(CALL_TIMEOUT, work).await.unwrap_or(Err(RegistryError::Timeout { seconds }))
+}
+
+// === the watch ===
+
+/// What is stored, decoded. A value that is no record is left out with a warning and whatever its key held before stays.
+#[derive(Clone, Default)]
+struct Listing {
+    members: BTreeMap<Vec<u8>, Member>,
+    placement: Option<Arc<Placement>>,
+}
+
+impl Listing {
+    /// The listing and the revision at which it holds.
+    async fn read(client: &mut Client, prefix: &str) -> Result<(Self, i64), RegistryError> {
+        let answer = client.get(prefix, Some(GetOptions::new().with_prefix())).await?;
+        let mut listing = Self::default();
+        answer.kvs().iter().for_each(|kv| listing.put(prefix, kv.key(), kv.value()));
+        Ok((listing, answer.header().map_or(0, |header| header.revision())))
+    }
+
+    fn put(&mut self, prefix: &str, key: &[u8], value: &[u8]) {
+        let name = String::from_utf8_lossy(key);
+        let known = name.strip_prefix(prefix).unwrap_or_default();
+        let done = if known == "placement" {
+            decode_placement(value).map(|placement| self.placement = Some(Arc::new(placement)))
+        } else if known.starts_with("workers/") {
+            decode_member(prefix, &name, value).map(|member| drop(self.members.insert(key.to_vec(), member)))
+        } else {
+            Err("the key is not one of ours".into())
+        };
+        if let Err(reason) = done {
+            tracing::warn!(key = %name, reason, "registry: entry ignored");
+        }
+    }
+
+    fn delete(&mut self, key: &[u8]) {
+        self.members.remove(key);
+    }
+
+    fn view(&self) -> View {
+        let members = self.members.values().map(|m| ((m.hello.role(), m.id.clone()), m.clone())).collect();
+        View { members, placement: self.placement.clone() }
+    }
+}
+
+fn decode_placement(value: &[u8]) -> Result<Placement, String> {
+    let message = v1::Placement::decode(value).map_err(|e| e.to_string())?;
+    Placement::try_from(&message).map_err(|e| e.to_string())
+}
+
+/// A record must stand under its own key, so that nobody can speak for another.
+fn decode_member(prefix: &str, key: &str, value: &[u8]) -> Result<Member, String> {
+    let record = v1::MemberRecord::decode(value).map_err(|e| e.to_string())?;
+    let member = Member::from_record(record).map_err(|e| e.to_string())?;
+    match member_key(prefix, member.hello.role(), &member.id) == key {
+        true => Ok(member),
+        false => Err(format!("the record is that of {}", member.id)),
+    }
+}
+
+fn member_key(prefix: &str, role: Role, id: &WorkerId) -> String {
+    let role = match role {
+        Role::Unspecified => "unspecified",
+        Role::Coordinator => "coordinator",
+        Role::AttentionWorker => "attention-worker",
+        Role::ExpertWorker => "expert-worker",
+    };
+    format!("{prefix}workers/{role}/{id}")
+}
+
+/// Follows the prefix for ever.
+async fn follow(mut client: Client, prefix: String, listed: Listing, revision: i64, view: watch::Sender<Arc<View>>) {
+    let mut known = Some((listed, revision));
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        let reason = match next_listing(&mut client, &prefix, known.take()).await {
+            Ok((listing, revision)) => {
+                backoff = BACKOFF_MIN;
+                set_view(&view, &listing);
+                follow_from(&mut client, &prefix, listing, revision, &view).await
+            }
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(reason, "registry: not following etcd; the last view stays in force");
+        sleep(backoff).await;
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+async fn next_listing(
+    client: &mut Client,
+    prefix: &str,
+    known: Option<(Listing, i64)>,
+) -> Result<(Listing, i64), RegistryError> {
+    match known {
+        Some(known) => Ok(known),
+        None => call(Listing::read(client, prefix)).await,
+    }
+}
+
+/// Follows from one listing until the stream ends, and why it did.
+async fn follow_from(
+    client: &mut Client,
+    prefix: &str,
+    mut listing: Listing,
+    revision: i64,
+    view: &watch::Sender<Arc<View>>,
+) -> String {
+    let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
+    let open = client.watch(prefix, Some(options)).map(|r| r.map_err(RegistryError::from));
+    let mut stream = match call(open).await {
+        Ok(stream) => stream,
+        Err(error) => return error.to_string(),
+    };
+    loop {
+        let answer = match next_message(&mut stream).await {
+            Ok(answer) => answer,
+            Err(reason) => return reason,
+        };
+        if answer.canceled() {
+            return format!("watch cancelled, compacted at {}: {}", answer.compact_revision(), answer.cancel_reason());
+        }
+        for event in answer.events() {
+            let Some(kv) = event.kv() else { continue };
+            match event.event_type() {
+                EventType::Put => listing.put(prefix, kv.key(), kv.value()),
+                EventType::Delete => listing.delete(kv.key()),
+            }
+        }
+        set_view(view, &listing);
+    }
+}
+
+/// The next message; a quiet stream must answer a request for progress.
+async fn next_message(stream: &mut WatchStream) -> Result<etcd_client::WatchResponse, String> {
+    let ended = |message: Result<Option<_>, Error>| match message {
+        Ok(Some(answer)) => Ok(answer),
+        Ok(None) => Err("etcd closed the watch".to_owned()),
+        Err(error) => Err(error.to_string()),
+    };
+    if let Ok(message) = timeout(WATCH_QUIET, stream.message()).await {
+        return ended(message);
+    }
+    stream.request_progress().await.map_err(|e| e.to_string())?;
+    match timeout(CALL_TIMEOUT, stream.message()).await {
+        Ok(message) => ended(message),
+        Err(_) => Err("the watch does not answer".into()),
+    }
+}
+
+fn set_view(view: &watch::Sender<Arc<View>>, listing: &Listing) {
+    let new = listing.view();
+    view.send_if_modified(|old| {
+        let changed = **old != new;
+        if changed {
+            *old = Arc::new(new);
+        }
+        changed
+    });
+}
+
+// === a registration ===
+
+struct EtcdEntry {
+    record: watch::Sender<Member>,
+    _stop: DropGuard,
+    task: JoinHandle<()>,
+}
+
+impl Entry for EtcdEntry {
+    fn update(&self, member: Member) {
+        self.record.send_replace(member);
+    }
+
+    fn leave(self: Box<Self>) -> BoxFuture<'static, ()> {
+        let Self { record, _stop: stop, task } = *self;
+        async move {
+            drop(stop);
+            // The task revokes the lease within its call's timeout; if it failed, the lease runs out.
+            let _ = task.await;
+            drop(record);
+        }
+        .boxed()
+    }
+}
+
+/// A member's lease and the record that hangs on it.
+struct Lease {
+    client: Client,
+    key: String,
+    ttl: i64,
+    /// 0 for none.
+    id: i64,
+}
+
+impl Lease {
+    /// Takes a new lease and writes the record under it.
+    async fn take(&mut self, member: &Member) -> Result<(), RegistryError> {
+        self.id = self.client.lease_grant(self.ttl, None).await?.id();
+        self.write(member).await
+    }
+
+    async fn write(&mut self, member: &Member) -> Result<(), RegistryError> {
+        let options = PutOptions::new().with_lease(self.id);
+        self.client.put(self.key.clone(), member.to_record().encode_to_vec(), Some(options)).await?;
+        Ok(())
+    }
+
+    /// Keeps the entry until `stop`, then gives it up.
+    async fn keep(mut self, mut record: watch::Receiver<Member>, stop: CancellationToken) {
+        stop.run_until_cancelled(self.keep_up(&mut record)).await;
+        let revoke = self.client.lease_revoke(self.id).map(|r| r.map_err(RegistryError::from));
+        if let Err(error) = call(revoke).await {
+            tracing::warn!(key = self.key, %error, "registry: entry not removed; its lease runs out by itself");
+        }
+    }
+
+    async fn keep_up(&mut self, record: &mut watch::Receiver<Member>) {
+        loop {
+            let lost = self.keep_alive(record).await;
+            tracing::warn!(key = self.key, reason = %lost, "registry: lease lost; registering again");
+            let mut backoff = BACKOFF_MIN;
+            loop {
+                let member = record.borrow_and_update().clone();
+                match call(self.take(&member)).await {
+                    Ok(()) => break,
+                    Err(error) => tracing::debug!(key = self.key, %error, "registry: still not registered"),
+                }
+                sleep(backoff).await;
+                backoff = (backoff * 2).min(BACKOFF_MAX);
+            }
+            tracing::info!(key = self.key, "registry: registered again");
+        }
+    }
+
+    /// Keeps the lease alive and writes what changes, until one of them fails.
+    async fn keep_alive(&mut self, record: &mut watch::Receiver<Member>) -> RegistryError {
+        match self.try_keep_alive(record).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    async fn try_keep_alive(
+        &mut self,
+        record: &mut watch::Receiver<Member>,
+    ) -> Result<std::convert::Infallible, RegistryError> {
+        let opened = self.client.lease_keep_alive(self.id).map(|r| r.map_err(RegistryError::from));
+        let (mut keeper, mut answers) = call(opened).await?;
+        let interval = Duration::from_secs(self.ttl.unsigned_abs()) / 3;
+        loop {
+            tokio::select! {
+                () = sleep(interval) => {}
+                changed = record.changed() => {
+                    let member = record.borrow_and_update().clone();
+                    if changed.is_ok() {
+                        call(self.write(&member)).await?;
+                    }
+                }
+            }
+            let beat = async {
+                keeper.keep_alive().await?;
+                let alive = answers.message().await?.is_some_and(|answer| answer.ttl() > 0);
+                let gone = || Error::LeaseKeepAliveError("the lease has run out".into());
+                alive.then_some(()).ok_or_else(gone).map_err(RegistryError::from)
+            };
+            call(beat).await?;
+        }
+    }
+}
