@@ -113,6 +113,10 @@ fn write_all(checkpoint: &Checkpoint, dst: &Path, options: Options) -> Result<Su
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         safetensors::serialize_to_file(outputs, Some(metadata), &path)
             .map_err(|e| ModelError::file(&path, e.to_string()))?;
+        // The writer leaves a file that only its owner can read; whoever could read the source can read the copy.
+        fs::metadata(file)
+            .and_then(|source| fs::set_permissions(&path, source.permissions()))
+            .map_err(|e| ModelError::io(&path, e))?;
         tracing::info!(file = %path.display(), "written");
     }
     if index.values().any(|file| file != SINGLE_FILE) {

@@ -1,0 +1,12 @@
+//! The crate from outside: parity with the references, and files that lie.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+mod config;
+mod hostile;
+mod inspect;
+mod load;
+mod parity;
+mod quantize;
+mod shards;
