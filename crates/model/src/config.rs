@@ -130,15 +130,16 @@ impl Config {
     /// `file` is for the words of the errors only.
     pub fn parse(file: &Path, text: &str) -> Result<Self, Vec<ModelError>> {
         let fields = Fields::parse(file, text).map_err(|e| vec![e])?;
-        let config = Self::from_fields(&fields);
+        let families = [("deepseek_v2", Family::DeepseekV2), ("deepseek_v3", Family::DeepseekV3)];
+        let model_type = fields.choice("model_type", &families, None);
+        // Another family's fields are not wrong, they are another family's.
+        let config = fields.is_right().then(|| Self::from_fields(&fields, model_type));
         let problems = fields.into_problems();
-        if problems.is_empty() { Ok(config) } else { Err(problems) }
+        config.filter(|_| problems.is_empty()).ok_or(problems)
     }
 
     /// A field that is wrong is noted in `f` and stands for its least value until the end.
-    fn from_fields(f: &Fields<'_>) -> Self {
-        let families = [("deepseek_v2", Family::DeepseekV2), ("deepseek_v3", Family::DeepseekV3)];
-        let model_type = f.choice("model_type", &families, None);
+    fn from_fields(f: &Fields<'_>, model_type: Family) -> Self {
         refuse_what_is_not_built(f);
         let routing = routing::Routing::read(f, model_type);
         let layers = f.count("num_hidden_layers", 1..=LAYERS_MAX);
@@ -235,7 +236,7 @@ impl Config {
         softmax_scale(self.qk_head_dim(), &self.rope_params())
     }
 
-    /// In how many groups a layer's experts are summed (rule 1): the gate's groups, else fixed blocks of ceil(experts / 8).
+    /// In how many groups a layer's experts are summed (rule 1): the gate's, else fixed blocks of ceil(experts / 8).
     pub fn logical_groups(&self) -> usize {
         if self.n_group > 1 { self.n_group } else { UNGROUPED_BLOCKS }
     }

@@ -1,9 +1,10 @@
 //! A model's name by content: what two workers compare to know that they serve the same weights.
 //!
 //! ```text
-//! blake3(config as JSON, then for every tensor by name: name, dtype, shape, SAMPLE_BYTES from its middle), the first 32 hex digits
+//! blake3(config as JSON; then for every tensor by name: name, dtype, shape, SAMPLE_BYTES from its middle)[..32 hex digits]
 //! ```
-//! A sample, because reading 600 GB at start is no price for a handshake: it tells checkpoints apart, it is no proof against forgery.
+//! A sample, because reading 600 GB at start is no price for a handshake: it tells checkpoints apart, and is no proof
+//! against forgery.
 
 use rayon::prelude::*;
 

@@ -25,7 +25,7 @@ pub struct Parameters {
     /// That one token is multiplied with: the chosen experts, and no embedding, which is looked up.
     pub active: u64,
     pub experts: u64,
-    /// Of the multi-token prediction layers by config.json, beside `total`; their embedding and head are the main model's.
+    /// Of the multi-token prediction layers, beside `total`; their embedding and head are copies and not counted.
     pub mtp: u64,
 }
 

@@ -46,10 +46,17 @@ impl<'de, V: Deserialize<'de>> Visitor<'de> for EntriesVisitor<V> {
 /// The whole file as text; a larger one than `bytes_max` is not read.
 pub(crate) fn read_text(file: &Path, bytes_max: u64) -> Result<String, ModelError> {
     let mut text = String::new();
+    check_is_file(file)?;
     let opened = File::open(file).map_err(|e| ModelError::io(file, e))?;
     opened.take(bytes_max + 1).read_to_string(&mut text).map_err(|e| ModelError::io(file, e))?;
     if text.len() as u64 > bytes_max {
         return Err(ModelError::file(file, format!("is larger than {bytes_max} bytes")));
     }
     Ok(text)
+}
+
+/// Before opening: a pipe or a device of that name would make the open itself wait.
+pub(crate) fn check_is_file(path: &Path) -> Result<(), ModelError> {
+    let metadata = std::fs::metadata(path).map_err(|e| ModelError::io(path, e))?;
+    if metadata.is_file() { Ok(()) } else { Err(ModelError::file(path, "is not a file")) }
 }

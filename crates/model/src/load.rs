@@ -2,30 +2,15 @@
 
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rayon::prelude::*;
 
 const REDRAWS_PER_SECOND: u8 = 10;
 
-/// What a load did.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Rate {
-    pub items: usize,
-    /// Of the checkpoint.
-    pub bytes: u64,
-    pub elapsed: Duration,
-}
-
-impl Rate {
-    pub fn gigabytes_per_second(&self) -> f64 {
-        self.bytes as f64 / 1e9 / self.elapsed.as_secs_f64().max(1e-9)
-    }
-}
-
-/// Packs every item and returns the results in the order of the items. `pack` says how many bytes of the checkpoint it took.
-/// The first error stops the rest. `what` is for the reader of the bar and the log: "layers", "experts".
+/// Packs every item and returns the results in the order of the items. `pack` says how many bytes of the checkpoint it
+/// took. The first error stops the rest. `what` is for the reader of the bar and the log: "layers", "experts".
 pub fn all<I, T, E>(what: &str, items: Vec<I>, pack: impl Fn(I) -> Result<(T, u64), E> + Sync) -> Result<Vec<T>, E>
 where
     I: Send,
@@ -47,15 +32,9 @@ where
         .collect();
     bar.finish_and_clear();
     let packed = packed?;
-    let rate = Rate { items: count, bytes: bytes.into_inner(), elapsed: start.elapsed() };
-    tracing::info!(
-        what,
-        items = rate.items,
-        bytes = rate.bytes,
-        seconds = rate.elapsed.as_secs_f64(),
-        gigabytes_per_second = rate.gigabytes_per_second(),
-        "loaded"
-    );
+    let (bytes, seconds) = (bytes.into_inner(), start.elapsed().as_secs_f64());
+    let gigabytes_per_second = bytes as f64 / 1e9 / seconds.max(1e-9);
+    tracing::info!(what, items = count, bytes, seconds, gigabytes_per_second, "loaded");
     Ok(packed)
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! scale = max|w of the block| / 448    (ue8m0: rounded up to a power of two);    code = e4m3(w / scale)
 //! ```
-//! Attention, dense, shared and expert matrices become FP8. Embedding, head, norms, gate, its bias and eh_proj stay as they are.
+//! Attention, dense, shared and expert matrices become FP8. Embedding, head, norms, gate, its bias and eh_proj stay.
 //! One tensor at a time is in memory; files keep their names and their share of the tensors.
 
 use std::borrow::Cow;

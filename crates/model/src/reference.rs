@@ -1,12 +1,13 @@
-//! The whole model in f32 and plain loops, in the expanded form: keys and values are made for every head, nothing is absorbed,
-//! cached or batched. Slow, and shares no arithmetic with `moesaic_kernels`: what the fast path is held against.
+//! The whole model in f32 and plain loops, in the expanded form: keys and values are made for every head, nothing is
+//! absorbed, cached or batched. Slow, and shares no arithmetic with `moesaic_kernels`: what the fast path is held against.
 //!
 //! ```text
 //! h = embedding[token]
 //! each layer:   h += attention(norm(h));   h += dense(norm(h)) or moe(norm(h))
 //! logits = head norm(h)
 //! ```
-//! T tokens, D hidden_size, H heads, R rank, N nope, P rope, V v_head_dim, L kv_lora_rank, E experts. Every matrix is [rows = out, cols = in].
+//! T tokens, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim, L kv_lora_rank, E experts.
+//! Every matrix is [rows = out, cols = in].
 
 use std::f64::consts::PI;
 
@@ -172,7 +173,7 @@ fn routed(c: &Checkpoint, layer: usize, gate: &[f32], bias: Option<&[f32]>, x: &
     Ok(y)
 }
 
-/// (expert, weight) pairs for one token's gate logits [E]; see model-specific rules in the order of the paper's gate.
+/// The chosen experts and their weights, for one token's gate logits [E].
 fn route(c: &Config, logits: &[f32], bias: Option<&[f32]>) -> Vec<(usize, f32)> {
     let scores = match c.scoring_func {
         ScoringFunc::Softmax => softmax(logits),

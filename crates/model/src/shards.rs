@@ -1,4 +1,5 @@
-//! The tensor files of a folder as one map from name to bytes: `model.safetensors`, or the files of `model.safetensors.index.json`.
+//! The tensor files of a folder as one map from name to bytes: `model.safetensors`, or the files that
+//! `model.safetensors.index.json` names. Owns the memory maps and checks where files lie; never what tensors mean.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
@@ -9,7 +10,7 @@ use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
 use crate::ModelError;
-use crate::json::{Entries, read_text};
+use crate::json::{Entries, check_is_file, read_text};
 use crate::safetensors::{Entry, read_header};
 
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
@@ -134,7 +135,8 @@ fn read_index(dir: &Path) -> Result<Vec<(String, String)>, ModelError> {
     Ok(index.weight_map.0)
 }
 
-/// A file of this very folder: one component, no way out. What a link of that name points to is the folder owner's business.
+/// A file of this very folder: one component, no way out. It may be a link, as hub caches have them: those are the
+/// folder owner's, the index is whoever's.
 fn is_plain_name(file: &str) -> bool {
     let mut components = Path::new(file).components();
     let plain =
@@ -144,10 +146,8 @@ fn is_plain_name(file: &str) -> bool {
 
 #[allow(unsafe_code)]
 fn map(path: &Path) -> Result<Mmap, ModelError> {
+    check_is_file(path)?;
     let file = File::open(path).map_err(|e| ModelError::io(path, e))?;
-    if !file.metadata().map_err(|e| ModelError::io(path, e))?.is_file() {
-        return Err(ModelError::file(path, "is not a file"));
-    }
     // SAFETY: the map is read-only and private to this struct. Its bytes are only read as plain integers, so no value of
     // them is invalid. Whoever writes into or truncates a checkpoint's file while it is served breaks the one assumption
     // that every reader by mmap makes; a checkpoint is replaced by renaming a new one over it.

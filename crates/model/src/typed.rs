@@ -1,4 +1,5 @@
-//! A tensor as what the model needs it to be: a vector of finite f32, or a matrix with its scales. Checks dtype, shape and values.
+//! A tensor as what the model needs it to be: a vector of finite f32, or a matrix with its scales. Checks dtype, shape
+//! and the values of all but the weights themselves.
 
 use std::borrow::Cow;
 use std::path::Path;

@@ -28,6 +28,10 @@ impl<'a> Fields<'a> {
         Ok(Self { file, prefix: String::new(), values: entries.0.into_iter().collect(), problems: Rc::default() })
     }
 
+    pub fn is_right(&self) -> bool {
+        self.problems.borrow().is_empty()
+    }
+
     /// Each field once, the first thing that was wrong with it.
     pub fn into_problems(self) -> Vec<ModelError> {
         self.problems.take()

@@ -150,6 +150,12 @@ fn all_problems_are_found_at_once() {
 }
 
 #[test]
+fn another_family_is_one_problem() {
+    let problems = parse(&json!({ "model_type": "qwen2", "hidden_size": "x" })).unwrap_err();
+    assert_eq!(problems, ["config.json: model_type is \"qwen2\", expected \"deepseek_v2\" or \"deepseek_v3\""]);
+}
+
+#[test]
 fn a_key_given_twice_and_broken_json_are_errors() {
     for (text, expected) in [
         (r#"{"hidden_size": 1, "hidden_size": 2}"#, "key \"hidden_size\" is given twice"),

@@ -4,13 +4,14 @@ use std::fs;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use moesaic_model::Checkpoint;
+use moesaic_model::{Checkpoint, inspect, reference};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
-use serde_json::json;
+use serde_json::{Value, json};
+use tempfile::TempDir;
 
-use crate::support::{Tensor, copy, edit_config, edit_tensors, file_bytes, find, read_tensors};
+use crate::support::{Tensor, copy, edit_config, edit_tensors, file_bytes, find, write_tensors};
 
 /// The error of opening the v3 fixture with this file in place of its weights.
 fn open_with(bytes: &[u8]) -> String {
@@ -204,42 +205,124 @@ fn layers_and_experts_that_are_not_there() {
     }
 }
 
-/// A small file, a copy of the v3 fixture's head and tail tensors.
+/// A whole model of a few hundred bytes: one dense layer, one of four experts, FP8 in blocks of 2 x 3.
+const SMALL_CONFIG: &str = r#"{"model_type":"deepseek_v3","vocab_size":5,"hidden_size":4,"intermediate_size":3,
+    "moe_intermediate_size":2,"num_hidden_layers":2,"num_attention_heads":1,"kv_lora_rank":2,"qk_nope_head_dim":2,
+    "qk_rope_head_dim":2,"v_head_dim":2,"n_routed_experts":4,"num_experts_per_tok":2,"n_group":2,"topk_group":1,
+    "first_k_dense_replace":1,"max_position_embeddings":16,
+    "quantization_config":{"quant_method":"fp8","weight_block_size":[2,3]}}"#;
+
 static SMALL: LazyLock<Vec<u8>> = LazyLock::new(|| {
-    let dir = tempfile::TempDir::new().unwrap();
+    let mut tensors = Vec::new();
+    let mut put = |name: &str, dtype: Dtype, shape: &[usize]| {
+        let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        let value = if dtype == Dtype::F32 { &0.5f32.to_le_bytes()[..] } else { &[0x38] };
+        let bytes = value.iter().copied().cycle().take(bytes).collect();
+        tensors.push(Tensor { name: name.to_owned(), dtype, shape: shape.to_vec(), bytes });
+    };
+    for (name, shape) in [
+        ("model.embed_tokens.weight", &[5, 4][..]),
+        ("model.norm.weight", &[4]),
+        ("lm_head.weight", &[5, 4]),
+        ("model.layers.1.mlp.gate.weight", &[4, 4]),
+        ("model.layers.1.mlp.gate.e_score_correction_bias", &[4]),
+    ] {
+        put(name, Dtype::F32, shape);
+    }
+    let mut linears = vec![("0.mlp".to_owned(), [3, 4])];
+    linears.extend((0..4).map(|expert| (format!("1.mlp.experts.{expert}"), [2, 4])));
+    let mut matrices: Vec<(String, [usize; 2])> = Vec::new();
+    for (prefix, [width, hidden]) in linears {
+        for (name, shape) in [("gate", [width, hidden]), ("up", [width, hidden]), ("down", [hidden, width])] {
+            matrices.push((format!("{prefix}.{name}_proj"), shape));
+        }
+    }
+    for layer in 0..2 {
+        for (name, values) in [("input_layernorm", 4), ("post_attention_layernorm", 4), ("self_attn.kv_a_layernorm", 2)]
+        {
+            put(&format!("model.layers.{layer}.{name}.weight"), Dtype::F32, &[values]);
+        }
+        for (name, shape) in
+            [("q_proj", [4, 4]), ("kv_a_proj_with_mqa", [4, 4]), ("kv_b_proj", [4, 2]), ("o_proj", [4, 2])]
+        {
+            matrices.push((format!("{layer}.self_attn.{name}"), shape));
+        }
+    }
+    for (name, [rows, cols]) in matrices {
+        put(&format!("model.layers.{name}.weight"), Dtype::F8_E4M3, &[rows, cols]);
+        put(&format!("model.layers.{name}.weight_scale_inv"), Dtype::F32, &[rows.div_ceil(2), cols.div_ceil(3)]);
+    }
+    let dir = TempDir::new().unwrap();
     let file = dir.path().join("small.safetensors");
-    let tensors = read_tensors(&crate::support::fixture("v3").join("model.safetensors"));
-    let small: Vec<&Tensor> = tensors.iter().filter(|t| t.shape.len() == 1 && t.name.contains("layers.1.")).collect();
-    assert!(small.len() >= 4);
-    crate::support::write_tensors(&file, small);
+    write_tensors(&file, &tensors);
     fs::read(file).unwrap()
 });
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
+fn small(config: &str, weights: &[u8]) -> TempDir {
+    let dir = TempDir::new().unwrap();
+    fs::write(dir.path().join("config.json"), config).unwrap();
+    fs::write(dir.path().join("model.safetensors"), weights).unwrap();
+    dir
+}
 
-    /// Whatever is done to its bytes, what the format's own reader refuses is refused here, with the file's name and without a panic.
+/// Everything that a worker, `inspect` and the reference do with a folder. The error of opening it, if any.
+fn use_all_of(dir: &Path) -> Option<String> {
+    let problems = inspect::report(dir).problems;
+    assert!(!problems.is_empty(), "the small model has no tokenizer");
+    let checkpoint = match Checkpoint::open(dir) {
+        Ok(checkpoint) => checkpoint,
+        Err(error) => return Some(error.to_string()),
+    };
+    assert_eq!(checkpoint.fingerprint().len(), 32);
+    for layer in 0..checkpoint.config().num_hidden_layers {
+        checkpoint.layer(layer).ok();
+        for expert in 0..checkpoint.config().n_routed_experts {
+            checkpoint.expert(layer, expert).ok();
+        }
+    }
+    reference::forward(&checkpoint, &[0, 0]).ok();
+    None
+}
+
+#[test]
+fn the_small_model_is_whole() {
+    let dir = small(SMALL_CONFIG, &SMALL);
+    assert_eq!(use_all_of(dir.path()), None);
+    let logits = reference::forward(&Checkpoint::open(dir.path()).unwrap(), &[0, 4]).unwrap();
+    assert!(logits.len() == 10 && logits.iter().all(|x| x.is_finite()), "{logits:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    /// Whatever is done to the bytes of the weights: no panic, and what the format's own reader refuses is refused by name.
     #[test]
-    fn mutated_files(
-        edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
-        cut in proptest::option::of(any::<prop::sample::Index>()),
+    fn mutated_weights(
+        edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        cut in proptest::option::weighted(0.2, any::<prop::sample::Index>()),
     ) {
         let mut bytes = SMALL.clone();
         for (at, value) in edits {
-            // Most of what can go wrong is in the header.
-            let at = at.index(bytes.len().min(900));
+            let at = at.index(bytes.len());
             bytes[at] = value;
         }
         if let Some(cut) = cut {
             bytes.truncate(cut.index(bytes.len()));
         }
-        let dir = tempfile::TempDir::new().unwrap();
-        fs::copy(crate::support::fixture("v3").join("config.json"), dir.path().join("config.json")).unwrap();
-        fs::write(dir.path().join("model.safetensors"), &bytes).unwrap();
-        // The file lacks most tensors, so a header that is right ends in "is missing".
-        let error = Checkpoint::open(dir.path()).unwrap_err().to_string();
+        let error = use_all_of(small(SMALL_CONFIG, &bytes).path());
         if SafeTensors::read_metadata(&bytes).is_err() {
-            prop_assert!(error.contains("model.safetensors: ") && !error.ends_with("is missing"), "{error}");
+            prop_assert!(error.is_some_and(|error| error.contains("model.safetensors: ")));
         }
+    }
+
+    /// Numbers of config.json that the weights were not made for: an error, or a model that computes.
+    #[test]
+    fn mutated_configs(edits in proptest::collection::vec((any::<prop::sample::Index>(), 0u64..9), 1..4)) {
+        let mut config: Value = serde_json::from_str(SMALL_CONFIG).unwrap();
+        let names: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+        for (at, value) in edits {
+            config[at.get(&names)] = json!(value);
+        }
+        use_all_of(small(&config.to_string(), &SMALL).path());
     }
 }

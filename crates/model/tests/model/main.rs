@@ -9,4 +9,5 @@ mod inspect;
 mod load;
 mod parity;
 mod quantize;
+mod reading;
 mod shards;
