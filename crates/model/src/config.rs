@@ -1,5 +1,5 @@
-//! `config.json` of `deepseek_v2` and `deepseek_v3`: every number checked once, here. What passes cannot overflow a size,
-//! divide by zero or ask for more experts than there are, so the rest of the code computes without looking back.
+//! `config.json` of `deepseek_v2` and `deepseek_v3`: every number checked once, here. What passes cannot overflow a
+//! size, divide by zero or ask for more experts than there are, so the rest of the code computes without looking back.
 
 mod fields;
 mod rope;
@@ -17,7 +17,7 @@ use fields::Fields;
 pub(crate) const CONFIG_FILE: &str = "config.json";
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
-/// Upper bounds, several times beyond the largest public model. Products of any of them that the code forms fit 63 bits.
+/// Upper bounds, several times beyond the largest public model. Every product that the code forms of them fits 63 bits.
 const LAYERS_MAX: usize = 256;
 const MTP_LAYERS_MAX: usize = 8;
 const EXPERTS_MAX: usize = 4096;

@@ -1,7 +1,7 @@
 //! A model's name by content: what two workers compare to know that they serve the same weights.
 //!
 //! ```text
-//! blake3(config as JSON; then for every tensor by name: name, dtype, shape, SAMPLE_BYTES from its middle)[..32 hex digits]
+//! blake3(config as JSON; then for every tensor, by name: its name, dtype, shape, SAMPLE_BYTES from its middle), cut short
 //! ```
 //! A sample, because reading 600 GB at start is no price for a handshake: it tells checkpoints apart, and is no proof
 //! against forgery.

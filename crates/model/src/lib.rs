@@ -1,5 +1,6 @@
 //! A checkpoint as data and as a formula. Owns reading `config.json` and safetensors files of the DeepSeek-V2 and -V3
-//! families, the plain reference of the whole model, `quantize` and `inspect`. Never talks to a network, and never trusts a file.
+//! families, the plain reference of the whole model, `quantize` and `inspect`. Never talks to a network, and never
+//! trusts a file.
 
 mod blocks;
 mod checkpoint;

@@ -1,5 +1,6 @@
 //! The whole model in f32 and plain loops, in the expanded form: keys and values are made for every head, nothing is
-//! absorbed, cached or batched. Slow, and shares no arithmetic with `moesaic_kernels`: what the fast path is held against.
+//! absorbed, cached or batched. Slow, and takes nothing from `moesaic_kernels` but the decoding of stored numbers: what the
+//! fast path is held against.
 //!
 //! ```text
 //! h = embedding[token]

@@ -1,5 +1,5 @@
-//! The header of one safetensors file: 8 bytes of length, JSON, then data that the tensors cover without gap or overlap.
-//! Checks it against the file's size; never touches the data.
+//! The header of one safetensors file: 8 bytes of length, JSON, then data that the tensors cover without gap or
+//! overlap. Checks it against the file's size; never touches the data.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;

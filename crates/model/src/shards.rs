@@ -148,8 +148,8 @@ fn is_plain_name(file: &str) -> bool {
 fn map(path: &Path) -> Result<Mmap, ModelError> {
     check_is_file(path)?;
     let file = File::open(path).map_err(|e| ModelError::io(path, e))?;
-    // SAFETY: the map is read-only and private to this struct. Its bytes are only read as plain integers, so no value of
-    // them is invalid. Whoever writes into or truncates a checkpoint's file while it is served breaks the one assumption
-    // that every reader by mmap makes; a checkpoint is replaced by renaming a new one over it.
+    // SAFETY: the map is read-only and private to this struct, and its bytes are only read as plain integers, so no value
+    // of them is invalid. Whoever writes into or truncates a checkpoint's file while it is served breaks the one
+    // assumption that every reader by mmap makes; a checkpoint is replaced by renaming a new one over it.
     unsafe { Mmap::map(&file) }.map_err(|e| ModelError::io(path, e))
 }
