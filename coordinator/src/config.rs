@@ -1,0 +1,127 @@
+//! What a person sets: flags over environment (`MOESAIC_*`) over a TOML file. Every default is here.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// One coordinator.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The checkpoint's folder: config.json, tokenizer.json, the chat template. No weights are read.
+    pub model: PathBuf,
+    /// The model's name for clients; the folder's name if unset.
+    pub served_name: Option<String>,
+    /// Unique among the cluster's coordinators; drawn if unset.
+    pub id: Option<String>,
+    pub cluster: String,
+    /// gRPC and HTTP, both on this port. Port 0: any free one.
+    pub listen: SocketAddr,
+    /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
+    pub registry: String,
+    /// Expert workers to wait for before the first placement is made.
+    pub expert_workers: usize,
+    /// Sequences that may run or wait at a time, each choice of a request counted; more are refused with 429.
+    pub sequences_max: usize,
+    /// Bytes of one HTTP request.
+    pub body_bytes_max: usize,
+    /// Connections at a time; more wait to be accepted.
+    pub connections_max: usize,
+    /// How long running requests may go on after a stop.
+    pub drain_seconds: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            model: PathBuf::new(),
+            served_name: None,
+            id: None,
+            cluster: "moesaic".into(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            registry: "etcd://127.0.0.1:2379".into(),
+            expert_workers: 1,
+            sequences_max: 1024,
+            // A prompt of DeepSeek-V3's whole context, as text or as ids.
+            body_bytes_max: 4 << 20,
+            connections_max: 2048,
+            drain_seconds: 30,
+        }
+    }
+}
+
+/// The same as flags. What is not given comes from the environment, the file or the defaults.
+#[derive(Clone, Debug, Default, Serialize, clap::Args)]
+pub struct Flags {
+    /// The checkpoint's folder
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<PathBuf>,
+    /// The model's name for clients; the folder's name if not given
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served_name: Option<String>,
+    /// Unique among the cluster's coordinators; drawn if not given
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<String>,
+    /// Where to serve gRPC and HTTP; port 0 takes any free one
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
+    /// etcd://host:port[,host:port]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registry: Option<String>,
+    /// Expert workers to wait for before the first placement is made
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_workers: Option<usize>,
+    /// Sequences that may run or wait at a time; more are refused with 429
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequences_max: Option<usize>,
+    /// Bytes of one HTTP request
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body_bytes_max: Option<usize>,
+    /// Connections at a time
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections_max: Option<usize>,
+    /// How long running requests may go on after a stop
+    #[arg(long, value_name = "S")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_seconds: Option<u64>,
+}
+
+/// A value that cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidConfig {
+    #[error("config: model is not set; give the checkpoint's folder")]
+    Model,
+    #[error("config: {field} is 0; expected at least 1")]
+    Zero { field: &'static str },
+}
+
+impl Config {
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        if self.model.as_os_str().is_empty() {
+            return Err(InvalidConfig::Model);
+        }
+        let positive = [
+            ("expert_workers", self.expert_workers),
+            ("sequences_max", self.sequences_max),
+            ("body_bytes_max", self.body_bytes_max),
+            ("connections_max", self.connections_max),
+        ];
+        match positive.into_iter().find(|(_, value)| *value == 0) {
+            Some((field, _)) => Err(InvalidConfig::Zero { field }),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Everything that can be wrong with a request, once for both front doors.
+
+/// Why a request is refused or ended. The text is for the client: it names the field, the limit and the value given.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ApiError {
+    #[error("{field}: {reason}")]
+    Invalid { field: String, reason: String },
+    #[error(
+        "This model's context has at most {context} tokens, and the prompt has {prompt}{}. Shorten the prompt{}.",
+        asked(*max_tokens), if max_tokens.is_some() { " or max_tokens" } else { "" }
+    )]
+    ContextLength { context: usize, prompt: usize, max_tokens: Option<usize> },
+    #[error(
+        "The prompt{} needs {needed} tokens of cache, and the largest attention worker has {capacity}. Shorten it.",
+        if *generated { " with max_tokens" } else { "" }
+    )]
+    CacheSize { needed: usize, capacity: usize, generated: bool },
+    #[error("The request has more than {limit} bytes, the most that are read.")]
+    TooLarge { limit: usize },
+    #[error("The model {name:?} does not exist; this cluster serves {served:?}.")]
+    UnknownModel { name: String, served: String },
+    #[error("There is no {method} {path}.")]
+    UnknownPath { method: String, path: String },
+    #[error("{path} does not take {method}.")]
+    Method { method: String, path: String },
+    #[error("The request's body did not arrive within {seconds} s.")]
+    SlowBody { seconds: u64 },
+    #[error("request_id {request_id:?} is in use.")]
+    Exists { request_id: String },
+    #[error("The cluster is full: {reason}. Try again in {retry_after_s} s.")]
+    Full { reason: String, retry_after_s: u64 },
+    #[error("The cluster cannot produce a token at present: {reason}.")]
+    Unavailable { reason: String },
+    #[error("The generation failed: {reason}.")]
+    Failed { reason: String },
+}
+
+fn asked(max_tokens: Option<usize>) -> String {
+    max_tokens.map_or_else(String::new, |n| format!(" and max_tokens asks for {n} more"))
+}
+
+impl ApiError {
+    pub fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Invalid { field: field.into(), reason: reason.into() }
+    }
+}

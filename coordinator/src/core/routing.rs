@@ -1,0 +1,173 @@
+//! Which attention worker takes a sequence: the least loaded of those that are alive, match the cluster's model and
+//! reach every expert.
+//!
+//! The first worker seen fixes the model (fingerprint and numerics); others that differ are left out.
+
+use std::collections::BTreeMap;
+
+use moesaic_proto::WorkerId;
+use moesaic_proto::v1::LoadResponse;
+
+/// What makes two workers' tokens the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    pub fingerprint: String,
+    pub numerics: String,
+}
+
+#[derive(Default)]
+pub struct Router {
+    identity: Option<Identity>,
+    workers: BTreeMap<WorkerId, Worker>,
+}
+
+#[derive(Default)]
+struct Worker {
+    /// None until the worker has answered, and again when it does not answer any more.
+    load: Option<LoadResponse>,
+    /// Tokens of our sequences there: prompts and what they may still become.
+    outstanding: u64,
+}
+
+impl Router {
+    /// True if a member matches the model; the first one fixes it.
+    pub fn accept(&mut self, identity: &Identity) -> bool {
+        self.identity.get_or_insert_with(|| identity.clone()) == identity
+    }
+
+    pub fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
+    }
+
+    pub fn add(&mut self, id: WorkerId) {
+        self.workers.entry(id).or_default();
+    }
+
+    pub fn remove(&mut self, id: &WorkerId) {
+        self.workers.remove(id);
+    }
+
+    /// The worker's answer to Load, or None if there was none.
+    pub fn set_load(&mut self, id: &WorkerId, load: Option<LoadResponse>) {
+        if let Some(worker) = self.workers.get_mut(id) {
+            worker.load = load;
+        }
+    }
+
+    /// Takes the least loaded worker that is not in `tried`, and counts the tokens there until `release`.
+    pub fn pick(&mut self, tokens: u64, tried: &[WorkerId]) -> Option<WorkerId> {
+        let ready = self.workers.iter_mut().filter(|(id, worker)| worker.is_ready() && !tried.contains(id));
+        // Shares of different capacities are compared by cross multiplication: no rounding, ties by id.
+        let (id, worker) = ready.min_by(|(_, a), (_, b)| {
+            let (a, b) = ((a.used(), a.capacity()), (b.used(), b.capacity()));
+            (u128::from(a.0) * u128::from(b.1)).cmp(&(u128::from(b.0) * u128::from(a.1)))
+        })?;
+        worker.outstanding += tokens;
+        Some(id.clone())
+    }
+
+    /// A sequence that was picked has ended.
+    pub fn release(&mut self, id: &WorkerId, tokens: u64) {
+        if let Some(worker) = self.workers.get_mut(id) {
+            worker.outstanding = worker.outstanding.saturating_sub(tokens);
+        }
+    }
+
+    /// Tokens that the largest latent cache holds, among the workers that have answered.
+    pub fn capacity_max(&self) -> Option<u64> {
+        self.workers.values().filter(|worker| worker.load.is_some()).map(Worker::capacity).max()
+    }
+
+    /// Why no token could be produced; None if one could.
+    pub fn not_ready(&self) -> Option<String> {
+        if self.workers.values().any(Worker::is_ready) {
+            return None;
+        }
+        let answering = self.workers.values().filter(|worker| worker.load.is_some()).count();
+        Some(match (self.workers.len(), answering) {
+            (0, _) => "no attention worker is registered".into(),
+            (known, 0) => format!("none of {known} attention workers answers"),
+            (_, answering) => format!("no attention worker reaches every expert ({answering} answer)"),
+        })
+    }
+}
+
+impl Worker {
+    fn is_ready(&self) -> bool {
+        self.load.as_ref().is_some_and(|load| load.experts_reachable)
+    }
+
+    fn capacity(&self) -> u64 {
+        self.load.as_ref().map_or(0, |load| u64::from(load.pages_total) * u64::from(load.page_tokens)).max(1)
+    }
+
+    /// Our own count is newer than the worker's; the worker's has other coordinators' sequences too.
+    fn used(&self) -> u64 {
+        let load = self.load.unwrap_or_default();
+        let pages = u64::from(load.pages_total.saturating_sub(load.pages_free));
+        self.outstanding.max(pages * u64::from(load.page_tokens))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(name: &str) -> WorkerId {
+        WorkerId::new(name).unwrap()
+    }
+
+    fn load(pages_total: u32, pages_free: u32) -> Option<LoadResponse> {
+        Some(LoadResponse { pages_total, pages_free, page_tokens: 64, experts_reachable: true, ..Default::default() })
+    }
+
+    fn router(workers: &[(&str, Option<LoadResponse>)]) -> Router {
+        let mut router = Router::default();
+        for (name, load) in workers {
+            router.add(id(name));
+            router.set_load(&id(name), *load);
+        }
+        router
+    }
+
+    #[test]
+    fn sequences_spread_by_outstanding_tokens_and_come_back() {
+        let mut router = router(&[("a", load(10, 10)), ("b", load(10, 10))]);
+        assert_eq!(router.pick(100, &[]), Some(id("a")));
+        assert_eq!(router.pick(10, &[]), Some(id("b")));
+        assert_eq!(router.pick(10, &[]), Some(id("b")));
+        router.release(&id("a"), 100);
+        assert_eq!(router.pick(10, &[]), Some(id("a")));
+        assert_eq!(router.pick(10, &[id("a"), id("b")]), None);
+    }
+
+    #[test]
+    fn the_share_of_the_cache_counts_not_the_tokens() {
+        let mut router = router(&[("large", load(100, 60)), ("small", load(10, 5))]);
+        assert_eq!(router.pick(1, &[]), Some(id("large")), "40 of 100 pages against 5 of 10");
+        assert_eq!(router.capacity_max(), Some(6400));
+    }
+
+    #[test]
+    fn health_says_what_is_missing() {
+        let unreachable = load(1, 1).map(|load| LoadResponse { experts_reachable: false, ..load });
+        let table = [
+            (router(&[]), Some("no attention worker is registered")),
+            (router(&[("a", None)]), Some("none of 1 attention workers answers")),
+            (router(&[("a", unreachable)]), Some("no attention worker reaches every expert (1 answer)")),
+            (router(&[("a", load(1, 1)), ("b", None)]), None),
+        ];
+        for (router, expected) in table {
+            assert_eq!(router.not_ready().as_deref(), expected);
+        }
+    }
+
+    #[test]
+    fn the_first_worker_fixes_the_model() {
+        let identity = |fingerprint: &str| Identity { fingerprint: fingerprint.into(), numerics: "f32".into() };
+        let mut router = Router::default();
+        assert!(router.accept(&identity("one")));
+        assert!(!router.accept(&identity("two")));
+        assert!(router.accept(&identity("one")));
+    }
+}

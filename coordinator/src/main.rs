@@ -1,0 +1,33 @@
+//! `moesaic-coordinator`: one coordinator as a process of its own.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use moesaic_coordinator::{Config, Context, Flags, run};
+use moesaic_node::telemetry::LogFormat;
+use moesaic_node::{config, registry, stop, telemetry};
+
+/// The front door of a Moesaic cluster: gRPC and OpenAI-compatible HTTP on one port.
+#[derive(Parser)]
+#[command(name = "moesaic-coordinator", version)]
+struct Arguments {
+    #[command(flatten)]
+    flags: Flags,
+    /// A TOML file with the same settings; flags and MOESAIC_* variables count more
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// text or json
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = str::parse::<LogFormat>)]
+    log_format: LogFormat,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    telemetry::init(arguments.log_format, "info")?;
+    let config: Config = config::load(arguments.config.as_deref(), &arguments.flags)?;
+    config.validate()?;
+    let stop = stop::on_signals()?;
+    let registry = registry::open(&config.registry, &config.cluster).await?;
+    run(config, Context { registry }, stop).await
+}

@@ -1,0 +1,172 @@
+//! What the coordinator needs to know of the checkpoint: limits, layers and defaults from `config.json` and
+//! `generation_config.json`. It reads no weights; the workers validate the whole folder.
+
+use std::path::{Path, PathBuf};
+
+use moesaic_proto::LayerId;
+use moesaic_proto::limits::{EXPERTS_MAX, LAYERS_MAX};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error("cannot read {}: {reason}", path.display())]
+    Read { path: PathBuf, reason: String },
+    #[error("{}: {reason}", path.display())]
+    Parse { path: PathBuf, reason: String },
+    #[error("{}: {field} is {value}; expected {expected}", path.display())]
+    Field { path: PathBuf, field: &'static str, value: String, expected: String },
+}
+
+/// Facts of the served model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Model {
+    /// For clients.
+    pub name: String,
+    /// "deepseek_v3", "deepseek_v2"
+    pub family: String,
+    pub vocabulary: u32,
+    /// Prompt and output together, in tokens.
+    pub context_max: usize,
+    /// Tokens that end a sequence unless the request says otherwise.
+    pub eos: Vec<u32>,
+    /// Layers with routed experts, and how many each has.
+    pub moe_layers: Vec<LayerId>,
+    pub experts: usize,
+    pub defaults: Defaults,
+}
+
+/// Sampling where the request says nothing: from `generation_config.json`, else temperature 1 and no filter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Defaults {
+    pub temperature: f32,
+    pub top_p: f32,
+}
+
+#[derive(Deserialize)]
+struct ConfigFile {
+    model_type: String,
+    vocab_size: u64,
+    max_position_embeddings: u64,
+    num_hidden_layers: u64,
+    #[serde(default)]
+    n_routed_experts: Option<u64>,
+    #[serde(default)]
+    first_k_dense_replace: u64,
+    #[serde(default = "one")]
+    moe_layer_freq: u64,
+    #[serde(default)]
+    eos_token_id: Option<OneOrMore>,
+}
+
+#[derive(Deserialize, Default)]
+struct GenerationFile {
+    eos_token_id: Option<OneOrMore>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMore {
+    One(u32),
+    More(Vec<u32>),
+}
+
+fn one() -> u64 {
+    1
+}
+
+impl Model {
+    /// Reads the folder's two files; the second may be missing.
+    pub fn open(dir: &Path, served_name: Option<&str>) -> Result<Self, ModelError> {
+        let path = dir.join("config.json");
+        let config: ConfigFile = read(&path)?;
+        let generation_path = dir.join("generation_config.json");
+        let generation: GenerationFile =
+            if generation_path.exists() { read(&generation_path)? } else { GenerationFile::default() };
+
+        let within = |field, value: u64, low: u64, high: u64| match value {
+            v if (low..=high).contains(&v) => Ok(v),
+            _ => {
+                let (value, expected) = (value.to_string(), format!("{low} to {high}"));
+                Err(ModelError::Field { path: path.clone(), field, value, expected })
+            }
+        };
+        let layers = within("num_hidden_layers", config.num_hidden_layers, 1, LAYERS_MAX as u64)?;
+        let experts = within("n_routed_experts", config.n_routed_experts.unwrap_or(0), 0, EXPERTS_MAX as u64)?;
+        let every = within("moe_layer_freq", config.moe_layer_freq, 1, LAYERS_MAX as u64)?;
+        let is_moe = |layer: &u64| experts > 0 && *layer >= config.first_k_dense_replace && layer % every == 0;
+        let eos = match generation.eos_token_id.or(config.eos_token_id) {
+            None => Vec::new(),
+            Some(OneOrMore::One(id)) => vec![id],
+            Some(OneOrMore::More(ids)) => ids,
+        };
+        let defaults =
+            Defaults { temperature: generation.temperature.unwrap_or(1.0), top_p: generation.top_p.unwrap_or(1.0) };
+        if !(0.0..=2.0).contains(&defaults.temperature) || !(defaults.top_p > 0.0 && defaults.top_p <= 1.0) {
+            let value = format!("{} and {}", defaults.temperature, defaults.top_p);
+            let expected = "0 to 2, and above 0 to 1".to_owned();
+            return Err(ModelError::Field { path: generation_path, field: "temperature and top_p", value, expected });
+        }
+        Ok(Self {
+            name: served_name.map_or_else(|| folder_name(dir), str::to_owned),
+            vocabulary: within("vocab_size", config.vocab_size, 1, 1 << 24)? as u32,
+            context_max: within("max_position_embeddings", config.max_position_embeddings, 2, 1 << 28)? as usize,
+            family: config.model_type,
+            eos,
+            moe_layers: (0..layers).filter(is_moe).map(|layer| LayerId(layer as u8)).collect(),
+            experts: experts as usize,
+            defaults,
+        })
+    }
+}
+
+fn folder_name(dir: &Path) -> String {
+    let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    whole.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
+    let path = || path.to_owned();
+    let text = std::fs::read(path()).map_err(|e| ModelError::Read { path: path(), reason: e.to_string() })?;
+    serde_json::from_slice(&text).map_err(|e| ModelError::Parse { path: path(), reason: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::tokenizer::fixtures::folder;
+
+    #[test]
+    fn reads_the_demo_model() {
+        let model = Model::open(&folder(), None).unwrap();
+        assert_eq!((model.name.as_str(), model.family.as_str()), ("tiny-r1", "deepseek_v3"));
+        assert_eq!((model.vocabulary, model.context_max, model.experts), (288, 4096, 32));
+        assert_eq!(model.eos, [1]);
+        assert_eq!(model.moe_layers, [1, 2, 3, 4].map(LayerId));
+        assert_eq!(model.defaults, Defaults { temperature: 1.0, top_p: 1.0 });
+    }
+
+    #[test]
+    fn a_bad_field_is_named() {
+        let good = r#"{"model_type":"deepseek_v3","vocab_size":8,"max_position_embeddings":64,"num_hidden_layers":2}"#;
+        let table = [
+            (good.replace("\"vocab_size\":8,", ""), "missing field `vocab_size`"),
+            (good.replace(":64", ":0"), "max_position_embeddings is 0; expected 2 to"),
+            (good.replace(":2}", ":300}"), "num_hidden_layers is 300; expected 1 to 256"),
+            (good.replace(":8", ":\"8\""), "config.json: invalid type"),
+        ];
+        let dir = tempfile::tempdir().unwrap();
+        for (text, expected) in table {
+            std::fs::write(dir.path().join("config.json"), &text).unwrap();
+            let error = Model::open(dir.path(), None).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+        std::fs::write(dir.path().join("config.json"), good).unwrap();
+        std::fs::write(dir.path().join("generation_config.json"), r#"{"temperature":0.6,"eos_token_id":[1,2]}"#)
+            .unwrap();
+        let model = Model::open(dir.path(), Some("served")).unwrap();
+        assert_eq!((model.name.as_str(), model.eos, model.defaults.temperature), ("served", vec![1, 2], 0.6));
+    }
+}

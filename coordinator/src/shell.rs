@@ -1,0 +1,9 @@
+//! Tasks, sockets and services around the core.
+
+pub mod generation;
+pub mod grpc;
+pub mod http;
+pub mod run;
+pub mod server;
+pub mod service;
+pub mod workers;

@@ -1,0 +1,160 @@
+//! The sequences of one HTTP request, run side by side: n choices for each of its prompts.
+
+use std::sync::Arc;
+
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::future::try_join_all;
+use futures::stream::{self, BoxStream, SelectAll, Stream, StreamExt};
+use moesaic_proto::v1::FinishReason;
+use serde::Serialize;
+
+use super::error::error_body;
+use super::types::{Head, Usage};
+use crate::core::{ApiError, Delta, Params};
+use crate::shell::service::{Service, Ticket, draw_seed};
+
+pub struct Batch {
+    sequences: SelectAll<BoxStream<'static, (usize, Result<Delta, ApiError>)>>,
+    count: usize,
+    usage: Usage,
+}
+
+/// How a route turns news into the chunks of a stream.
+pub trait Chunks: Send + 'static {
+    type Chunk: Serialize + Send;
+    fn chunks(&mut self, index: usize, delta: Delta) -> Vec<Self::Chunk>;
+    fn usage(&mut self, usage: Usage) -> Self::Chunk;
+}
+
+impl Batch {
+    /// Starts them all, or none. Prompt p's choice c has index p * n + c; each prompt's choices have the same seeds, so
+    /// that a prompt's answers do not depend on the others.
+    pub async fn start(
+        service: &Arc<Service>,
+        ticket: Arc<Ticket>,
+        params: &Params,
+        prompts: Vec<Vec<u32>>,
+        n: u32,
+    ) -> Result<Self, ApiError> {
+        let seed = params.seed.unwrap_or_else(draw_seed);
+        let mut usage = Usage::default();
+        let mut starts = Vec::new();
+        for prompt in prompts {
+            usage.prompt_tokens += prompt.len() as u32;
+            let request = service.request(params, prompt)?;
+            for choice in 0..n {
+                let sequence = starts.len() as u32;
+                starts.push(service.generate(ticket.clone(), request.clone(), seed, (sequence, choice)));
+            }
+        }
+        let generations = try_join_all(starts).await?;
+        let count = generations.len();
+        let sequences = generations.into_iter().enumerate();
+        let sequences = sequences.map(|(i, generation)| generation.into_stream().map(move |news| (i, news)).boxed());
+        Ok(Self { sequences: stream::select_all(sequences), count, usage })
+    }
+
+    /// Sequences in all.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    async fn next(&mut self) -> Option<Result<(usize, Delta), ApiError>> {
+        let (index, news) = self.sequences.next().await?;
+        Some(news.map(|delta| {
+            self.usage.completion_tokens += delta.ending.as_ref().map_or(0, |ending| ending.completion_tokens);
+            self.usage.total_tokens = self.usage.prompt_tokens + self.usage.completion_tokens;
+            (index, delta)
+        }))
+    }
+
+    /// Waits for all of them: each sequence's news put together.
+    pub async fn whole(mut self) -> Result<(Vec<Delta>, Usage), ApiError> {
+        let mut whole: Vec<Delta> = (0..self.count).map(|_| Delta::default()).collect();
+        while let Some(news) = self.next().await {
+            let (index, delta) = news?;
+            let sum = &mut whole[index];
+            sum.text.push_str(&delta.text);
+            sum.tokens.extend(delta.tokens);
+            sum.prompt.extend(delta.prompt);
+            sum.ending = delta.ending;
+        }
+        Ok((whole, self.usage))
+    }
+
+    /// Server-sent events. An error ends the stream in place of `[DONE]`.
+    pub fn stream<C: Chunks>(self, chunks: C, include_usage: bool) -> Response {
+        let state = Streaming { batch: self, chunks, include_usage, done: false };
+        let events = stream::unfold(state, |mut state| async move { state.next().await.map(|events| (events, state)) });
+        let events = events.flat_map(stream::iter).map(Ok::<_, std::convert::Infallible>);
+        sse(events)
+    }
+}
+
+struct Streaming<C> {
+    batch: Batch,
+    chunks: C,
+    include_usage: bool,
+    done: bool,
+}
+
+impl<C: Chunks> Streaming<C> {
+    async fn next(&mut self) -> Option<Vec<Event>> {
+        if self.done {
+            return None;
+        }
+        Some(match self.batch.next().await {
+            Some(Ok((index, delta))) => self.chunks.chunks(index, delta).iter().map(event).collect(),
+            Some(Err(error)) => {
+                self.done = true;
+                vec![event(&error_body(error))]
+            }
+            None => {
+                self.done = true;
+                let usage = self.include_usage.then(|| event(&self.chunks.usage(self.batch.usage)));
+                usage.into_iter().chain([Event::default().data("[DONE]")]).collect()
+            }
+        })
+    }
+}
+
+fn event(data: &impl Serialize) -> Event {
+    Event::default().data(serde_json::to_string(data).expect("our own types always are JSON"))
+}
+
+fn sse(events: impl Stream<Item = Result<Event, std::convert::Infallible>> + Send + 'static) -> Response {
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+}
+
+impl Delta {
+    /// The tokens that are part of the text: without the stop token or the stop string's at the end.
+    pub(super) fn visible_tokens(&self) -> &[moesaic_proto::v1::TokenInfo] {
+        let hidden = self.ending.as_ref().map_or(0, |ending| ending.hidden_tokens as usize);
+        &self.tokens[..self.tokens.len().saturating_sub(hidden)]
+    }
+
+    pub(super) fn finish_reason(&self) -> Option<&'static str> {
+        self.ending.as_ref().map(|ending| match ending.reason {
+            FinishReason::Length => "length",
+            FinishReason::Aborted => "abort",
+            FinishReason::Stop | FinishReason::Unspecified => "stop",
+        })
+    }
+}
+
+/// What every answer to this request begins with.
+pub fn head(service: &Service, id: &str, object: &'static str) -> Head {
+    let system_fingerprint = service.workers.identity().map(|identity| {
+        let digits: String = identity.fingerprint.chars().take(12).collect();
+        format!("fp_{digits}_{}", identity.numerics)
+    });
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Head {
+        id: id.to_owned(),
+        object,
+        created: now.map_or(0, |since| since.as_secs()),
+        model: service.model.name.clone(),
+        system_fingerprint,
+    }
+}

@@ -1,0 +1,108 @@
+//! A coordinator's life: open the folder, take the port, follow the registry, serve, stop.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use moesaic_node::Registry;
+use moesaic_node::server::{set_serving, with_health_and_reflection};
+use moesaic_proto::WorkerId;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic_health::server::HealthReporter;
+
+use super::service::{Service, draw_id};
+use super::workers::Workers;
+use super::{grpc, http, server};
+use crate::config::Config;
+use crate::model::Model;
+use crate::text::{ChatTemplate, Tokenizer};
+
+/// What the coordinator shares with the process that it runs in.
+pub struct Context {
+    pub registry: Arc<dyn Registry>,
+}
+
+/// A coordinator whose port is taken but not served yet.
+pub struct Coordinator {
+    config: Config,
+    registry: Arc<dyn Registry>,
+    service: Arc<Service>,
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+/// Serves until `stop`, then lets running requests finish within the bound.
+pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
+    Coordinator::bind(config, context).await?.serve(stop).await
+}
+
+impl Coordinator {
+    /// Reads the checkpoint's folder and takes the port.
+    pub async fn bind(config: Config, context: Context) -> anyhow::Result<Self> {
+        config.validate()?;
+        let model = Model::open(&config.model, config.served_name.as_deref())?;
+        let tokenizer = Tokenizer::open(&config.model)?;
+        let template = ChatTemplate::open(&config.model)?;
+        if template.is_none() {
+            tracing::warn!("the model has no chat template: /v1/chat/completions will refuse");
+        }
+        let id = WorkerId::new(&config.id.clone().unwrap_or_else(|| draw_id("coordinator-")))?;
+        let registry = context.registry;
+        let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, &*registry);
+        let service = Service::new(model, tokenizer, template, Arc::new(workers), config.sequences_max);
+        let listener =
+            TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
+        let address = listener.local_addr()?;
+        Ok(Self { config, registry, service: Arc::new(service), listener, address })
+    }
+
+    /// With the port that was taken.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn model_name(&self) -> &str {
+        &self.service.model.name
+    }
+
+    pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let routes = tonic::service::Routes::new(grpc::server(self.service.clone()));
+        let (routes, reporter) = with_health_and_reflection(routes, grpc::NAME).await;
+        let workers = &self.service.workers;
+        // Dropped, and so ended, with this function.
+        let mut tasks = JoinSet::new();
+        tasks.spawn(workers.clone().follow());
+        tasks.spawn(workers.clone().place(self.registry.clone()));
+        tasks.spawn(report_health(workers.clone(), reporter, stop.clone()));
+
+        let limits = server::Limits {
+            connections_max: self.config.connections_max,
+            drain: Duration::from_secs(self.config.drain_seconds),
+        };
+        let http = http::router(self.service.clone(), self.config.body_bytes_max, stop.clone());
+        tracing::info!(address = %self.address, model = self.service.model.name, "serving gRPC and HTTP");
+        server::serve(self.listener, http, routes.prepare().into_axum_router(), limits, stop).await;
+        tracing::info!("stopped");
+        Ok(())
+    }
+}
+
+/// grpc.health.v1 says the same as /health.
+async fn report_health(workers: Arc<Workers>, reporter: HealthReporter, stop: CancellationToken) {
+    let mut not_ready = workers.not_ready();
+    loop {
+        let reason = not_ready.borrow_and_update().clone();
+        match &reason {
+            None => tracing::info!("ready: a token could be produced"),
+            Some(reason) => tracing::info!(reason, "not ready"),
+        }
+        set_serving(&reporter, grpc::NAME, reason.is_none()).await;
+        tokio::select! {
+            changed = not_ready.changed() => if changed.is_err() { return },
+            () = stop.cancelled() => return set_serving(&reporter, grpc::NAME, false).await,
+        }
+    }
+}

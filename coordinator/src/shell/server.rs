@@ -1,0 +1,144 @@
+//! One port for gRPC and HTTP: HTTP/1.1 and HTTP/2 without TLS, told apart by the connection's first bytes, gRPC and the
+//! rest by their content type. Bounds connections, headers, streams and waits; stops gracefully.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use http::{Request, Response, header};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+/// A connection that has not said what it wants by then is closed: the first bytes, and a request's headers.
+const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(12);
+const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+/// Requests at a time on one connection.
+const STREAMS_MAX: u32 = 256;
+/// Streams that a peer may open and reset before it is sent away (rapid reset).
+const RESET_STREAMS_MAX: usize = 32;
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// What a slow reader may leave in our memory.
+const SEND_BUFFER_BYTES_MAX: usize = 256 << 10;
+/// After accept has failed (no file descriptors left).
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const PREFACE_POLL: Duration = Duration::from_millis(20);
+
+pub struct Limits {
+    pub connections_max: usize,
+    /// How long running requests may go on after a stop.
+    pub drain: Duration,
+}
+
+/// Serves until `stop`; then accepts nothing more, lets running requests finish within the bound, and cuts the rest.
+pub async fn serve(listener: TcpListener, http: Router, grpc: Router, limits: Limits, stop: CancellationToken) {
+    let doors = Doors { http, grpc };
+    let places = Arc::new(Semaphore::new(limits.connections_max));
+    let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = accept(&listener, &places) => accepted,
+            Some(_) = connections.join_next() => continue,
+            () = stop.cancelled() => break,
+        };
+        match accepted {
+            Ok((stream, place)) => {
+                connections.spawn(connection(stream, place, doors.clone(), graceful.watcher(), stop.clone()));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+    drop(listener);
+    let finished = async {
+        graceful.shutdown().await;
+        while connections.join_next().await.is_some() {}
+    };
+    if tokio::time::timeout(limits.drain, finished).await.is_err() {
+        tracing::warn!(seconds = limits.drain.as_secs(), "requests were still running when the grace ended");
+    }
+}
+
+async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> std::io::Result<(TcpStream, OwnedSemaphorePermit)> {
+    let place = places.clone().acquire_owned().await.map_err(std::io::Error::other)?;
+    let (stream, _) = listener.accept().await?;
+    Ok((stream, place))
+}
+
+async fn connection(
+    stream: TcpStream,
+    _place: OwnedSemaphorePermit,
+    doors: Doors,
+    watcher: Watcher,
+    stop: CancellationToken,
+) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "no nodelay");
+    }
+    tokio::select! {
+        // hyper decides between the versions only when it has the whole preface, and would wait for it for ever.
+        spoken = tokio::time::timeout(HEADER_READ_TIMEOUT, preface_or_other(&stream)) => if spoken.is_err() { return },
+        () = stop.cancelled() => return,
+    }
+    let service = tower::service_fn(move |request: Request<Incoming>| doors.clone().call(request.map(Body::new)));
+    let builder = builder();
+    let serving = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)).into_owned();
+    if let Err(error) = watcher.watch(serving).await {
+        tracing::debug!(%error, "a connection broke");
+    }
+}
+
+/// Waits for enough bytes to tell HTTP/2 from HTTP/1.
+async fn preface_or_other(stream: &TcpStream) {
+    let mut first = [0; HTTP2_PREFACE.len()];
+    while let Ok(read) = stream.peek(&mut first).await {
+        if read == 0 || read == first.len() || !HTTP2_PREFACE.starts_with(&first[..read]) {
+            return;
+        }
+        tokio::time::sleep(PREFACE_POLL).await;
+    }
+}
+
+fn builder() -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .max_pending_accept_reset_streams(RESET_STREAMS_MAX)
+        .max_local_error_reset_streams(RESET_STREAMS_MAX)
+        .max_send_buf_size(SEND_BUFFER_BYTES_MAX)
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+    builder
+}
+
+#[derive(Clone)]
+struct Doors {
+    http: Router,
+    grpc: Router,
+}
+
+impl Doors {
+    async fn call(self, request: Request<Body>) -> Result<Response<Body>, Infallible> {
+        let content_type = request.headers().get(header::CONTENT_TYPE);
+        let is_grpc = content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+        if is_grpc { self.grpc.oneshot(request).await } else { self.http.oneshot(request).await }
+    }
+}

@@ -1,0 +1,214 @@
+//! One request's way, the same for both front doors: admit, tokenise, check, run. Owns what is shared by all requests.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use moesaic_proto::v1::RunRequest;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use super::generation::Generation;
+use super::workers::Workers;
+use crate::core::request::{check_request_id, choice_seed};
+use crate::core::{Admission, ApiError, Output, Params, Request};
+use crate::model::Model;
+use crate::text::template::Message;
+use crate::text::{ChatTemplate, ReasoningSplitter, Tokenizer};
+
+/// Longer texts are tokenised away from the threads that serve connections, so many at a time: about 1 ms each here.
+const INLINE_BYTES_MAX: usize = 4 << 10;
+const TOKENISING_MAX: usize = 2;
+
+pub struct Service {
+    pub model: Model,
+    pub tokenizer: Arc<Tokenizer>,
+    pub workers: Arc<Workers>,
+    template: Option<ChatTemplate>,
+    requests: Mutex<Requests>,
+    started: Instant,
+    tokenising: Semaphore,
+}
+
+struct Requests {
+    admission: Admission,
+    running: HashMap<String, CancellationToken>,
+}
+
+/// A request's permit: held by everything that runs for it; its place is free when the last one drops it.
+pub struct Ticket {
+    service: Arc<Service>,
+    request_id: String,
+    abort: CancellationToken,
+}
+
+impl Ticket {
+    pub fn request_id(&self) -> &str {
+        &self.request_id
+    }
+
+    pub(super) async fn aborted(&self) {
+        self.abort.cancelled().await;
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let now_ms = self.service.started.elapsed().as_millis() as u64;
+        let mut requests = self.service.lock();
+        requests.running.remove(&self.request_id);
+        requests.admission.release(&self.request_id, now_ms);
+    }
+}
+
+/// A conversation as tokens.
+pub struct ChatPrompt {
+    pub tokens: Vec<u32>,
+    /// The template has opened the reasoning already.
+    pub reasoning_opened: bool,
+}
+
+impl Service {
+    pub fn new(
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Option<ChatTemplate>,
+        workers: Arc<Workers>,
+        sequences_max: usize,
+    ) -> Self {
+        let requests = Requests { admission: Admission::new(sequences_max), running: HashMap::new() };
+        Self {
+            model,
+            tokenizer: Arc::new(tokenizer),
+            workers,
+            template,
+            requests: Mutex::new(requests),
+            started: Instant::now(),
+            tokenising: Semaphore::new(TOKENISING_MAX),
+        }
+    }
+
+    /// Lets a request in, with so many sequences.
+    pub fn admit(self: &Arc<Self>, request_id: String, sequences: usize) -> Result<Arc<Ticket>, ApiError> {
+        check_request_id(&request_id)?;
+        if let Some(reason) = self.workers.not_ready().borrow().clone() {
+            return Err(ApiError::Unavailable { reason });
+        }
+        let abort = CancellationToken::new();
+        let mut requests = self.lock();
+        requests.admission.admit(&request_id, sequences)?;
+        requests.running.insert(request_id.clone(), abort.clone());
+        drop(requests);
+        Ok(Arc::new(Ticket { service: self.clone(), request_id, abort }))
+    }
+
+    /// Ends a running request; false if there is none of that id.
+    pub fn abort(&self, request_id: &str) -> bool {
+        let token = self.lock().running.get(request_id).cloned();
+        token.inspect(CancellationToken::cancel).is_some()
+    }
+
+    /// Sequences that run or wait.
+    pub fn sequences(&self) -> usize {
+        self.lock().admission.sequences()
+    }
+
+    pub fn check_model(&self, name: &str) -> Result<(), ApiError> {
+        if name.is_empty() || name == self.model.name {
+            return Ok(());
+        }
+        Err(ApiError::UnknownModel { name: name.chars().take(200).collect(), served: self.model.name.clone() })
+    }
+
+    /// The sequence for a prompt, checked against the model and the largest cache.
+    pub fn request(&self, params: &Params, prompt: Vec<u32>) -> Result<Request, ApiError> {
+        params.request(prompt, &self.model, self.workers.capacity_max())
+    }
+
+    /// Runs one sequence of a request. `sequence` counts them, `choice` those of the same prompt.
+    pub async fn generate(
+        &self,
+        ticket: Arc<Ticket>,
+        request: Request,
+        seed: u64,
+        (sequence, choice): (u32, u32),
+    ) -> Result<Generation, ApiError> {
+        let output = Output::new(&request, self.tokenizer.clone());
+        let request_id = match sequence {
+            0 => ticket.request_id.clone(),
+            _ => format!("{}-{sequence}", ticket.request_id),
+        };
+        let mut sampling = request.sampling;
+        sampling.seed = Some(choice_seed(seed, choice));
+        let run = RunRequest {
+            hello: None,
+            request_id,
+            prompt: request.prompt,
+            sampling: Some(sampling),
+            max_tokens: request.max_tokens,
+            stop_token_ids: request.stop_token_ids.into_iter().chain(request.eos).collect(),
+            logprobs: request.logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+        };
+        let retry_after_s = self.lock().admission.retry_after_s();
+        let (events, place) = self.workers.start(run, retry_after_s).await?;
+        Ok(Generation::new(events, output, ticket, place))
+    }
+
+    /// A text's tokens.
+    pub async fn tokenize(&self, text: String, add_special: bool) -> Result<Vec<u32>, ApiError> {
+        let (least, context) = (self.tokenizer.tokens_min(text.len()), self.model.context_max);
+        if least > context {
+            return Err(ApiError::ContextLength { context, prompt: least, max_tokens: None });
+        }
+        let encode = |tokenizer: &Tokenizer| {
+            tokenizer.encode(&text, add_special).map_err(|e| ApiError::invalid("prompt", e.to_string()))
+        };
+        if text.len() <= INLINE_BYTES_MAX {
+            return encode(&self.tokenizer);
+        }
+        let failed = |reason: String| ApiError::Failed { reason };
+        let _turn = self.tokenising.acquire().await.map_err(|e| failed(e.to_string()))?;
+        let (tokenizer, text) = (self.tokenizer.clone(), text.clone());
+        let encoded = tokio::task::spawn_blocking(move || tokenizer.encode(&text, add_special)).await;
+        encoded.map_err(|e| failed(e.to_string()))?.map_err(|e| ApiError::invalid("prompt", e.to_string()))
+    }
+
+    /// A conversation's tokens. Special tokens written out in a message are refused: as text they would be the
+    /// template's own markup, and a user could speak as the assistant.
+    pub async fn tokenize_chat(
+        &self,
+        messages: &[Message],
+        variables: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<ChatPrompt, ApiError> {
+        let Some(template) = &self.template else {
+            return Err(ApiError::invalid("messages", "this model has no chat template; use /v1/completions"));
+        };
+        if messages.is_empty() {
+            return Err(ApiError::invalid("messages", "is empty; expected at least 1 message"));
+        }
+        for (i, message) in messages.iter().enumerate() {
+            if let Some(token) = self.tokenizer.find_special(&message.content) {
+                let reason = format!("has the special token {token:?}, which only the chat template may write");
+                return Err(ApiError::invalid(format!("messages[{i}].content"), reason));
+            }
+        }
+        let prompt = template.render(messages, variables).map_err(|e| ApiError::invalid("messages", e.to_string()))?;
+        let reasoning_opened = ReasoningSplitter::opened_by(&prompt);
+        Ok(ChatPrompt { tokens: self.tokenize(prompt, false).await?, reasoning_opened })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Requests> {
+        // Nothing panics while it is held; if it did, the counts would still be whole.
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A name for a request that has none, and a seed for one that has none.
+pub fn draw_id(prefix: &str) -> String {
+    format!("{prefix}{}", uuid::Uuid::new_v4().simple())
+}
+
+pub fn draw_seed() -> u64 {
+    uuid::Uuid::new_v4().as_u64_pair().1
+}
