@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use figment::{Figment, Provider};
 use figment::providers::{Env, Format, Serialized, Toml};
+use figment::{Figment, Provider};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 

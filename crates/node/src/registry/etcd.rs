@@ -64,7 +64,7 @@ pub async fn etcd(
     let mut client = Client::connect(endpoints, Some(connect)).await.map_err(unreachable)?;
     let prefix = format!("/moesaic/{cluster}/");
 
-    let (listed, revision) = match call(Listing::read(&mut client, &prefix)).await {
+    let (listed, revision) = match call(Listing::default().read(&mut client, &prefix)).await {
         Err(RegistryError::Etcd(source)) => return Err(unreachable(source)),
         other => other?,
     };
@@ -104,9 +104,12 @@ impl Registry for Etcd {
     fn publish(&self, placement: Placement) -> BoxFuture<'_, Result<bool, RegistryError>> {
         let (mut client, key) = (self.client.clone(), format!("{}placement", self.prefix));
         async move {
+            let in_force = || self.view.borrow().placement.as_ref().map_or(0, |p| p.epoch().0);
             let stored = call(client.get(key.clone(), None).map(|r| r.map_err(RegistryError::from))).await?;
             let (epoch, revision) = match stored.kvs().first() {
-                Some(kv) => (v1::Placement::decode(kv.value()).map_or(0, |p| p.epoch), kv.mod_revision()),
+                Some(kv) => {
+                    (decode_placement(kv.value()).map_or_else(|_| in_force(), |p| p.epoch().0), kv.mod_revision())
+                }
                 None => (0, 0),
             };
             if epoch.checked_add(1) != Some(placement.epoch().0) {
@@ -136,10 +139,11 @@ struct Listing {
 }
 
 impl Listing {
-    /// The listing and the revision at which it holds.
-    async fn read(client: &mut Client, prefix: &str) -> Result<(Self, i64), RegistryError> {
+    /// What is stored now, and the revision at which it is. `self` is the last good listing.
+    async fn read(&self, client: &mut Client, prefix: &str) -> Result<(Self, i64), RegistryError> {
         let answer = client.get(prefix, Some(GetOptions::new().with_prefix())).await?;
-        let mut listing = Self::default();
+        let mut listing = self.clone();
+        listing.members.retain(|key, _| answer.kvs().iter().any(|kv| kv.key() == key));
         answer.kvs().iter().for_each(|kv| listing.put(prefix, kv.key(), kv.value()));
         Ok((listing, answer.header().map_or(0, |header| header.revision())))
     }
@@ -195,32 +199,26 @@ fn member_key(prefix: &str, role: Role, id: &WorkerId) -> String {
 }
 
 /// Follows the prefix for ever.
-async fn follow(mut client: Client, prefix: String, listed: Listing, revision: i64, view: watch::Sender<Arc<View>>) {
-    let mut known = Some((listed, revision));
-    let mut backoff = BACKOFF_MIN;
+async fn follow(
+    mut client: Client,
+    prefix: String,
+    mut listing: Listing,
+    mut revision: i64,
+    view: watch::Sender<Arc<View>>,
+) {
     loop {
-        let reason = match next_listing(&mut client, &prefix, known.take()).await {
-            Ok((listing, revision)) => {
-                backoff = BACKOFF_MIN;
-                set_view(&view, &listing);
-                follow_from(&mut client, &prefix, listing, revision, &view).await
-            }
-            Err(error) => error.to_string(),
-        };
+        let reason = follow_from(&mut client, &prefix, &mut listing, revision, &view).await;
         tracing::warn!(reason, "registry: not following etcd; the last view stays in force");
-        sleep(backoff).await;
-        backoff = (backoff * 2).min(BACKOFF_MAX);
-    }
-}
-
-async fn next_listing(
-    client: &mut Client,
-    prefix: &str,
-    known: Option<(Listing, i64)>,
-) -> Result<(Listing, i64), RegistryError> {
-    match known {
-        Some(known) => Ok(known),
-        None => call(Listing::read(client, prefix)).await,
+        let mut backoff = BACKOFF_MIN;
+        (listing, revision) = loop {
+            sleep(backoff).await;
+            match call(listing.read(&mut client, &prefix)).await {
+                Ok(listed) => break listed,
+                Err(error) => tracing::debug!(%error, "registry: etcd is still away"),
+            }
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        };
+        set_view(&view, &listing);
     }
 }
 
@@ -228,7 +226,7 @@ async fn next_listing(
 async fn follow_from(
     client: &mut Client,
     prefix: &str,
-    mut listing: Listing,
+    listing: &mut Listing,
     revision: i64,
     view: &watch::Sender<Arc<View>>,
 ) -> String {
@@ -253,7 +251,7 @@ async fn follow_from(
                 EventType::Delete => listing.delete(kv.key()),
             }
         }
-        set_view(view, &listing);
+        set_view(view, listing);
     }
 }
 
