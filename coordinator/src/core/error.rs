@@ -10,6 +10,9 @@ pub enum ApiError {
         asked(*max_tokens), if max_tokens.is_some() { " or max_tokens" } else { "" }
     )]
     ContextLength { context: usize, prompt: usize, max_tokens: Option<usize> },
+    /// Known from the text's length alone, without tokenising it.
+    #[error("This model's context has at most {context} tokens, and the prompt has at least {least}. Shorten it.")]
+    TextLength { context: usize, least: usize },
     #[error(
         "The prompt{} needs {needed} tokens of cache, and the largest attention worker has {capacity}. Shorten it.",
         if *generated { " with max_tokens" } else { "" }

@@ -150,7 +150,10 @@ fn answer(request_id: &str, delta: Delta, seed: Option<u64>, prompt_tokens: u32)
 /// What an error is called in gRPC.
 fn status(error: ApiError) -> Status {
     let code = match &error {
-        ApiError::Invalid { .. } | ApiError::ContextLength { .. } | ApiError::CacheSize { .. } => Code::InvalidArgument,
+        ApiError::Invalid { .. }
+        | ApiError::ContextLength { .. }
+        | ApiError::TextLength { .. }
+        | ApiError::CacheSize { .. } => Code::InvalidArgument,
         ApiError::TooLarge { .. } => Code::OutOfRange,
         ApiError::UnknownModel { .. } | ApiError::UnknownPath { .. } => Code::NotFound,
         ApiError::Method { .. } => Code::Unimplemented,

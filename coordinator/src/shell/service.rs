@@ -159,7 +159,7 @@ impl Service {
     pub async fn tokenize(&self, text: String, add_special: bool) -> Result<Vec<u32>, ApiError> {
         let (least, context) = (self.tokenizer.tokens_min(text.len()), self.model.context_max);
         if least > context {
-            return Err(ApiError::ContextLength { context, prompt: least, max_tokens: None });
+            return Err(ApiError::TextLength { context, least });
         }
         let encode = |tokenizer: &Tokenizer| {
             tokenizer.encode(&text, add_special).map_err(|e| ApiError::invalid("prompt", e.to_string()))

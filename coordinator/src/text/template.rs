@@ -2,6 +2,7 @@
 //!
 //! Owns the template and the helpers that Hugging Face gives to templates. Bounds what a template may compute and write.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -107,7 +108,8 @@ impl ChatTemplate {
             ("tools", ().into()),
         ];
         let theirs = extra.iter().map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
-        let context: Value = theirs.chain(ours).collect();
+        let context: BTreeMap<String, Value> =
+            theirs.chain(ours).map(|(name, value)| (name.to_owned(), value)).collect();
         let mut output = Bounded(Vec::new());
         self.environment.get_template(NAME)?.render_captured_to(context, &mut output)?;
         String::from_utf8(output.0).map_err(|e| Error::new(ErrorKind::WriteFailure, e.to_string()))

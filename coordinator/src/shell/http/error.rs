@@ -36,7 +36,7 @@ fn class(error: &ApiError) -> (StatusCode, &'static str, Option<&'static str>) {
     const INVALID: &str = "invalid_request_error";
     match error {
         ApiError::Invalid { .. } => (StatusCode::BAD_REQUEST, INVALID, None),
-        ApiError::ContextLength { .. } | ApiError::CacheSize { .. } => {
+        ApiError::ContextLength { .. } | ApiError::TextLength { .. } | ApiError::CacheSize { .. } => {
             (StatusCode::BAD_REQUEST, INVALID, Some("context_length_exceeded"))
         }
         ApiError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, INVALID, Some("request_too_large")),
@@ -58,7 +58,9 @@ fn body(error: ApiError, kind: &'static str, code: Option<&'static str>) -> Erro
         ApiError::ContextLength { max_tokens: Some(_), .. } | ApiError::CacheSize { generated: true, .. } => {
             Some("max_tokens".into())
         }
-        ApiError::ContextLength { .. } | ApiError::CacheSize { .. } => Some("prompt".into()),
+        ApiError::ContextLength { .. } | ApiError::TextLength { .. } | ApiError::CacheSize { .. } => {
+            Some("prompt".into())
+        }
         ApiError::UnknownModel { .. } => Some("model".into()),
         _ => None,
     };
