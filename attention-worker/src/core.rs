@@ -4,3 +4,4 @@ pub mod batcher;
 pub mod pages;
 pub mod philox;
 
+pub mod sampler;
