@@ -5,3 +5,4 @@
 //! (pages, batching, sampling), `config`.
 
 pub mod core;
+pub mod engine;

@@ -1,0 +1,7 @@
+//! Compute: the attention side's weights, the decoder over its layers, and the thread that runs micro-batches.
+
+pub mod decoder;
+pub mod handle;
+pub mod memory;
+pub mod thread;
+pub mod weights;

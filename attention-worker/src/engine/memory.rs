@@ -1,0 +1,97 @@
+//! What the worker will hold in memory, known before anything is loaded.
+
+use std::fmt;
+
+use moesaic_kernels::{Dtype, LatentPages, Numerics, PAGE_TOKENS};
+use moesaic_model::Config;
+
+/// What decides the size of the latent cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheSize {
+    /// Room for this many tokens, rounded up to whole pages.
+    Tokens(usize),
+    /// What this many bytes leave when the weights are in, in whole pages.
+    Memory(u64),
+}
+
+/// Bytes of the attention side. The embedding is not part of it: its rows are read from the mapped file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Packed weights: attention, dense and shared experts, gates, head.
+    pub weights: u64,
+    pub cache: u64,
+    /// Cache for one token, all layers.
+    pub per_token: u64,
+    pub pages: u32,
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum MemoryError {
+    #[error("memory is {given} bytes; the weights take {weights} and one page of the cache {page}")]
+    TooSmall { given: u64, weights: u64, page: u64 },
+    #[error("cache_tokens is 0; expected at least 1")]
+    NoTokens,
+    #[error("a cache of {pages} pages; expected at most {}", u32::MAX)]
+    TooManyPages { pages: u64 },
+}
+
+impl MemoryPlan {
+    pub fn new(config: &Config, numerics: Numerics, size: CacheSize) -> Result<Self, MemoryError> {
+        let weights = weight_bytes(config, numerics);
+        let (layers, latent, rope) = (config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim);
+        let page = LatentPages::page_bytes(numerics, layers, latent, rope) as u64;
+        let pages = match size {
+            CacheSize::Tokens(0) => return Err(MemoryError::NoTokens),
+            CacheSize::Tokens(tokens) => tokens.div_ceil(PAGE_TOKENS) as u64,
+            CacheSize::Memory(given) => match given.saturating_sub(weights) / page {
+                0 => return Err(MemoryError::TooSmall { given, weights, page }),
+                pages => pages,
+            },
+        };
+        match u32::try_from(pages) {
+            Ok(count) => Ok(Self { weights, cache: pages * page, per_token: page / PAGE_TOKENS as u64, pages: count }),
+            Err(_) => Err(MemoryError::TooManyPages { pages }),
+        }
+    }
+
+    pub fn cache_tokens(&self) -> u64 {
+        u64::from(self.pages) * PAGE_TOKENS as u64
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let (weights, cache, per_token) = (mib(self.weights), mib(self.cache), self.per_token);
+        write!(f, "weights {weights:.1} MiB, latent cache {cache:.1} MiB ")?;
+        write!(f, "({} tokens in {} pages, {per_token} bytes a token)", self.cache_tokens(), self.pages)
+    }
+}
+
+/// As the kernels pack them: outputs in panels of 16, FP8 kept where the checkpoint has it.
+fn weight_bytes(c: &Config, n: Numerics) -> u64 {
+    let float = if n.dtype() == Dtype::F32 { 4 } else { 2 };
+    let stored = if c.quantization.is_some() { 1 } else { float };
+    let matrix = |size: usize, out: usize, inputs: usize| (out.next_multiple_of(16) * inputs * size) as u64;
+    let ffn = |width: usize| 2 * matrix(stored, width, c.hidden_size) + matrix(stored, c.hidden_size, width);
+    let heads = c.num_attention_heads;
+    let query = match c.q_lora_rank {
+        None => matrix(stored, heads * c.qk_head_dim(), c.hidden_size),
+        Some(rank) => matrix(stored, rank, c.hidden_size) + matrix(stored, heads * c.qk_head_dim(), rank),
+    };
+    let absorbed =
+        matrix(float, c.kv_lora_rank, c.qk_nope_head_dim) + matrix(float, c.v_head_dim, c.kv_lora_rank);
+    let attention = query
+        + matrix(stored, c.latent_width(), c.hidden_size)
+        + heads as u64 * absorbed
+        + matrix(stored, c.hidden_size, heads * c.v_head_dim);
+    let mlp = |layer| match c.is_moe(layer) {
+        false => ffn(c.intermediate_size),
+        true => {
+            let shared = c.n_shared_experts * c.moe_intermediate_size;
+            matrix(4, c.n_routed_experts, c.hidden_size) + if shared > 0 { ffn(shared) } else { 0 }
+        }
+    };
+    let layers: u64 = (0..c.num_hidden_layers).map(|layer| attention + mlp(layer)).sum();
+    layers + matrix(float, c.vocab_size, c.hidden_size)
+}

@@ -1,0 +1,257 @@
+//! The engine's thread: takes commands, keeps micro-batches in flight, draws tokens, sends events.
+//!
+//! One thread with a runtime of its own. A micro-batch computes while it is polled and gives way where it awaits its
+//! experts: then the next one computes. Kernels spread over their own pool.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::thread;
+
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use moesaic_dispatch::{DispatchError, Dispatcher};
+use moesaic_kernels::Pool;
+use tokio::runtime;
+use tokio::sync::{mpsc, oneshot};
+
+use super::decoder::Decoder;
+use super::handle::{COMMANDS_MAX, Command, EngineHandle, Event, Running, Submit, Token};
+use super::weights::Weights;
+use crate::core::batcher::{Batcher, Finish, Limits, Part, Refused, SequenceId};
+use crate::core::sampler::{Sampling, logprobs, sample};
+
+/// Rows whose logits are in memory at a time.
+const LOGIT_ROWS: usize = 16;
+
+/// Resolves when the thread has ended, which while there are handles means that it panicked.
+pub type Ended = oneshot::Receiver<()>;
+
+/// Starts an engine.
+pub fn start(
+    weights: Arc<Weights>,
+    dispatcher: Dispatcher,
+    pool: Pool,
+    limits: Limits,
+) -> std::io::Result<(EngineHandle, Ended)> {
+    let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+    let (alive, ended) = oneshot::channel();
+    let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
+    thread::Builder::new().name("engine".into()).spawn(move || {
+        let decoder = Decoder::new(weights, dispatcher, pool, limits.pages);
+        let engine = Engine { decoder: &decoder, batcher: Batcher::new(limits), streams: BTreeMap::new() };
+        runtime.block_on(engine.run(inbox, limits.micro_batches));
+        drop(alive);
+    })?;
+    Ok((EngineHandle { commands }, ended))
+}
+
+struct Engine<'a> {
+    decoder: &'a Decoder,
+    batcher: Batcher,
+    streams: BTreeMap<SequenceId, Stream>,
+}
+
+/// What the engine knows of a sequence beyond its tokens.
+struct Stream {
+    events: mpsc::Sender<Event>,
+    sampling: Sampling,
+    logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+    /// Of the prompt's tokens after the first, as far as they have been computed. Empty again once sent.
+    prompt: Vec<Token>,
+    /// Tokens sent.
+    sent: usize,
+}
+
+/// A micro-batch that is back.
+struct Landed {
+    slot: u8,
+    parts: Vec<Part>,
+    hidden: Result<Vec<f32>, DispatchError>,
+}
+
+impl Engine<'_> {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, micro_batches: usize) {
+        let decoder = self.decoder;
+        let mut slots: Vec<u8> = (0..micro_batches as u8).rev().collect();
+        let mut flights = FuturesUnordered::new();
+        loop {
+            while let Some(command) = commands.recv().now_or_never() {
+                match command {
+                    Some(command) => self.on_command(command),
+                    None => return,
+                }
+            }
+            self.abort_unheard();
+            while let Some(&slot) = slots.last() {
+                let parts = self.batcher.form();
+                if parts.is_empty() {
+                    break;
+                }
+                slots.pop();
+                flights.push(async move {
+                    let hidden = decoder.forward(slot, &parts).await;
+                    Landed { slot, parts, hidden }
+                });
+            }
+            tokio::select! {
+                Some(landed) = flights.next() => {
+                    slots.push(landed.slot);
+                    self.land(landed);
+                }
+                command = commands.recv() => match command {
+                    Some(command) => self.on_command(command),
+                    None => return,
+                },
+            }
+        }
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Submit(submit, reply) => {
+                // Who does not wait for the answer has dropped the sequence too: noticed at the next step.
+                let _ = reply.send(self.submit(*submit));
+            }
+            Command::Abort(id) => self.abort(id),
+            Command::Load(reply) => {
+                let _ = reply.send(self.batcher.counts());
+            }
+        }
+    }
+
+    fn submit(&mut self, submit: Submit) -> Result<Running, Refused> {
+        let Submit { request, sampling, logprobs, prompt_logprobs } = submit;
+        let events_max = request.max_tokens + 1;
+        let id = self.batcher.submit(request)?;
+        let (events, receiver) = mpsc::channel(events_max);
+        self.streams.insert(id, Stream { events, sampling, logprobs, prompt_logprobs, prompt: Vec::new(), sent: 0 });
+        Ok(Running { id, events: receiver })
+    }
+
+    fn abort(&mut self, id: SequenceId) {
+        if self.batcher.abort(id) {
+            self.end(id, Event::Aborted);
+        }
+    }
+
+    /// Nobody reads these any more.
+    fn abort_unheard(&mut self) {
+        let is_unheard = |(id, stream): (&SequenceId, &Stream)| stream.events.is_closed().then_some(*id);
+        let unheard: Vec<SequenceId> = self.streams.iter().filter_map(is_unheard).collect();
+        for id in unheard {
+            self.abort(id);
+        }
+    }
+
+    fn end(&mut self, id: SequenceId, last: Event) {
+        if let Some(stream) = self.streams.remove(&id) {
+            stream.send(last);
+        }
+    }
+
+    fn land(&mut self, landed: Landed) {
+        let Landed { parts, hidden, .. } = landed;
+        match hidden {
+            Ok(hidden) => {
+                let drawn = self.read(&parts, &hidden);
+                for (part, token) in parts.iter().zip(drawn) {
+                    self.advance(part.sequence, token);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, sequences = parts.len(), "a micro-batch failed");
+                for part in &parts {
+                    self.batcher.remove(part.sequence);
+                    self.end(part.sequence, Event::Failed(error.clone()));
+                }
+            }
+        }
+    }
+
+    /// Computes the logits that somebody needs, a few rows at a time, and says which token each part draws.
+    fn read(&mut self, parts: &[Part], hidden: &[f32]) -> Vec<Option<Token>> {
+        let rows: usize = parts.iter().map(|part| part.tokens.len()).sum();
+        let width = hidden.len() / rows;
+        let mut drawn: Vec<Option<Token>> = vec![None; parts.len()];
+        let wanted = self.wanted(parts);
+        for block in wanted.chunks(LOGIT_ROWS) {
+            let h: Vec<f32> = block.iter().flat_map(|want| &hidden[want.row * width..][..width]).copied().collect();
+            let logits = self.decoder.logits(&h);
+            let vocab = logits.len() / block.len();
+            for (want, logits) in block.iter().zip(logits.chunks_exact(vocab)) {
+                let id = parts[want.part].sequence;
+                let (prompt, generated) = self.batcher.tokens(id).expect("a sequence in flight is not removed");
+                let stream = self.streams.get_mut(&id).expect("a sequence has a stream until it ends");
+                match want.prompt {
+                    Some(index) => stream.prompt.push(token(logits, prompt[index], stream.prompt_logprobs)),
+                    None => {
+                        let choice = sample(logits, &stream.sampling, prompt, generated);
+                        drawn[want.part] = Some(token(logits, choice, stream.logprobs));
+                    }
+                }
+            }
+        }
+        drawn
+    }
+
+    /// Rows whose logits are needed: where a token is drawn, and prompt rows whose log-probabilities were asked for and
+    /// have not been computed (before a preemption, that is).
+    fn wanted(&self, parts: &[Part]) -> Vec<Want> {
+        let mut wanted = Vec::new();
+        let mut first = 0;
+        for (index, part) in parts.iter().enumerate() {
+            let end = part.start + part.tokens.len();
+            if let Some(stream) = self.streams.get(&part.sequence).filter(|_| !self.batcher.is_aborted(part.sequence)) {
+                let (prompt, _) = self.batcher.tokens(part.sequence).expect("a sequence in flight is not removed");
+                if stream.prompt_logprobs.is_some() && stream.sent == 0 {
+                    for position in part.start.max(stream.prompt.len())..end.min(prompt.len() - 1) {
+                        let row = first + position - part.start;
+                        wanted.push(Want { part: index, row, prompt: Some(position + 1) });
+                    }
+                }
+                if part.draws {
+                    wanted.push(Want { part: index, row: first + part.tokens.len() - 1, prompt: None });
+                }
+            }
+            first += part.tokens.len();
+        }
+        wanted
+    }
+
+    fn advance(&mut self, id: SequenceId, token: Option<Token>) {
+        let finish = self.batcher.complete(id, token.as_ref().map(|token| token.token));
+        if finish == Some(Finish::Aborted) {
+            return self.end(id, Event::Aborted);
+        }
+        let Some(token) = token else { return };
+        let stream = self.streams.get_mut(&id).expect("a sequence has a stream until it ends");
+        let (index, prompt) = (stream.sent, std::mem::take(&mut stream.prompt));
+        stream.sent += 1;
+        let event = Event::Token { index, token, prompt, finish };
+        match finish {
+            None => stream.send(event),
+            Some(_) => self.end(id, event),
+        }
+    }
+}
+
+/// A row of a micro-batch whose logits are needed.
+struct Want {
+    part: usize,
+    row: usize,
+    /// For this token of the prompt; `None`: to draw the next one.
+    prompt: Option<usize>,
+}
+
+impl Stream {
+    fn send(&self, event: Event) {
+        // It has room for every event there can be. A receiver that is gone is noticed at the next step.
+        let sent = self.events.try_send(event);
+        debug_assert!(!matches!(sent, Err(mpsc::error::TrySendError::Full(_))), "more events than max_tokens + 1");
+    }
+}
+
+fn token(logits: &[f32], token: u32, alternatives: Option<usize>) -> Token {
+    Token { token, logprobs: alternatives.map(|count| logprobs(logits, token, count)) }
+}

@@ -1,0 +1,164 @@
+//! The attention side of a checkpoint, packed for the kernels: everything but the routed experts.
+
+use std::sync::Arc;
+
+use moesaic_kernels::{Ffn, GateParams, Linear, Matrix, Numerics, PerHead, RopeTable};
+use moesaic_model::{Checkpoint, Config, FfnBlock, LayerBlock, MlaBlock, MlpBlock, ModelError, QueryBlock, load};
+
+pub struct Weights {
+    checkpoint: Arc<Checkpoint>,
+    pub numerics: Numerics,
+    pub layers: Vec<Layer>,
+    pub final_norm: Vec<f32>,
+    /// [vocab, hidden]
+    pub head: Linear,
+    pub rope: RopeTable,
+    pub gate_params: GateParams,
+}
+
+pub struct Layer {
+    pub input_norm: Vec<f32>,
+    pub mla: Mla,
+    pub post_norm: Vec<f32>,
+    pub mlp: Mlp,
+}
+
+pub struct Mla {
+    pub q: Query,
+    /// [latent + rope, hidden]
+    pub kv_a: Linear,
+    pub kv_a_norm: Vec<f32>,
+    /// q_abs = q_nope W_UK: [latent, nope] a head
+    pub key_up: PerHead,
+    /// o = o_latent W_UVᵀ: [v, latent] a head
+    pub value_up: PerHead,
+    /// [hidden, heads * v]
+    pub o: Linear,
+}
+
+pub enum Query {
+    Direct(Linear),
+    LowRank { a: Linear, norm: Vec<f32>, b: Linear },
+}
+
+pub enum Mlp {
+    Dense(Ffn),
+    Moe {
+        /// [experts, hidden], always f32
+        gate: Linear,
+        bias: Option<Vec<f32>>,
+        shared: Option<Ffn>,
+    },
+}
+
+impl Weights {
+    /// Packs layers in parallel.
+    pub fn load(checkpoint: Arc<Checkpoint>, numerics: Numerics) -> Result<Self, ModelError> {
+        let config = checkpoint.config();
+        let pack = |layer| {
+            let block = checkpoint.layer(layer)?;
+            Ok((Layer::pack(config, &block, numerics), block.bytes()))
+        };
+        let layers = load::all("layers", (0..config.num_hidden_layers).collect(), pack)?;
+        checkpoint.embedding()?;
+        Ok(Self {
+            numerics,
+            layers,
+            final_norm: checkpoint.final_norm()?,
+            head: Linear::pack(&checkpoint.head()?, numerics),
+            rope: RopeTable::new(&config.rope_params(), config.max_position_embeddings),
+            gate_params: config.gate_params(),
+            checkpoint,
+        })
+    }
+
+    pub fn config(&self) -> &Config {
+        self.checkpoint.config()
+    }
+
+    /// The tokens' rows [tokens, hidden], from the mapped file.
+    pub fn embed(&self, tokens: impl Iterator<Item = u32>) -> Vec<f32> {
+        let embedding = self.checkpoint.embedding().expect("it was there when the weights were loaded");
+        let mut rows = Vec::new();
+        for token in tokens {
+            let start = rows.len();
+            rows.resize(start + embedding.cols, 0.0);
+            embedding.row_to_f32(token as usize, &mut rows[start..]);
+        }
+        rows
+    }
+
+    /// Bytes of the packed matrices.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(Layer::bytes).sum::<usize>() + self.head.bytes()
+    }
+}
+
+impl Layer {
+    fn pack(c: &Config, block: &LayerBlock<'_>, n: Numerics) -> Self {
+        let ffn = |ffn: &FfnBlock<'_>| Ffn::pack(&ffn.gate, &ffn.up, &ffn.down, n);
+        Self {
+            input_norm: block.input_norm.clone(),
+            mla: Mla::pack(c, &block.mla, n),
+            post_norm: block.post_norm.clone(),
+            mlp: match &block.mlp {
+                MlpBlock::Dense(dense) => Mlp::Dense(ffn(dense)),
+                MlpBlock::Moe { gate, bias, shared } => Mlp::Moe {
+                    gate: Linear::pack_f32(c.n_routed_experts, c.hidden_size, gate, n.as_f32()),
+                    bias: bias.clone(),
+                    shared: shared.as_ref().map(ffn),
+                },
+            },
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let Mla { q, kv_a, key_up, value_up, o, .. } = &self.mla;
+        let query = match q {
+            Query::Direct(q) => q.bytes(),
+            Query::LowRank { a, b, .. } => a.bytes() + b.bytes(),
+        };
+        let mlp = match &self.mlp {
+            Mlp::Dense(ffn) => ffn.bytes(),
+            Mlp::Moe { gate, shared, .. } => gate.bytes() + shared.as_ref().map_or(0, Ffn::bytes),
+        };
+        query + kv_a.bytes() + key_up.bytes() + value_up.bytes() + o.bytes() + mlp
+    }
+}
+
+impl Mla {
+    fn pack(c: &Config, block: &MlaBlock<'_>, n: Numerics) -> Self {
+        let (key_up, value_up) = split(c, &block.kv_b);
+        let (heads, latent) = (c.num_attention_heads, c.kv_lora_rank);
+        Self {
+            q: match &block.q {
+                QueryBlock::Direct(q) => Query::Direct(Linear::pack(q, n)),
+                QueryBlock::LowRank { a, norm, b } => {
+                    Query::LowRank { a: Linear::pack(a, n), norm: norm.clone(), b: Linear::pack(b, n) }
+                }
+            },
+            kv_a: Linear::pack(&block.kv_a, n),
+            kv_a_norm: block.kv_a_norm.clone(),
+            key_up: PerHead::pack_f32(heads, latent, c.qk_nope_head_dim, &key_up, n),
+            value_up: PerHead::pack_f32(heads, c.v_head_dim, latent, &value_up, n),
+            o: Linear::pack(&block.o, n),
+        }
+    }
+}
+
+/// kv_b [heads * (nope + v), latent] as [heads, latent, nope] (the nope rows, turned) and [heads, v, latent].
+fn split(c: &Config, kv_b: &Matrix<'_>) -> (Vec<f32>, Vec<f32>) {
+    let (nope, v, latent) = (c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank);
+    let values = kv_b.to_f32();
+    let mut key_up = vec![0.0; c.num_attention_heads * latent * nope];
+    let mut value_up = Vec::with_capacity(c.num_attention_heads * v * latent);
+    for (head, rows) in values.chunks_exact((nope + v) * latent).enumerate() {
+        let (keys, values) = rows.split_at(nope * latent);
+        let turned = &mut key_up[head * latent * nope..][..latent * nope];
+        for (i, key) in keys.chunks_exact(latent).enumerate() {
+            key.iter().enumerate().for_each(|(l, value)| turned[l * nope + i] = *value);
+        }
+        value_up.extend_from_slice(values);
+    }
+    (key_up, value_up)
+}
