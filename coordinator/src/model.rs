@@ -96,7 +96,7 @@ impl Model {
         let layers = within("num_hidden_layers", config.num_hidden_layers, 1, LAYERS_MAX as u64)?;
         let experts = within("n_routed_experts", config.n_routed_experts.unwrap_or(0), 0, EXPERTS_MAX as u64)?;
         let every = within("moe_layer_freq", config.moe_layer_freq, 1, LAYERS_MAX as u64)?;
-        let is_moe = |layer: &u64| experts > 0 && *layer >= config.first_k_dense_replace && layer % every == 0;
+        let is_moe = |layer: &u64| experts > 0 && *layer >= config.first_k_dense_replace && layer.is_multiple_of(every);
         let eos = match generation.eos_token_id.or(config.eos_token_id) {
             None => Vec::new(),
             Some(OneOrMore::One(id)) => vec![id],
@@ -104,7 +104,8 @@ impl Model {
         };
         let defaults =
             Defaults { temperature: generation.temperature.unwrap_or(1.0), top_p: generation.top_p.unwrap_or(1.0) };
-        if !(0.0..=2.0).contains(&defaults.temperature) || !(defaults.top_p > 0.0 && defaults.top_p <= 1.0) {
+        let top_p_valid = defaults.top_p > 0.0 && defaults.top_p <= 1.0;
+        if !((0.0..=2.0).contains(&defaults.temperature) && top_p_valid) {
             let value = format!("{} and {}", defaults.temperature, defaults.top_p);
             let expected = "0 to 2, and above 0 to 1".to_owned();
             return Err(ModelError::Field { path: generation_path, field: "temperature and top_p", value, expected });

@@ -168,13 +168,14 @@ async fn health_and_reflection_are_on_the_same_port() {
     use tonic_reflection::pb::v1::{ServerReflectionRequest, server_reflection_client::ServerReflectionClient};
 
     let cluster = Cluster::new(Script::says("!")).await;
-    let mut health = HealthClient::connect(cluster.url.clone()).await.unwrap();
+    let channel = Channel::from_shared(cluster.url.clone()).unwrap().connect().await.unwrap();
+    let mut health = HealthClient::new(channel.clone());
     let request = HealthCheckRequest { service: "moesaic.v1.Inference".into() };
     let mut news = health.watch(request).await.unwrap().into_inner();
     let serving = async { while news.message().await.unwrap().unwrap().status() != ServingStatus::Serving {} };
     tokio::time::timeout(Duration::from_secs(1), serving).await.expect("serving, as /health says");
 
-    let mut reflection = ServerReflectionClient::connect(cluster.url.clone()).await.unwrap();
+    let mut reflection = ServerReflectionClient::new(channel);
     let message_request = Some(MessageRequest::ListServices(String::new()));
     let request = ServerReflectionRequest { message_request, ..Default::default() };
     let mut answers = reflection.server_reflection_info(futures::stream::iter([request])).await.unwrap().into_inner();

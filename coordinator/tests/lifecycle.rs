@@ -113,13 +113,13 @@ async fn a_client_that_leaves_frees_everything_within_a_second() {
 #[tokio::test]
 async fn half_of_many_streams_leave_and_the_rest_finish() {
     let cluster = Cluster::new(Script { pause: Duration::from_millis(2), ..Script::endless() }).await;
-    let start = |i: usize| {
+    let start = |i: u32| {
         let cluster = &cluster;
         async move {
             let response = cluster.send(TEXT, json!({"prompt": "x", "stream": true, "max_tokens": 100})).await;
             let mut body = response.bytes_stream();
             body.next().await.unwrap().unwrap();
-            if i % 2 == 0 {
+            if i.is_multiple_of(2) {
                 return true;
             }
             let mut whole = Vec::new();

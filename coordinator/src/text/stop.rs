@@ -90,7 +90,8 @@ mod tests {
 
     #[test]
     fn ends_before_the_first_stop_string() {
-        let table: [(&[&str], &[&str], &str, Option<usize>); 8] = [
+        type Row = (&'static [&'static str], &'static [&'static str], &'static str, Option<usize>);
+        let table: [Row; 8] = [
             (&[], &["ab", "c"], "abc", None),
             (&["END"], &["xE", "N", "Dy"], "x", Some(0)),
             (&["END"], &["xE", "N"], "xEN", None),
