@@ -1,0 +1,120 @@
+//! Arguments, logs and exit codes: 0 done, 1 failed, 2 arguments or config that cannot work.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use moesaic_node::config::ConfigError;
+use moesaic_node::telemetry::{self, FILTER_VARIABLE, LogFormat};
+
+use crate::{chat, checkpoint, etcd, roles, up};
+
+const EXIT_BAD_ARGUMENTS: u8 = 2;
+/// What may still run when a command is done (a read of standard input) is not waited for longer than this.
+const RUNTIME_END: Duration = Duration::from_millis(200);
+
+/// Serves DeepSeek-V3-class models from a cluster of attention workers and expert workers.
+///
+/// Logs go to standard error; MOESAIC_LOG sets their level (error, warn, info, debug, or module=level pairs).
+#[derive(Parser)]
+#[command(name = "moesaic", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// text or json
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text", value_parser = str::parse::<LogFormat>)]
+    log_format: LogFormat,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a whole cluster on this machine and serve a model
+    Up(up::Args),
+    /// Talk to a model that is served
+    Chat(chat::Args),
+    /// Tell what a checkpoint's folder holds and what is wrong with it
+    Inspect(checkpoint::InspectArgs),
+    /// Make an FP8 copy of a checkpoint
+    Quantize(checkpoint::QuantizeArgs),
+    /// Run a coordinator: the front door, gRPC and HTTP
+    Coordinator(roles::RoleArgs<moesaic_coordinator::Flags>),
+    /// Run an attention worker: owns sequences and their latent cache
+    AttentionWorker(roles::RoleArgs<moesaic_attention_worker::Flags>),
+    /// Run an expert worker: owns a shard of the routed experts
+    ExpertWorker(roles::RoleArgs<moesaic_expert_worker::Flags>),
+    /// Run an etcd until standard input closes (used by `up --processes`)
+    #[command(hide = true)]
+    Etcd(etcd::Args),
+}
+
+/// The arguments cannot work; said before anything was started.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BadArguments(pub String);
+
+/// Runs the command that the arguments name.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("moesaic: {error:#}");
+            exit_code(&error)
+        }
+    }
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    let bad_arguments = error.chain().any(|cause| {
+        cause.is::<BadArguments>()
+            || cause.is::<ConfigError>()
+            || cause.is::<telemetry::TelemetryError>()
+            || cause.is::<moesaic_coordinator::config::InvalidConfig>()
+    });
+    if bad_arguments { ExitCode::from(EXIT_BAD_ARGUMENTS) } else { ExitCode::FAILURE }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    // A person who runs `up` or `chat` reads what these print; the rest of the log is for those who ask.
+    let level = match cli.command {
+        Command::Up(_) | Command::Chat(_) | Command::Etcd(_) => "warn",
+        _ => "info",
+    };
+    telemetry::init(cli.log_format, level)?;
+    tracing::debug!(variable = FILTER_VARIABLE, default = level, "logging");
+    let runtime = tokio::runtime::Runtime::new()?;
+    let code = runtime.block_on(execute(cli.command));
+    runtime.shutdown_timeout(RUNTIME_END);
+    code
+}
+
+async fn execute(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Up(args) => up::run(args).await?,
+        Command::Chat(args) => chat::run(args).await?,
+        Command::Inspect(args) => return Ok(checkpoint::inspect(&args)),
+        Command::Quantize(args) => checkpoint::quantize(&args)?,
+        Command::Coordinator(args) => roles::coordinator(args).await?,
+        Command::AttentionWorker(args) => roles::attention_worker(args).await?,
+        Command::ExpertWorker(args) => roles::expert_worker(args).await?,
+        Command::Etcd(args) => etcd::run(args).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// To standard output. That nobody reads it (any more) is no reason to stop.
+pub fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

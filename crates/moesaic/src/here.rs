@@ -1,0 +1,71 @@
+//! A cluster in this process: the roles' libraries over one registry, one table of experts and one pool of threads.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use moesaic_coordinator::Coordinator;
+use moesaic_dispatch::Hub;
+use moesaic_kernels::Pool;
+use moesaic_node::{Registry, config, registry};
+
+use crate::node::Node;
+use crate::plan::Plan;
+use crate::up::Cluster;
+
+pub async fn start(plan: &Plan) -> Result<Cluster> {
+    let spec = plan.args.registry.as_deref().unwrap_or("embedded");
+    let registry = registry::open(spec, &plan.cluster).await?;
+    // First of all, so that a port that is taken is said before anything is loaded.
+    let coordinator = Coordinator::bind(
+        config::load(None, &plan.coordinator(spec, plan.args.listen))?,
+        moesaic_coordinator::Context { registry: registry.clone() },
+    )
+    .await?;
+    let address = coordinator.address();
+    let (hub, pool) = (Hub::default(), Pool::new(plan.threads));
+    let mut nodes = Vec::new();
+    for flags in plan.expert_workers(spec) {
+        nodes.push(expert_worker(plan, &flags, &registry, &hub, &pool)?);
+    }
+    for flags in plan.attention_workers(spec) {
+        nodes.push(attention_worker(plan, &flags, &registry, &hub, &pool)?);
+    }
+    nodes.push(Node::spawn("coordinator c0", |stop| coordinator.serve(stop)));
+    Ok(Cluster { nodes, registry, address })
+}
+
+fn expert_worker(
+    plan: &Plan,
+    flags: &moesaic_expert_worker::Flags,
+    registry: &Arc<dyn Registry>,
+    hub: &Hub,
+    pool: &Pool,
+) -> Result<Node> {
+    let config: moesaic_expert_worker::Config = config::load(None, flags)?;
+    let context = moesaic_expert_worker::Context {
+        registry: registry.clone(),
+        hub: Some(hub.clone()),
+        pool: pool.clone(),
+        checkpoint: plan.checkpoint.clone(),
+    };
+    let name = format!("expert worker {}", config.id.as_deref().unwrap_or_default());
+    Ok(Node::spawn(name, |stop| moesaic_expert_worker::run(config, context, stop)))
+}
+
+fn attention_worker(
+    plan: &Plan,
+    flags: &moesaic_attention_worker::Flags,
+    registry: &Arc<dyn Registry>,
+    hub: &Hub,
+    pool: &Pool,
+) -> Result<Node> {
+    let config: moesaic_attention_worker::Config = config::load(None, flags)?;
+    let context = moesaic_attention_worker::Context {
+        registry: registry.clone(),
+        hub: Some(hub.clone()),
+        pool: pool.clone(),
+        checkpoint: plan.checkpoint.clone(),
+    };
+    let name = format!("attention worker {}", config.id.as_deref().unwrap_or_default());
+    Ok(Node::spawn(name, |stop| moesaic_attention_worker::run(config, context, stop)))
+}

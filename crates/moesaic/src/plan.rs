@@ -1,0 +1,176 @@
+//! What `up` is going to run: the checkpoint, the numerics and each node's flags; and the lines that say so.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+use moesaic_kernels::{Dtype, Numerics};
+use moesaic_model::inspect::Parameters;
+use moesaic_model::{Checkpoint, Family};
+
+use crate::cli::BadArguments;
+use crate::up::Args;
+
+/// Names the model to serve where `--model` does not.
+const DEMO_VARIABLE: &str = "MOESAIC_DEMO_MODEL";
+const DEMO_NAME: &str = "tiny-r1";
+/// Workers choose their own ports: others find them through the registry.
+const ANY_LOOPBACK_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+const NODES_MAX: usize = 64;
+
+pub struct Plan {
+    pub args: Args,
+    pub checkpoint: Arc<Checkpoint>,
+    pub threads: usize,
+    /// Unique to this `up` if the registry may hold other clusters.
+    pub cluster: String,
+    numerics: Numerics,
+}
+
+impl Plan {
+    pub fn new(args: Args) -> Result<Self> {
+        check(&args)?;
+        let model = args.model.clone().unwrap_or_else(demo_model);
+        let checkpoint = Arc::new(Checkpoint::open(&model)?);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let drawn = || format!("up-{:08x}", uuid::Uuid::new_v4().as_fields().0);
+        let cluster = args.cluster.clone().unwrap_or_else(drawn);
+        let numerics = Numerics::detect(args.dtype.parse::<Dtype>().map_err(|e| BadArguments(e.to_string()))?);
+        Ok(Self { threads: args.threads.unwrap_or(cores), args, checkpoint, cluster, numerics })
+    }
+
+    pub fn model(&self) -> &Path {
+        self.checkpoint.dir()
+    }
+
+    pub fn coordinator(&self, registry: &str, listen: SocketAddr) -> moesaic_coordinator::Flags {
+        moesaic_coordinator::Flags {
+            model: Some(self.model().to_owned()),
+            id: Some("c0".into()),
+            cluster: Some(self.cluster.clone()),
+            listen: Some(listen),
+            registry: Some(registry.to_owned()),
+            expert_workers: Some(self.args.expert_workers),
+            ..Default::default()
+        }
+    }
+
+    pub fn attention_workers(&self, registry: &str) -> Vec<moesaic_attention_worker::Flags> {
+        let worker = |i| moesaic_attention_worker::Flags {
+            model: Some(self.model().to_owned()),
+            id: Some(format!("a{i}")),
+            cluster: Some(self.cluster.clone()),
+            listen: Some(ANY_LOOPBACK_PORT),
+            dtype: Some(self.args.dtype.clone()),
+            threads: Some(self.threads),
+            registry: Some(registry.to_owned()),
+            cache_tokens: self.args.cache_tokens,
+            memory: self.args.memory.clone(),
+            ..Default::default()
+        };
+        (0..self.args.attention_workers).map(worker).collect()
+    }
+
+    pub fn expert_workers(&self, registry: &str) -> Vec<moesaic_expert_worker::Flags> {
+        let worker = |i| moesaic_expert_worker::Flags {
+            model: Some(self.model().to_owned()),
+            id: Some(format!("e{i}")),
+            cluster: Some(self.cluster.clone()),
+            listen: Some(ANY_LOOPBACK_PORT),
+            dtype: Some(self.args.dtype.clone()),
+            threads: Some(self.threads),
+            registry: Some(registry.to_owned()),
+            ..Default::default()
+        };
+        (0..self.args.expert_workers).map(worker).collect()
+    }
+
+    /// Bytes of the latent cache that one token takes in all layers.
+    pub fn cache_bytes_per_token(&self) -> u64 {
+        let config = self.checkpoint.config();
+        (config.num_hidden_layers * config.latent_width()) as u64 * self.value_bytes()
+    }
+
+    fn value_bytes(&self) -> u64 {
+        match self.numerics.dtype() {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        }
+    }
+}
+
+fn check(args: &Args) -> Result<(), BadArguments> {
+    let refuse = |text: String| Err(BadArguments(text));
+    for (name, value) in [("--attention-workers", args.attention_workers), ("--expert-workers", args.expert_workers)] {
+        if !(1..=NODES_MAX).contains(&value) {
+            return refuse(format!("{name} is {value}; expected 1 to {NODES_MAX}"));
+        }
+    }
+    if args.threads == Some(0) {
+        return refuse("--threads is 0; expected at least 1".into());
+    }
+    match args.registry.as_deref() {
+        Some("embedded") if args.processes => {
+            refuse("--registry embedded lives in one process; --processes needs etcd (leave --registry out)".into())
+        }
+        None | Some("embedded") => Ok(()),
+        Some(spec) if spec.starts_with("etcd://") => Ok(()),
+        Some(spec) => refuse(format!("--registry is {spec:?}; expected embedded or etcd://HOST:PORT[,HOST:PORT]")),
+    }
+}
+
+/// The model that ships with the program: named by the environment, in the source tree, or installed beside it.
+fn demo_model() -> PathBuf {
+    if let Some(named) = std::env::var_os(DEMO_VARIABLE) {
+        return named.into();
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(DEMO_NAME);
+    let installed = || Some(std::env::current_exe().ok()?.parent()?.join("../share/moesaic").join(DEMO_NAME));
+    if source.is_dir() { source } else { installed().unwrap_or(source) }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let config = self.checkpoint.config();
+        let family = match config.model_type {
+            Family::DeepseekV2 => "deepseek_v2",
+            Family::DeepseekV3 => "deepseek_v3",
+        };
+        let p = Parameters::of(config);
+        let (total, active) = (millions(p.total), millions(p.active));
+        let weights = if config.quantization.is_some() { "FP8" } else { &self.args.dtype };
+        let stored = if config.quantization.is_some() { 1 } else { self.value_bytes() };
+        let a = self.args.attention_workers;
+        let e = self.args.expert_workers;
+        let place = match (self.args.processes, self.args.registry.as_deref()) {
+            (true, None) => "a process each, with an etcd of their own".to_owned(),
+            (true, Some(spec)) => format!("a process each, cluster {} at {spec}", self.cluster),
+            (false, None | Some("embedded")) => "in one process".to_owned(),
+            (false, Some(spec)) => format!("in one process, cluster {} at {spec}", self.cluster),
+        };
+        writeln!(f, "model     {} ({family}), {total} parameters, {active} active a token", self.checkpoint.name())?;
+        writeln!(f, "          {}", self.model().display())?;
+        writeln!(f, "numerics  {} on {}, {} threads", self.numerics.name(), self.numerics.isa(), self.threads)?;
+        writeln!(f, "cluster   1 coordinator, {a} x attention worker, {e} x expert worker, {place}")?;
+        writeln!(
+            f,
+            "memory    about {} of {weights} weights for an attention worker, {} for an expert worker",
+            megabytes((p.total - p.experts) * stored),
+            megabytes(p.experts * stored / e as u64),
+        )
+    }
+}
+
+fn millions(n: u64) -> String {
+    if n >= 1_000_000_000 { format!("{:.1}B", n as f64 / 1e9) } else { format!("{:.1}M", n as f64 / 1e6) }
+}
+
+pub fn megabytes(bytes: u64) -> String {
+    if bytes >= 1_000_000_000 {
+        format!("{:.2} GB", bytes as f64 / 1e9)
+    } else {
+        format!("{:.2} MB", bytes as f64 / 1e6)
+    }
+}

@@ -1,0 +1,78 @@
+//! A cluster of child processes of this program, over gRPC and etcd.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use moesaic_node::telemetry::FILTER_VARIABLE;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::process::Command;
+
+use crate::node::{self, Node};
+use crate::plan::Plan;
+use crate::up::Cluster;
+use crate::{etcd, roles};
+
+pub async fn start(plan: &Plan) -> Result<Cluster> {
+    let mut nodes = Vec::new();
+    let spec = match &plan.args.registry {
+        Some(spec) => spec.clone(),
+        None => own_etcd(&mut nodes)?,
+    };
+    let registry = if nodes.is_empty() {
+        moesaic_node::registry::open(&spec, &plan.cluster).await?
+    } else {
+        tokio::select! {
+            opened = etcd::wait(&spec, &plan.cluster) => opened?,
+            failure = node::first_failure(&mut nodes) => return Err(failure),
+        }
+    };
+    for flags in plan.expert_workers(&spec) {
+        nodes.push(child("expert-worker", flags.id.as_deref(), &flags)?);
+    }
+    for flags in plan.attention_workers(&spec) {
+        nodes.push(child("attention-worker", flags.id.as_deref(), &flags)?);
+    }
+    let address = match plan.args.listen {
+        listen if listen.port() == 0 => SocketAddr::new(listen.ip(), etcd::free_port()?.port()),
+        listen => listen,
+    };
+    let flags = plan.coordinator(&spec, address);
+    nodes.push(child("coordinator", flags.id.as_deref(), &flags)?);
+    Ok(Cluster { nodes, registry, address })
+}
+
+fn own_etcd(nodes: &mut Vec<Node>) -> Result<String> {
+    let (program, client, peer) = (etcd::find()?, etcd::free_port()?, etcd::free_port()?);
+    nodes.push(Node::child("etcd", own_program()?.args(etcd::guard_arguments(program, client, peer)))?);
+    Ok(format!("etcd://{client}"))
+}
+
+fn child(role: &str, id: Option<&str>, flags: &impl Serialize) -> Result<Node> {
+    let name = format!("{} {}", role.replace('-', " "), id.unwrap_or_default());
+    Node::child(name, own_program()?.arg(role).args(arguments(flags)?).arg(roles::STOP_WITH_STDIN))
+}
+
+/// Children are as quiet as their parent.
+fn own_program() -> Result<Command> {
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut command = Command::new(program);
+    if std::env::var_os(FILTER_VARIABLE).is_none() {
+        command.env(FILTER_VARIABLE, "warn");
+    }
+    Ok(command)
+}
+
+/// A role's flags as they stand on a command line: a key `cache_tokens` is the flag `--cache-tokens`.
+fn arguments(flags: &impl Serialize) -> Result<Vec<OsString>> {
+    let Value::Object(flags) = serde_json::to_value(flags)? else { return Ok(Vec::new()) };
+    let argument = |(key, value): (String, Value)| {
+        let value = match value {
+            Value::String(text) => text,
+            other => other.to_string(),
+        };
+        OsString::from(format!("--{}={value}", key.replace('_', "-")))
+    };
+    Ok(flags.into_iter().filter(|(_, value)| !value.is_null()).map(argument).collect())
+}

@@ -1,0 +1,85 @@
+//! `moesaic coordinator`, `attention-worker` and `expert-worker`: one node as a process of its own.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+use moesaic_kernels::Pool;
+use moesaic_model::Checkpoint;
+use moesaic_node::{config, registry, stop};
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::BadArguments;
+
+/// As a flag on a role's command line.
+pub const STOP_WITH_STDIN: &str = "--stop-with-stdin";
+
+/// A role's own flags, and what all roles have.
+#[derive(Debug, clap::Args)]
+pub struct RoleArgs<F: clap::Args> {
+    #[command(flatten)]
+    flags: F,
+    /// A TOML file with the same settings; flags and MOESAIC_* variables count more
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Stop gracefully when standard input closes: how `up --processes` stops its children, and they outlive it never
+    #[arg(long, hide = true)]
+    stop_with_stdin: bool,
+}
+
+pub async fn coordinator(args: RoleArgs<moesaic_coordinator::Flags>) -> Result<()> {
+    let stop = stop_token(args.stop_with_stdin)?;
+    let config: moesaic_coordinator::Config = config::load(args.config.as_deref(), &args.flags)?;
+    config.validate()?;
+    let registry = registry::open(&config.registry, &config.cluster).await?;
+    moesaic_coordinator::run(config, moesaic_coordinator::Context { registry }, stop).await
+}
+
+pub async fn attention_worker(args: RoleArgs<moesaic_attention_worker::Flags>) -> Result<()> {
+    let stop = stop_token(args.stop_with_stdin)?;
+    let config: moesaic_attention_worker::Config = config::load(args.config.as_deref(), &args.flags)?;
+    let context = moesaic_attention_worker::Context {
+        checkpoint: open(&config.model)?,
+        registry: registry::open(&config.registry, &config.cluster).await?,
+        hub: None,
+        pool: Pool::new(config.threads),
+    };
+    moesaic_attention_worker::run(config, context, stop).await
+}
+
+pub async fn expert_worker(args: RoleArgs<moesaic_expert_worker::Flags>) -> Result<()> {
+    let stop = stop_token(args.stop_with_stdin)?;
+    let config: moesaic_expert_worker::Config = config::load(args.config.as_deref(), &args.flags)?;
+    let context = moesaic_expert_worker::Context {
+        checkpoint: open(&config.model)?,
+        registry: registry::open(&config.registry, &config.cluster).await?,
+        hub: None,
+        pool: Pool::new(config.threads),
+    };
+    moesaic_expert_worker::run(config, context, stop).await
+}
+
+fn open(model: &Path) -> Result<Arc<Checkpoint>> {
+    if model.as_os_str().is_empty() {
+        return Err(BadArguments("--model is not given: the checkpoint's folder".into()).into());
+    }
+    Ok(Arc::new(Checkpoint::open(model)?))
+}
+
+fn stop_token(with_stdin: bool) -> Result<CancellationToken> {
+    let stop = stop::on_signals()?;
+    if with_stdin {
+        stop_when_stdin_closes(stop.clone());
+    }
+    Ok(stop)
+}
+
+/// On a thread of its own: a read of standard input cannot be cancelled, and must not hold up the runtime's end.
+pub fn stop_when_stdin_closes(stop: CancellationToken) {
+    std::thread::spawn(move || {
+        let mut stdin = std::io::stdin().lock();
+        while stdin.read(&mut [0; 64]).is_ok_and(|read| read > 0) {}
+        stop.cancel();
+    });
+}

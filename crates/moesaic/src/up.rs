@@ -1,0 +1,169 @@
+//! `moesaic up`: says what it will do, starts a cluster, says when it is ready and where, stops it in order.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use moesaic_node::{Registry, View, stop};
+use moesaic_proto::WorkerId;
+use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
+use moesaic_proto::v1::{LoadRequest, Role};
+use tonic::transport::Endpoint;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+use crate::cli::say;
+use crate::node::{self, Node};
+use crate::plan::{Plan, megabytes};
+use crate::{here, processes};
+
+const READY_POLL: Duration = Duration::from_millis(10);
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// The checkpoint's folder; the demo model tiny-r1 if not given (or $MOESAIC_DEMO_MODEL)
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Where to serve gRPC and HTTP; port 0 takes any free one
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// What the kernels compute in: f32 or bf16
+    #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16"])]
+    pub dtype: String,
+    /// Attention workers: each owns sequences and their latent cache
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub attention_workers: usize,
+    /// Expert workers: each owns a part of the routed experts
+    #[arg(long, value_name = "M", default_value_t = 2)]
+    pub expert_workers: usize,
+    /// Give each node a process of its own, over gRPC and etcd
+    #[arg(long)]
+    pub processes: bool,
+    /// embedded, or etcd://HOST:PORT[,HOST:PORT]. Default: embedded; with --processes an etcd started for the time
+    #[arg(long, value_name = "SPEC")]
+    pub registry: Option<String>,
+    /// The cluster's name in the registry: a-z, 0-9 and -. Drawn if not given
+    #[arg(long, value_name = "NAME")]
+    pub cluster: Option<String>,
+    /// Threads of the kernels, shared by all workers; with --processes of each worker. All cores if not given
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Tokens that an attention worker's latent cache holds
+    #[arg(long, value_name = "N", conflicts_with = "memory")]
+    pub cache_tokens: Option<usize>,
+    /// Bytes of an attention worker's latent cache, such as 8GiB
+    #[arg(long, value_name = "BYTES")]
+    pub memory: Option<String>,
+}
+
+/// What was started. Nodes are in the order of their start and stop in the opposite one.
+pub struct Cluster {
+    pub nodes: Vec<Node>,
+    pub registry: Arc<dyn Registry>,
+    pub address: SocketAddr,
+}
+
+pub async fn run(args: Args) -> Result<()> {
+    let began = Instant::now();
+    let stop = stop::on_signals()?;
+    let plan = Plan::new(args)?;
+    say(&plan.to_string());
+    let start = async { if plan.args.processes { processes::start(&plan).await } else { here::start(&plan).await } };
+    let Cluster { mut nodes, registry, address } = tokio::select! {
+        cluster = start => cluster?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    let announce = async {
+        until_ready(address).await;
+        say(&announcement(&plan, &registry, address, began).await);
+        std::future::pending::<()>().await;
+    };
+    let failure = tokio::select! {
+        () = stop.cancelled() => None,
+        failure = node::first_failure(&mut nodes) => Some(failure),
+        () = announce => None,
+    };
+    // Before its etcd is stopped, which it would miss.
+    drop(registry);
+    let stopped = node::stop_all(nodes).await;
+    match failure {
+        Some(failure) => Err(failure),
+        None => stopped,
+    }
+}
+
+/// Waits until the coordinator says that a token could be produced.
+async fn until_ready(address: SocketAddr) {
+    let endpoint = Endpoint::from_shared(format!("http://{}", reachable(address))).expect("an address makes a URL");
+    let mut client = HealthClient::new(endpoint.connect_lazy());
+    loop {
+        let answer = client.check(HealthCheckRequest::default()).await;
+        if answer.is_ok_and(|answer| answer.get_ref().status() == ServingStatus::Serving) {
+            return;
+        }
+        tokio::time::sleep(READY_POLL).await;
+    }
+}
+
+/// Who holds what, and where to connect.
+async fn announcement(plan: &Plan, registry: &Arc<dyn Registry>, address: SocketAddr, began: Instant) -> String {
+    let view = registry.view().borrow().clone();
+    let url = format!("http://{}", reachable(address));
+    let model = serde_json::Value::from(plan.checkpoint.name());
+    let server = if url == "http://127.0.0.1:8080" { String::new() } else { format!(" --server {url}") };
+    let mut text = experts(&view) + &caches(plan, &view).await;
+    let _ = write!(
+        text,
+        "ready     after {:.2} s at {url} (gRPC and HTTP)\n\n  \
+         curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{{\"model\": {model}, \"temperature\": \
+         0, \"messages\": [{{\"role\": \"user\", \"content\": \"What is 347 + 586?\"}}]}}'\n  \
+         moesaic chat{server} \"What is 347 + 586?\"\n\nCtrl-C stops it.\n",
+        began.elapsed().as_secs_f64(),
+    );
+    text
+}
+
+/// Which experts each worker holds: of every layer the same in a first placement, so one layer is shown.
+fn experts(view: &View) -> String {
+    let Some(placement) = &view.placement else { return String::new() };
+    let range = |worker: &WorkerId| {
+        let shard = placement.shard(worker);
+        let held = shard.values().next().map(Vec::as_slice).unwrap_or_default();
+        match (held.first(), held.last()) {
+            (Some(first), Some(last)) => format!("{worker} holds {} to {}", first.0, last.0),
+            _ => format!("{worker} holds none"),
+        }
+    };
+    let ranges: Vec<_> = placement.workers().iter().map(range).collect();
+    format!("experts   {} of each layer: {}\n", placement.experts(), ranges.join(", "))
+}
+
+/// The latent caches, as the attention workers sized them.
+async fn caches(plan: &Plan, view: &View) -> String {
+    let mut text = String::new();
+    for member in view.of_role(Role::AttentionWorker) {
+        let Ok(mut client) = AttentionWorkerClient::connect(format!("http://{}", member.address)).await else {
+            continue;
+        };
+        let Ok(load) = client.load(LoadRequest {}).await else { continue };
+        let tokens = u64::from(load.get_ref().pages_total) * u64::from(load.get_ref().page_tokens);
+        let bytes = plan.cache_bytes_per_token();
+        let size = megabytes(tokens * bytes);
+        let _ = writeln!(text, "cache     {}: {tokens} tokens of {bytes} bytes, {size}", member.id);
+    }
+    text
+}
+
+/// Where a client on this machine connects to what listens on `address`.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}

@@ -1,0 +1,87 @@
+//! `moesaic up`, in one process and in many, from start to exit code; and `moesaic chat` with it.
+
+use std::time::{Duration, Instant};
+
+use crate::process::{PATIENCE, Running, command_line, finish, moesaic, signal};
+
+const QUESTION: &str = "What is 347 + 586?";
+
+/// Asks over HTTP.
+fn ask(url: &str) -> serde_json::Value {
+    let body = serde_json::json!({"temperature": 0, "messages": [{"role": "user", "content": QUESTION}]});
+    let answer = async {
+        let client = reqwest::Client::new();
+        let answer = client.post(format!("{url}/v1/chat/completions")).json(&body).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        answer.json().await.unwrap()
+    };
+    tokio::runtime::Runtime::new().unwrap().block_on(answer)
+}
+
+fn answers(url: &str) {
+    let answer = ask(url);
+    let message = &answer["choices"][0]["message"];
+    assert!(message["content"].as_str().unwrap().contains("933"), "{answer}");
+    assert!(!message["reasoning_content"].as_str().unwrap().is_empty(), "{answer}");
+
+    let (code, said, errors) = finish(moesaic().args(["chat", "--server", url, QUESTION]));
+    assert_eq!(code, Some(0), "{errors}");
+    assert!(said.contains("933") && said.contains("</think>"), "{said:?}");
+}
+
+fn stops_well(up: &mut Running) {
+    let asked = Instant::now();
+    up.signal("TERM");
+    assert_eq!(up.wait().code(), Some(0), "{}", up.errors());
+    assert!(asked.elapsed() < Duration::from_secs(5), "took {:?} to stop", asked.elapsed());
+}
+
+#[test]
+fn one_process_serves_and_stops() {
+    let mut up = Running::start(&["up", "--listen", "127.0.0.1:0", "--cache-tokens", "4096"]);
+    let url = up.url();
+    for part in ["tiny-r1 (deepseek_v3)", "bf16", "e0 holds 0 to 15, e1 holds 16 to 31", "4096 tokens", "curl"] {
+        assert!(up.seen().contains(part), "{part:?} is not in\n{}", up.seen());
+    }
+    answers(&url);
+    stops_well(&mut up);
+}
+
+#[test]
+fn processes_serve_stop_in_order_and_leave_nothing() {
+    let mut up = Running::start(&["up", "--processes", "--listen", "127.0.0.1:0", "--threads", "1"]);
+    let url = up.url();
+    let children = up.children();
+    for role in ["etcd", "expert-worker --cluster", "--id=e1", "attention-worker", "coordinator"] {
+        assert!(children.iter().any(|(_, line)| line.contains(role)), "no {role} in {children:?}");
+    }
+    answers(&url);
+    stops_well(&mut up);
+    assert!(children.iter().all(|(id, _)| command_line(*id).is_empty()), "children outlived their parent");
+}
+
+#[test]
+fn children_end_when_their_parent_is_killed() {
+    let mut up = Running::start(&["up", "--processes", "--listen", "127.0.0.1:0", "--threads", "1"]);
+    up.url();
+    let children = up.children();
+    assert_eq!(children.len(), 5, "{children:?}");
+    up.signal("KILL");
+    up.wait();
+    let deadline = Instant::now() + PATIENCE;
+    while children.iter().any(|(id, line)| command_line(*id) == *line) {
+        assert!(Instant::now() < deadline, "still there: {children:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_child_that_dies_is_named() {
+    let mut up = Running::start(&["up", "--processes", "--listen", "127.0.0.1:0", "--threads", "1"]);
+    up.url();
+    let (worker, _) = up.children().into_iter().find(|(_, line)| line.contains("--id=e1")).unwrap();
+    signal(worker, "KILL");
+    assert_eq!(up.wait().code(), Some(1));
+    let errors = up.errors();
+    assert!(errors.contains("expert worker e1 failed: signal: 9"), "{errors:?}");
+}
