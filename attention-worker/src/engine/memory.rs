@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use moesaic_kernels::{Dtype, LatentPages, Numerics, PAGE_TOKENS};
-use moesaic_model::Config;
+use moesaic_kernels::{Dtype, LatentPages, Matrix, MatrixData, Numerics, PAGE_TOKENS};
+use moesaic_model::{Checkpoint, ModelError};
 
 /// What decides the size of the latent cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +25,10 @@ pub struct MemoryPlan {
     pub pages: u32,
 }
 
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
     #[error("memory is {given} bytes; the weights take {weights} and one page of the cache {page}")]
     TooSmall { given: u64, weights: u64, page: u64 },
     #[error("cache_tokens is 0; expected at least 1")]
@@ -36,8 +38,9 @@ pub enum MemoryError {
 }
 
 impl MemoryPlan {
-    pub fn new(config: &Config, numerics: Numerics, size: CacheSize) -> Result<Self, MemoryError> {
-        let weights = weight_bytes(config, numerics);
+    pub fn new(checkpoint: &Checkpoint, numerics: Numerics, size: CacheSize) -> Result<Self, MemoryError> {
+        let config = checkpoint.config();
+        let weights = weight_bytes(checkpoint, numerics)?;
         let (layers, latent, rope) = (config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim);
         let page = LatentPages::page_bytes(numerics, layers, latent, rope) as u64;
         let pages = match size {
@@ -68,10 +71,11 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// As the kernels pack them: outputs in panels of 16, FP8 kept where the checkpoint has it.
-fn weight_bytes(c: &Config, n: Numerics) -> u64 {
-    let float = if n.dtype() == Dtype::F32 { 4 } else { 2 };
-    let stored = if c.quantization.is_some() { 1 } else { float };
+/// As the kernels pack them: outputs in panels of 16, FP8 and bf16 kept where the checkpoint has them.
+fn weight_bytes(checkpoint: &Checkpoint, n: Numerics) -> Result<u64, ModelError> {
+    let c = checkpoint.config();
+    // All of a checkpoint's projections are stored alike, but not its head.
+    let stored = value_bytes(&checkpoint.layer(0)?.mla.o, n);
     let matrix = |size: usize, out: usize, inputs: usize| (out.next_multiple_of(16) * inputs * size) as u64;
     let ffn = |width: usize| 2 * matrix(stored, width, c.hidden_size) + matrix(stored, c.hidden_size, width);
     let heads = c.num_attention_heads;
@@ -79,19 +83,34 @@ fn weight_bytes(c: &Config, n: Numerics) -> u64 {
         None => matrix(stored, heads * c.qk_head_dim(), c.hidden_size),
         Some(rank) => matrix(stored, rank, c.hidden_size) + matrix(stored, heads * c.qk_head_dim(), rank),
     };
+    let computed = dtype_bytes(n);
     let absorbed =
-        matrix(float, c.kv_lora_rank, c.qk_nope_head_dim) + matrix(float, c.v_head_dim, c.kv_lora_rank);
+        matrix(computed, c.kv_lora_rank, c.qk_nope_head_dim) + matrix(computed, c.v_head_dim, c.kv_lora_rank);
     let attention = query
         + matrix(stored, c.latent_width(), c.hidden_size)
         + heads as u64 * absorbed
         + matrix(stored, c.hidden_size, heads * c.v_head_dim);
-    let mlp = |layer| match c.is_moe(layer) {
-        false => ffn(c.intermediate_size),
-        true => {
-            let shared = c.n_shared_experts * c.moe_intermediate_size;
-            matrix(4, c.n_routed_experts, c.hidden_size) + if shared > 0 { ffn(shared) } else { 0 }
-        }
+    let mlp = |layer| match (c.is_moe(layer), c.n_shared_experts * c.moe_intermediate_size) {
+        (false, _) => ffn(c.intermediate_size),
+        (true, 0) => matrix(4, c.n_routed_experts, c.hidden_size),
+        (true, shared) => matrix(4, c.n_routed_experts, c.hidden_size) + ffn(shared),
     };
     let layers: u64 = (0..c.num_hidden_layers).map(|layer| attention + mlp(layer)).sum();
-    layers + matrix(float, c.vocab_size, c.hidden_size)
+    Ok(layers + matrix(value_bytes(&checkpoint.head()?, n), c.vocab_size, c.hidden_size))
+}
+
+/// Of a packed value.
+fn value_bytes(matrix: &Matrix<'_>, n: Numerics) -> usize {
+    match &matrix.data {
+        MatrixData::Fp8 { .. } => 1,
+        MatrixData::Bf16(_) => 2,
+        MatrixData::F32(_) | MatrixData::F16(_) => dtype_bytes(n),
+    }
+}
+
+fn dtype_bytes(n: Numerics) -> usize {
+    match n.dtype() {
+        Dtype::F32 => 4,
+        Dtype::Bf16 => 2,
+    }
 }

@@ -1,0 +1,122 @@
+//! Aborts, clients that go away, experts that cannot be reached: nothing is kept, and nobody else notices.
+
+use std::time::Duration;
+
+use moesaic_attention_worker::core::batcher::{Finish, Limits, Refused};
+use moesaic_attention_worker::engine::handle::{EngineHandle, Event, SubmitError};
+use moesaic_attention_worker::engine::memory::{CacheSize, MemoryPlan};
+use moesaic_dispatch::DispatchError;
+use moesaic_kernels::{Dtype, Numerics};
+use moesaic_model::Checkpoint;
+
+use crate::harness::{LIMITS, Model, answer, fixture, greedy, run};
+
+fn model() -> Model {
+    Model::open("v3", Numerics::detect(Dtype::F32), 2)
+}
+
+async fn wait_until_idle(engine: &EngineHandle) {
+    let idle = async {
+        loop {
+            let counts = engine.load().await.unwrap();
+            if (counts.running, counts.waiting, counts.pages_free) == (0, 0, counts.pages_total) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(1), idle).await.expect("all pages come back within a second");
+}
+
+#[tokio::test]
+async fn streams_that_are_dropped_midway_free_their_pages_and_change_no_other() {
+    let engine = model().engine(LIMITS);
+    let expected = run(&engine, greedy(&[5; 40], 60)).await;
+    let (mut kept, mut dropped) = (Vec::new(), Vec::new());
+    for i in 0..64 {
+        let running = engine.submit(greedy(&[5; 40], 60)).await.unwrap();
+        if i % 2 == 0 { kept.push(running) } else { dropped.push(running) }
+    }
+    for mut running in dropped {
+        assert!(matches!(running.events.recv().await, Some(Event::Token { index: 0, .. })));
+    }
+    for running in kept {
+        assert_eq!(answer(running).await, expected);
+    }
+    wait_until_idle(&engine).await;
+}
+
+#[tokio::test]
+async fn an_abort_ends_the_stream_and_frees_everything() {
+    let engine = model().engine(LIMITS);
+    let mut running = engine.submit(greedy(&[5; 40], 200)).await.unwrap();
+    assert!(matches!(running.events.recv().await, Some(Event::Token { index: 0, .. })));
+    engine.abort(running.id).await;
+    let mut last = None;
+    while let Some(event) = running.events.recv().await {
+        last = Some(event);
+    }
+    assert_eq!(last, Some(Event::Aborted));
+    wait_until_idle(&engine).await;
+}
+
+#[tokio::test]
+async fn what_can_never_fit_is_refused_with_both_numbers() {
+    let engine = model().engine(Limits { pages: 2, ..LIMITS });
+    let refused = engine.submit(greedy(&[5; 100], 29)).await.unwrap_err();
+    let expected = Refused::TooLarge { prompt: 100, max_tokens: 29, capacity: 128 };
+    assert_eq!(refused, SubmitError::Refused(expected));
+    assert_eq!(run(&engine, greedy(&[5; 100], 28)).await.finish, Finish::Length);
+}
+
+#[tokio::test]
+async fn a_full_line_refuses_at_once() {
+    let engine = model().engine(Limits { pages: 1, waiting_max: 2, ..LIMITS });
+    let mut running = Vec::new();
+    let refused = loop {
+        match engine.submit(greedy(&[5; 4], 60)).await {
+            Ok(one) => running.push(one),
+            Err(refused) => break refused,
+        }
+        assert!(running.len() < 64, "a line of 2 takes 64");
+    };
+    assert_eq!(refused, SubmitError::Refused(Refused::LineFull { limit: 2 }));
+    for one in running {
+        assert_eq!(answer(one).await.finish, Finish::Length);
+    }
+}
+
+#[tokio::test]
+async fn unreachable_experts_fail_the_request_with_a_clear_error() {
+    let model = model();
+    let engine = model.engine_alone(LIMITS);
+    let mut running = engine.submit(greedy(&[5; 4], 8)).await.unwrap();
+    match running.events.recv().await {
+        Some(Event::Failed(error @ DispatchError::NoPlacement { .. })) => assert!(error.to_string().contains("layer 1")),
+        other => panic!("{other:?}"),
+    }
+    assert!(running.events.recv().await.is_none());
+    wait_until_idle(&engine).await;
+}
+
+#[tokio::test]
+async fn the_memory_plan_is_what_the_weights_take() {
+    for name in ["v3", "v3-fp8", "v2", "v2-lite", "tiny-r1"] {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let numerics = Numerics::detect(dtype);
+            let model = Model::open(name, numerics, 1);
+            let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
+            let plan = MemoryPlan::new(&checkpoint, numerics, CacheSize::Tokens(1000)).unwrap();
+            let (planned, taken) = (plan.weights as f64, model.weights.bytes() as f64);
+            assert!((planned / taken - 1.0).abs() < 0.05, "{name} {dtype:?}: planned {planned}, taken {taken}");
+            assert_eq!((plan.pages, plan.cache), (16, 16 * 64 * plan.per_token));
+
+            let page = 64 * plan.per_token;
+            let memory = |given| MemoryPlan::new(&checkpoint, numerics, CacheSize::Memory(given));
+            assert_eq!(memory(plan.weights + 3 * page).unwrap().pages, 3);
+            let error = memory(plan.weights + page - 1).unwrap_err().to_string();
+            let expected = [plan.weights + page - 1, plan.weights, page].map(|bytes| bytes.to_string());
+            assert!(expected.iter().all(|number| error.contains(number)), "{error}");
+        }
+    }
+}
