@@ -4,5 +4,10 @@
 //! Reading order: `shell` (a worker's life and its gRPC service), `engine` (the compute thread and the decoder), `core`
 //! (pages, batching, sampling), `config`.
 
+pub mod config;
 pub mod core;
 pub mod engine;
+pub mod shell;
+
+pub use config::{Config, Flags};
+pub use shell::run::{Context, run};

@@ -10,8 +10,8 @@ use moesaic_model::{Checkpoint, ModelError};
 pub enum CacheSize {
     /// Room for this many tokens, rounded up to whole pages.
     Tokens(usize),
-    /// What this many bytes leave when the weights are in, in whole pages.
-    Memory(u64),
+    /// As many whole pages as fit in these bytes.
+    Bytes(u64),
 }
 
 /// Bytes of the attention side. The embedding is not part of it: its rows are read from the mapped file.
@@ -29,8 +29,8 @@ pub struct MemoryPlan {
 pub enum MemoryError {
     #[error(transparent)]
     Model(#[from] ModelError),
-    #[error("memory is {given} bytes; the weights take {weights} and one page of the cache {page}")]
-    TooSmall { given: u64, weights: u64, page: u64 },
+    #[error("memory is {given} bytes; one page of the latent cache takes {page}")]
+    TooSmall { given: u64, page: u64 },
     #[error("cache_tokens is 0; expected at least 1")]
     NoTokens,
     #[error("a cache of {pages} pages; expected at most {}", u32::MAX)]
@@ -46,8 +46,8 @@ impl MemoryPlan {
         let pages = match size {
             CacheSize::Tokens(0) => return Err(MemoryError::NoTokens),
             CacheSize::Tokens(tokens) => tokens.div_ceil(PAGE_TOKENS) as u64,
-            CacheSize::Memory(given) => match given.saturating_sub(weights) / page {
-                0 => return Err(MemoryError::TooSmall { given, weights, page }),
+            CacheSize::Bytes(given) => match given / page {
+                0 => return Err(MemoryError::TooSmall { given, page }),
                 pages => pages,
             },
         };

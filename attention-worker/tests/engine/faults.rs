@@ -92,7 +92,9 @@ async fn unreachable_experts_fail_the_request_with_a_clear_error() {
     let engine = model.engine_alone(LIMITS);
     let mut running = engine.submit(greedy(&[5; 4], 8)).await.unwrap();
     match running.events.recv().await {
-        Some(Event::Failed(error @ DispatchError::NoPlacement { .. })) => assert!(error.to_string().contains("layer 1")),
+        Some(Event::Failed(error @ DispatchError::NoPlacement { .. })) => {
+            assert!(error.to_string().contains("layer 1"))
+        }
         other => panic!("{other:?}"),
     }
     assert!(running.events.recv().await.is_none());
@@ -112,10 +114,10 @@ async fn the_memory_plan_is_what_the_weights_take() {
             assert_eq!((plan.pages, plan.cache), (16, 16 * 64 * plan.per_token));
 
             let page = 64 * plan.per_token;
-            let memory = |given| MemoryPlan::new(&checkpoint, numerics, CacheSize::Memory(given));
-            assert_eq!(memory(plan.weights + 3 * page).unwrap().pages, 3);
-            let error = memory(plan.weights + page - 1).unwrap_err().to_string();
-            let expected = [plan.weights + page - 1, plan.weights, page].map(|bytes| bytes.to_string());
+            let cache = |bytes| MemoryPlan::new(&checkpoint, numerics, CacheSize::Bytes(bytes));
+            assert_eq!(cache(4 * page - 1).unwrap().pages, 3);
+            let error = cache(page - 1).unwrap_err().to_string();
+            let expected = [page - 1, page].map(|bytes| bytes.to_string());
             assert!(expected.iter().all(|number| error.contains(number)), "{error}");
         }
     }

@@ -97,9 +97,8 @@ fn draws_follow_the_probabilities() {
 #[test]
 fn known_draws() {
     let logits: Vec<f32> = (0..100).map(|i| (i % 7) as f32 / 3.0).collect();
-    let drawn: Vec<u32> = (0..8)
-        .map(|length| sample(&logits, &Sampling { seed: 42, ..ON }, &[1], &vec![2; length]))
-        .collect();
+    let drawn: Vec<u32> =
+        (0..8).map(|length| sample(&logits, &Sampling { seed: 42, ..ON }, &[1], &vec![2; length])).collect();
     assert_eq!(drawn, KNOWN_DRAWS);
 }
 const KNOWN_DRAWS: [u32; 8] = [97, 82, 73, 33, 32, 23, 36, 55];

@@ -1,0 +1,265 @@
+//! What a person sets: flags over environment (`MOESAIC_*`) over a TOML file. Every default is here.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::thread;
+
+use moesaic_kernels::{Dtype, UnknownDtype};
+use moesaic_proto::limits::FRAME_ROWS_MAX;
+use serde::{Deserialize, Serialize};
+
+use crate::engine::memory::CacheSize;
+
+/// Tokens in the latent cache if neither `cache_tokens` nor `memory` is set: some dozen conversations.
+const CACHE_TOKENS: usize = 65_536;
+/// A micro-batch is a number of one byte in frames, and more than a few only cost memory.
+const MICRO_BATCHES_MAX: usize = 16;
+
+/// One attention worker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The checkpoint's folder.
+    pub model: PathBuf,
+    /// Unique among the cluster's attention workers; drawn if unset.
+    pub id: Option<String>,
+    pub cluster: String,
+    /// Port 0: any free one.
+    pub listen: SocketAddr,
+    /// "host:port" that other nodes can reach; `listen` if unset.
+    pub advertise: Option<String>,
+    /// "f32" or "bf16"
+    pub dtype: String,
+    /// Threads of the kernels.
+    pub threads: usize,
+    /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
+    pub registry: String,
+    /// Tokens that the latent cache holds.
+    pub cache_tokens: Option<usize>,
+    /// Bytes of the latent cache, instead of `cache_tokens`: a number, with or without KiB, MiB, GiB or TiB.
+    pub memory: Option<String>,
+    /// Micro-batches in flight at a time.
+    pub micro_batches: usize,
+    /// Tokens in a micro-batch.
+    pub token_budget: usize,
+    /// Tokens of one sequence in a micro-batch.
+    pub chunk: usize,
+    /// Requests that may wait for pages; more are refused.
+    pub waiting_max: usize,
+    /// How long the experts of a layer may take.
+    pub layer_deadline_ms: u64,
+    /// How long running sequences may go on after a stop.
+    pub drain_seconds: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            model: PathBuf::new(),
+            id: None,
+            cluster: "moesaic".into(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            dtype: "bf16".into(),
+            threads: thread::available_parallelism().map_or(1, usize::from),
+            registry: "etcd://127.0.0.1:2379".into(),
+            cache_tokens: None,
+            memory: None,
+            // One computes while the other waits for its experts.
+            micro_batches: 2,
+            // What a decoding sequence waits for at worst, per turn: some prefill of others.
+            token_budget: 256,
+            chunk: 128,
+            waiting_max: 256,
+            // A CPU's slowest layer of a full micro-batch, with room.
+            layer_deadline_ms: 10_000,
+            drain_seconds: 30,
+        }
+    }
+}
+
+/// The same as flags. What is not given comes from the environment, the file or the defaults.
+#[derive(Clone, Debug, Default, Serialize, clap::Args)]
+pub struct Flags {
+    /// The checkpoint's folder
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<PathBuf>,
+    /// Unique among the cluster's attention workers; drawn if not given
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<String>,
+    /// Where to serve; port 0 takes any free one
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
+    /// The address that other nodes can reach, if it is not the one to listen on
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// f32 or bf16
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<String>,
+    /// Threads of the kernels; all cores if not given
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// etcd://host:port[,host:port]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registry: Option<String>,
+    /// Tokens that the latent cache holds
+    #[arg(long, value_name = "N", conflicts_with = "memory")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_tokens: Option<usize>,
+    /// Bytes of the latent cache, such as 8GiB
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
+    /// Micro-batches in flight at a time
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batches: Option<usize>,
+    /// Tokens in a micro-batch
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_budget: Option<usize>,
+    /// Tokens of one sequence in a micro-batch
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chunk: Option<usize>,
+    /// Requests that may wait for pages; more are refused
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting_max: Option<usize>,
+    /// How long the experts of a layer may take
+    #[arg(long, value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer_deadline_ms: Option<u64>,
+    /// How long running sequences may go on after a stop
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_seconds: Option<u64>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidConfig {
+    #[error("{field} is {given}; expected {min} to {max}")]
+    Range { field: &'static str, given: u64, min: u64, max: u64 },
+    #[error("cache_tokens ({tokens}) and memory ({memory}) are both set; expected one of them")]
+    CacheTwice { tokens: usize, memory: String },
+    #[error("memory is {given:?}; expected a number of bytes such as 1073741824, 512MiB or 8GiB")]
+    Memory { given: String },
+    #[error("advertise is {given:?}; expected host:port")]
+    Advertise { given: String },
+    #[error("listen is {listen}: no node can reach this address; set advertise")]
+    Unspecified { listen: SocketAddr },
+    #[error(transparent)]
+    Dtype(#[from] UnknownDtype),
+}
+
+impl Config {
+    /// Checks what the types do not.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        let ranges = [
+            ("threads", self.threads as u64, 1024),
+            ("micro_batches", self.micro_batches as u64, MICRO_BATCHES_MAX as u64),
+            ("token_budget", self.token_budget as u64, FRAME_ROWS_MAX as u64),
+            ("chunk", self.chunk as u64, FRAME_ROWS_MAX as u64),
+            ("waiting_max", self.waiting_max as u64, 1 << 20),
+            ("layer_deadline_ms", self.layer_deadline_ms, 3_600_000),
+        ];
+        if let Some(&(field, given, max)) = ranges.iter().find(|(_, given, max)| !(1..=*max).contains(given)) {
+            return Err(InvalidConfig::Range { field, given, min: 1, max });
+        }
+        match &self.advertise {
+            Some(given) if given.rsplit_once(':').is_none_or(|(h, p)| h.is_empty() || p.parse::<u16>().is_err()) => {
+                return Err(InvalidConfig::Advertise { given: given.clone() });
+            }
+            None if self.listen.ip().is_unspecified() => {
+                return Err(InvalidConfig::Unspecified { listen: self.listen });
+            }
+            _ => {}
+        }
+        self.dtype()?;
+        self.cache_size().map(drop)
+    }
+
+    pub fn dtype(&self) -> Result<Dtype, InvalidConfig> {
+        Ok(self.dtype.parse()?)
+    }
+
+    pub fn cache_size(&self) -> Result<CacheSize, InvalidConfig> {
+        match (self.cache_tokens, &self.memory) {
+            (Some(tokens), Some(memory)) => Err(InvalidConfig::CacheTwice { tokens, memory: memory.clone() }),
+            (tokens, None) => Ok(CacheSize::Tokens(tokens.unwrap_or(CACHE_TOKENS))),
+            (None, Some(given)) => {
+                let bytes = bytes(given).ok_or_else(|| InvalidConfig::Memory { given: given.clone() });
+                bytes.map(CacheSize::Bytes)
+            }
+        }
+    }
+}
+
+/// "8GiB"
+fn bytes(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_a_number_with_a_unit() {
+        let table = [
+            ("1024", Some(1024)),
+            ("8GiB", Some(8 << 30)),
+            (" 512 MiB ", Some(512 << 20)),
+            ("8GB", None),
+            ("GiB", None),
+            ("-1", None),
+            ("99999999999TiB", None),
+        ];
+        for (text, expected) in table {
+            assert_eq!(bytes(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_value_is_named_with_its_bounds() {
+        type Change = fn(&mut Config);
+        let table: [(Change, &str); 8] = [
+            (|c| c.micro_batches = 17, "micro_batches is 17; expected 1 to 16"),
+            (|c| c.token_budget = 0, "token_budget is 0; expected 1 to 4096"),
+            (|c| c.chunk = 5000, "chunk is 5000; expected 1 to 4096"),
+            (|c| (c.cache_tokens, c.memory) = (Some(1), Some("1".into())), "are both set"),
+            (|c| c.memory = Some("lots".into()), "memory is \"lots\""),
+            (|c| c.advertise = Some("nowhere".into()), "advertise is \"nowhere\""),
+            (|c| c.listen = SocketAddr::from(([0, 0, 0, 0], 1)), "set advertise"),
+            (|c| c.dtype = "f8".into(), "dtype `f8`"),
+        ];
+        Config::default().validate().unwrap();
+        for (change, expected) in table {
+            let mut config = Config::default();
+            change(&mut config);
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! A worker's life and its gRPC service, around the engine.
+
+pub mod request;
+pub mod run;
+pub mod service;

@@ -1,0 +1,178 @@
+//! A worker's life: plan the memory, load, register, follow the placement, serve, stop.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Hub};
+use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
+use moesaic_model::Checkpoint;
+use moesaic_node::server::{self, set_serving, with_health_and_reflection};
+use moesaic_node::{Member, Registry, View, handshake};
+use moesaic_proto::v1::{Hello, Role};
+use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic_health::server::HealthReporter;
+
+use super::service::{NAME, Requests, Service};
+use crate::config::Config;
+use crate::core::batcher::Limits;
+use crate::engine::handle::EngineHandle;
+use crate::engine::memory::MemoryPlan;
+use crate::engine::thread::{self, Ended};
+use crate::engine::weights::Weights;
+
+/// How often the edges to expert workers are looked at: what a change of health is late by.
+const HEALTH_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What the worker shares with the process that it runs in.
+pub struct Context {
+    pub registry: Arc<dyn Registry>,
+    /// The expert workers of this process, if any.
+    pub hub: Option<Hub>,
+    pub pool: Pool,
+    pub checkpoint: Arc<Checkpoint>,
+}
+
+/// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.
+pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    let Context { registry, hub, pool, checkpoint } = context;
+    let id = match &config.id {
+        Some(id) => WorkerId::new(id)?,
+        None => WorkerId::new(&format!("attention-{}", &uuid::Uuid::new_v4().simple().to_string()[..8]))?,
+    };
+    let numerics = Numerics::detect(config.dtype()?);
+    let hello = own_hello(&config, &checkpoint, numerics, &id);
+    let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone()), hub);
+    let (engine, ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), pool).await?;
+
+    let bound = server::bind(config.listen).await?;
+    let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
+    let service = Service {
+        hello: hello.clone(),
+        checkpoint: checkpoint.clone(),
+        engine,
+        dispatcher: dispatcher.clone(),
+        waiting_max: config.waiting_max,
+        stop: stop.clone(),
+        requests: Requests::default(),
+    };
+    let (routes, reporter) = with_health_and_reflection(Routes::new(service.server()), NAME).await;
+    let serve = bound.serve(routes, stop.clone(), Duration::from_secs(config.drain_seconds));
+
+    // Dropped, and so ended, with this function.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
+    tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
+    let member = Member { hello, id: id.clone(), address: address.clone(), epoch_loaded: Epoch(0) };
+    let registration = registry.register(member).await?;
+    tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "attention worker serves");
+    let leave = async {
+        stop.cancelled().await;
+        // First of all, so that coordinators send no more.
+        registration.leave().await;
+        Ok(())
+    };
+    tokio::select! {
+        served = async { tokio::try_join!(serve, leave) } => drop(served?),
+        _ = ended => anyhow::bail!("the engine thread has ended by itself: it panicked, see above"),
+    }
+    tracing::info!(%id, "attention worker stopped");
+    Ok(())
+}
+
+fn own_hello(config: &Config, checkpoint: &Checkpoint, numerics: Numerics, id: &WorkerId) -> Hello {
+    let (role, fingerprint) = (Role::AttentionWorker, checkpoint.fingerprint());
+    let mut hello = handshake::hello(&config.cluster, role, id, fingerprint, numerics.name());
+    // Tells this worker's frames from others' in logs; streams keep them apart anyhow.
+    hello.source = (hello.incarnation & u64::from(u16::MAX)) as u32;
+    hello
+}
+
+fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello) -> DispatchConfig {
+    let model = checkpoint.config();
+    DispatchConfig {
+        hidden: model.hidden_size,
+        experts: model.n_routed_experts,
+        groups: model.logical_groups(),
+        source: hello.source as u16,
+        layer_deadline: Duration::from_millis(config.layer_deadline_ms),
+        hello,
+        ops: CombineOps { first: combine_first, next: combine_next, add },
+    }
+}
+
+async fn start_engine(
+    config: &Config,
+    checkpoint: &Arc<Checkpoint>,
+    numerics: Numerics,
+    dispatcher: Dispatcher,
+    pool: Pool,
+) -> anyhow::Result<(EngineHandle, Ended)> {
+    let plan = MemoryPlan::new(checkpoint, numerics, config.cache_size()?)?;
+    tracing::info!(%plan, "memory");
+    let limits = Limits {
+        pages: plan.pages,
+        chunk: config.chunk,
+        token_budget: config.token_budget,
+        micro_batches: config.micro_batches,
+        waiting_max: config.waiting_max,
+    };
+    let checkpoint = checkpoint.clone();
+    let load = tokio::task::spawn_blocking(move || Weights::load(checkpoint, numerics));
+    let weights = Arc::new(load.await.context("loading the weights")??);
+    thread::start(weights, dispatcher, pool, limits).context("starting the engine thread")
+}
+
+/// Keeps the dispatcher's placement and addresses as the registry has them, for as long as it is polled.
+async fn follow(mut view: watch::Receiver<Arc<View>>, checkpoint: Arc<Checkpoint>, dispatcher: Dispatcher) {
+    loop {
+        let now = view.borrow_and_update().clone();
+        if let Some(placement) = &now.placement {
+            match fits(placement, &checkpoint) {
+                true => dispatcher.set_view(placement.clone(), &loaded(&now, placement)),
+                false => tracing::error!(epoch = placement.epoch().0, "a placement of another model's experts"),
+            }
+        }
+        if view.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether a placement has this model's layers and experts.
+fn fits(placement: &Placement, checkpoint: &Checkpoint) -> bool {
+    let config = checkpoint.config();
+    let moe = (0..config.num_hidden_layers).filter(|&layer| config.is_moe(layer)).map(|layer| LayerId(layer as u8));
+    placement.layers().eq(moe) && placement.experts() == config.n_routed_experts
+}
+
+/// Expert workers that have the placement's experts in memory.
+fn loaded(view: &View, placement: &Placement) -> BTreeMap<WorkerId, String> {
+    let experts = view.of_role(Role::ExpertWorker).filter(|member| member.epoch_loaded >= placement.epoch());
+    experts.map(|member| (member.id.clone(), member.address.clone())).collect()
+}
+
+/// Serving means that a token could be produced.
+async fn report_health(
+    checkpoint: Arc<Checkpoint>,
+    dispatcher: Dispatcher,
+    reporter: HealthReporter,
+    stop: CancellationToken,
+) {
+    let mut before = false;
+    loop {
+        let now = !stop.is_cancelled() && Service::is_reachable(&checkpoint, &dispatcher);
+        if now != before {
+            tracing::info!(reachable = now, "experts");
+            set_serving(&reporter, NAME, now).await;
+            before = now;
+        }
+        tokio::time::sleep(HEALTH_INTERVAL).await;
+    }
+}
