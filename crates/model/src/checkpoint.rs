@@ -28,7 +28,7 @@ impl Checkpoint {
             return Err(problems.swap_remove(0));
         }
         let typed = Typed { dir, config: &config, shards: &shards };
-        names::main_model(&config).iter().try_for_each(|spec| typed.check(spec))?;
+        names::main_model(&config).try_for_each(|spec| typed.check(&spec))?;
         Ok(Self::new(dir, config, shards))
     }
 

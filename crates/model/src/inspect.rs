@@ -1,19 +1,21 @@
 //! What a folder is, in numbers, and everything that is wrong with it. Never stops at the first problem.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use crate::names::{self, Owner, Spec};
+use crate::names::{self, Owner};
 use crate::shards::Shards;
 use crate::typed::Typed;
 use crate::{Checkpoint, Config, Family};
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
-/// Lines that a person still reads; `Report::problems` has them all.
+/// Lines that a person still reads; `Report::problems` has more.
 const PROBLEMS_SHOWN_MAX: usize = 30;
+/// Tensors that are reported one by one; a config may promise millions that no file has, and the rest are counted.
+const TENSOR_PROBLEMS_MAX: usize = 10_000;
 /// The latent cache is compared in this precision.
 const CACHE_VALUE_BYTES: u64 = 2;
 
@@ -31,8 +33,7 @@ pub struct Parameters {
 
 impl Parameters {
     pub fn of(c: &Config) -> Self {
-        let specs = names::main_model(c);
-        let sum = |owner: Owner| specs.iter().filter(|s| s.owner == owner).map(Spec::values).sum::<u64>();
+        let sum = |owner: Owner| names::main_model(c).filter(|s| s.owner == owner).map(|s| s.values()).sum::<u64>();
         let (attention, experts) = (sum(Owner::Attention), sum(Owner::Expert));
         let looked_up = if c.tie_word_embeddings { 0 } else { names::embedding(c).values() };
         let active_experts = match c.n_routed_experts as u64 {
@@ -41,7 +42,7 @@ impl Parameters {
             n => experts / n * c.num_experts_per_tok as u64,
         };
         let copies = 2 * names::embedding(c).values() * c.num_nextn_predict_layers as u64;
-        let mtp = names::mtp(c).iter().map(Spec::values).sum::<u64>();
+        let mtp = names::mtp(c).map(|s| s.values()).sum::<u64>();
         Self {
             total: attention + experts,
             active: attention - looked_up + active_experts,
@@ -78,6 +79,16 @@ pub struct Bytes {
     /// What all expert workers load together.
     pub experts: u64,
     pub mtp: u64,
+}
+
+impl Bytes {
+    fn of(&mut self, owner: Owner) -> &mut u64 {
+        match owner {
+            Owner::Attention => &mut self.attention,
+            Owner::Expert => &mut self.experts,
+            Owner::Mtp => &mut self.mtp,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -136,30 +147,29 @@ impl Report {
     /// Every tensor's presence, dtype and shape; and the bytes by owner.
     fn examine_tensors(&mut self, dir: &Path, config: &Config, shards: &Shards) {
         let typed = Typed { dir, config, shards };
-        let main = names::main_model(config);
-        let mtp = names::mtp(config);
-        let bytes = |spec: &Spec| {
-            let of = |name: &str| shards.get(name).map_or(0, |t| t.bytes.len() as u64);
-            of(&spec.name) + of(&spec.scale_name())
-        };
-        for spec in main.iter().chain(&mtp) {
-            let owned = match spec.owner {
-                Owner::Attention => &mut self.bytes.attention,
-                Owner::Expert => &mut self.bytes.experts,
-                Owner::Mtp => &mut self.bytes.mtp,
-            };
-            *owned += bytes(spec);
+        let mut unread: BTreeSet<&str> = shards.names().collect();
+        let mut wrong = 0usize;
+        for spec in names::main_model(config).chain(names::mtp(config)) {
+            let owned = self.bytes.of(spec.owner);
+            for name in [&spec.name, &spec.scale_name()] {
+                *owned += shards.get(name).map_or(0, |t| t.bytes.len() as u64);
+                unread.remove(name.as_str());
+            }
+            let may_lack = spec.owner == Owner::Mtp && shards.get(&spec.name).is_none();
+            if !may_lack && let Err(problem) = typed.check(&spec) {
+                wrong += 1;
+                if wrong <= TENSOR_PROBLEMS_MAX {
+                    self.problems.push(problem.to_string());
+                }
+            }
         }
-        let present_mtp = mtp.iter().filter(|spec| shards.get(&spec.name).is_some());
-        let wrong = main.iter().chain(present_mtp).filter_map(|spec| typed.check(spec).err());
-        self.problems.extend(wrong.map(|e| e.to_string()));
-        if !mtp.is_empty() && self.bytes.mtp == 0 {
+        if let Some(more @ 1..) = wrong.checked_sub(TENSOR_PROBLEMS_MAX) {
+            self.problems.push(format!("{}: {more} more tensors are missing or do not fit", dir.display()));
+        }
+        if config.num_nextn_predict_layers > 0 && self.bytes.mtp == 0 {
             let layers = config.num_nextn_predict_layers;
             self.notes.push(format!("config.json has {layers} MTP layers, and the files have no tensors of them"));
         }
-        let known: HashSet<String> = main.iter().chain(&mtp).flat_map(|s| [s.name.clone(), s.scale_name()]).collect();
-        let mut unread: Vec<&str> = shards.names().filter(|name| !known.contains(*name)).collect();
-        unread.sort_unstable();
         if let Some(first) = unread.first() {
             self.notes.push(format!("{} tensors are read by no worker, {first} for one", unread.len()));
         }
@@ -243,11 +253,11 @@ fn write_model(f: &mut fmt::Formatter<'_>, c: &Config) -> fmt::Result {
     )?;
     writeln!(
         f,
-        "  parameters   {} total, {} active a token, {} in routed experts, {} MTP",
+        "  parameters   {} total, {} active a token, {} in routed experts, {}",
         count(p.total),
         count(p.active),
         count(p.experts),
-        count(p.mtp)
+        if p.mtp > 0 { format!("{} in MTP layers", count(p.mtp)) } else { "no MTP layers".to_owned() }
     )?;
     writeln!(
         f,
@@ -258,8 +268,15 @@ fn write_model(f: &mut fmt::Formatter<'_>, c: &Config) -> fmt::Result {
     )
 }
 
+/// Three digits, as papers have them.
 fn count(n: u64) -> String {
-    if n >= 1_000_000_000 { format!("{:.1}B", n as f64 / 1e9) } else { format!("{:.2}M", n as f64 / 1e6) }
+    let (value, unit) = if n >= 1_000_000_000 { (n as f64 / 1e9, "B") } else { (n as f64 / 1e6, "M") };
+    let decimals = match value {
+        100.0.. => 0,
+        10.0.. => 1,
+        _ => 2,
+    };
+    format!("{value:.decimals$}{unit}")
 }
 
 fn size(bytes: u64) -> String {

@@ -193,19 +193,16 @@ impl LayerNames<'_> {
     }
 }
 
-/// Every tensor that the main model must have.
-pub(crate) fn main_model(c: &Config) -> Vec<Spec> {
-    let mut specs = vec![embedding(c), final_norm(c)];
-    if !c.tie_word_embeddings {
-        specs.push(head(c));
-    }
-    specs.extend((0..c.num_hidden_layers).flat_map(|layer| LayerNames { config: c, layer }.all()));
-    specs
+/// Every tensor that the main model must have, one layer at a time: a config may promise millions that no file has.
+pub(crate) fn main_model(c: &Config) -> impl Iterator<Item = Spec> {
+    let head = (!c.tie_word_embeddings).then(|| head(c));
+    let layers = (0..c.num_hidden_layers).flat_map(|layer| LayerNames { config: c, layer }.all());
+    [embedding(c), final_norm(c)].into_iter().chain(head).chain(layers)
 }
 
 /// Every tensor that the MTP layers may have.
-pub(crate) fn mtp(c: &Config) -> Vec<Spec> {
+pub(crate) fn mtp(c: &Config) -> impl Iterator<Item = Spec> {
     let layers = c.num_hidden_layers..c.num_hidden_layers + c.num_nextn_predict_layers;
     let names = layers.map(|layer| LayerNames { config: c, layer });
-    names.flat_map(|n| [n.all(), n.mtp_only()].concat()).collect()
+    names.flat_map(|n| [n.all(), n.mtp_only()].concat())
 }

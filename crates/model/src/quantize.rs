@@ -54,7 +54,7 @@ pub struct Summary {
     pub bytes_after: u64,
 }
 
-/// Makes `dst`, which must not exist; a failure leaves nothing under that name.
+/// Makes `dst`, which must not exist or be an empty folder; a failure leaves it as it was.
 pub fn to_fp8(src: &Path, dst: &Path, options: Options) -> Result<Summary, ModelError> {
     let checkpoint = Checkpoint::open(src)?;
     if checkpoint.config().quantization.is_some() {
@@ -65,8 +65,8 @@ pub fn to_fp8(src: &Path, dst: &Path, options: Options) -> Result<Summary, Model
             expected: "a model that is not quantized".to_owned(),
         });
     }
-    if dst.exists() {
-        return Err(ModelError::file(dst, "exists, expected the name of a new folder"));
+    if dst.exists() && !is_empty_folder(dst) {
+        return Err(ModelError::file(dst, "exists, expected the name of a new folder, or an empty one"));
     }
     let mut partial = dst.as_os_str().to_owned();
     partial.push(".partial");
@@ -84,11 +84,14 @@ pub fn to_fp8(src: &Path, dst: &Path, options: Options) -> Result<Summary, Model
     done
 }
 
+fn is_empty_folder(path: &Path) -> bool {
+    fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
+}
+
 fn write_all(checkpoint: &Checkpoint, dst: &Path, options: Options) -> Result<Summary, ModelError> {
     let config = checkpoint.config();
-    let linears: HashMap<String, Spec> = [names::main_model(config), names::mtp(config)]
-        .concat()
-        .into_iter()
+    let linears: HashMap<String, Spec> = names::main_model(config)
+        .chain(names::mtp(config))
         .filter(|spec| spec.kind == Kind::Linear)
         .map(|spec| (spec.name.clone(), spec))
         .collect();

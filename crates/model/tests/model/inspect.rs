@@ -9,8 +9,12 @@ use serde_json::json;
 
 use crate::support::{copy, edit_config, edit_tensors, find, fixture, json as read_json};
 
+fn published_json() -> serde_json::Value {
+    read_json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/v3.json"))
+}
+
 fn published(edit: impl FnOnce(&mut serde_json::Value)) -> Config {
-    let mut config = read_json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/v3.json"));
+    let mut config = published_json();
     edit(&mut config);
     Config::parse(Path::new("config.json"), &config.to_string()).unwrap()
 }
@@ -30,34 +34,53 @@ fn v3_has_671_billion_parameters_and_uses_37() {
     assert_eq!(Cache::of(&config), Cache { latent: 70_272, multi_head: 4_997_120 });
 }
 
+/// The sizes of the public V2-Lite.
+fn v2_lite(c: &mut serde_json::Value) {
+    for (field, value) in [
+        ("model_type", json!("deepseek_v2")),
+        ("vocab_size", json!(102400)),
+        ("hidden_size", json!(2048)),
+        ("intermediate_size", json!(10944)),
+        ("moe_intermediate_size", json!(1408)),
+        ("num_hidden_layers", json!(27)),
+        ("num_nextn_predict_layers", json!(null)),
+        ("num_attention_heads", json!(16)),
+        ("num_key_value_heads", json!(16)),
+        ("n_routed_experts", json!(64)),
+        ("n_shared_experts", json!(2)),
+        ("num_experts_per_tok", json!(6)),
+        ("n_group", json!(1)),
+        ("topk_group", json!(1)),
+        ("first_k_dense_replace", json!(1)),
+        ("q_lora_rank", json!(null)),
+        ("scoring_func", json!("softmax")),
+        ("topk_method", json!("greedy")),
+    ] {
+        c[field] = value;
+    }
+}
+
 #[test]
 fn v2_lite_has_15_7_billion_parameters_and_uses_2_4() {
-    let config = published(|c| {
-        for (field, value) in [
-            ("model_type", json!("deepseek_v2")),
-            ("vocab_size", json!(102400)),
-            ("hidden_size", json!(2048)),
-            ("intermediate_size", json!(10944)),
-            ("moe_intermediate_size", json!(1408)),
-            ("num_hidden_layers", json!(27)),
-            ("num_nextn_predict_layers", json!(null)),
-            ("num_attention_heads", json!(16)),
-            ("num_key_value_heads", json!(16)),
-            ("n_routed_experts", json!(64)),
-            ("n_shared_experts", json!(2)),
-            ("num_experts_per_tok", json!(6)),
-            ("n_group", json!(1)),
-            ("topk_group", json!(1)),
-            ("first_k_dense_replace", json!(1)),
-            ("q_lora_rank", json!(null)),
-            ("scoring_func", json!("softmax")),
-            ("topk_method", json!("greedy")),
-        ] {
-            c[field] = value;
-        }
-    });
-    let p = Parameters::of(&config);
+    let p = Parameters::of(&published(v2_lite));
     assert_eq!((billions(p.total), p.active / 10_000_000, p.mtp), (15.7, 245, 0));
+}
+
+/// What a person sees of the published models, from a folder with nothing but config.json.
+#[test]
+fn the_words_of_published_sizes() {
+    let words = |config: &serde_json::Value| {
+        let dir = tempfile::TempDir::new().unwrap();
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        report(dir.path()).to_string()
+    };
+    let mut config = published_json();
+    let text = words(&config);
+    let expected = "671B total, 36.6B active a token, 654B in routed experts, 11.6B in MTP layers";
+    assert!(text.contains(expected), "{text}");
+    v2_lite(&mut config);
+    let text = words(&config);
+    assert!(text.contains("15.7B total, 2.45B active a token, 14.4B in routed experts, no MTP layers"), "{text}");
 }
 
 #[test]
@@ -109,6 +132,21 @@ fn every_problem_is_listed() {
         assert!(text.contains(expected), "{expected}\n{text}");
     }
     assert_eq!(report.fingerprint, None);
+}
+
+/// 255 layers of 4096 experts are promised; the fixture has 3 of 32. The rest is counted, not listed.
+#[test]
+fn a_config_that_promises_millions_of_tensors() {
+    let dir = copy("v3");
+    edit_config(dir.path(), |c| {
+        c["num_hidden_layers"] = json!(256);
+        c["n_routed_experts"] = json!(4096);
+    });
+    let problems = report(dir.path()).problems;
+    assert_eq!(problems.len(), 10_001);
+    // Three tensors an expert, 14 others a layer; and the layers that are there have a smaller gate and bias.
+    let wrong = 3 * (255 * 4096 - 3 * 32) + 14 * 252 + 2 * 3;
+    assert!(problems[10_000].ends_with(&format!(": {} more tensors are missing or do not fit", wrong - 10_000)));
 }
 
 #[test]

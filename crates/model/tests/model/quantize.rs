@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::parity::{argmax, logprob};
 use crate::shards::sharded;
-use crate::support::{copy, edit_config, edit_tensors, find, fixture, read_tensors};
+use crate::support::{copy, edit_config, edit_tensors, find, fixture, json as read_json, read_tensors};
 
 fn quantized(src: &Path, options: Options) -> TempDir {
     let dir = TempDir::new().unwrap();
@@ -126,8 +126,11 @@ fn tiny_r1_fp8_thinks_as_tiny_r1() {
 #[test]
 fn the_shipped_copy_is_what_the_tool_makes() {
     let dir = quantized(&fixture("tiny-r1"), Options::default());
-    let made = dir.path().join("fp8/model.safetensors");
-    assert!(fs::read(made).unwrap() == fs::read(fixture("tiny-r1-fp8").join("model.safetensors")).unwrap());
+    let (made, shipped) = (dir.path().join("fp8"), fixture("tiny-r1-fp8"));
+    for file in ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        assert!(fs::read(made.join(file)).unwrap() == fs::read(shipped.join(file)).unwrap(), "{file}");
+    }
+    assert_eq!(read_json(&made.join("config.json")), read_json(&shipped.join("config.json")));
 }
 
 /// V3.1's scales, once as F32 powers of two and once in their own dtype.
@@ -173,6 +176,18 @@ fn what_cannot_be_quantized() {
     assert!(error.contains(&format!("tensor {NAME} has weights that are not finite")), "{error}");
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0, "a failure leaves nothing");
     fs::create_dir(&dst).unwrap();
+    fs::write(dst.join("notes.txt"), "mine").unwrap();
     let exists = error_of(&fixture("v3"));
-    assert!(exists.ends_with("exists, expected the name of a new folder"), "{exists}");
+    assert!(exists.ends_with("exists, expected the name of a new folder, or an empty one"), "{exists}");
+    assert_eq!(fs::read_dir(&dst).unwrap().count(), 1, "what was there is untouched");
+}
+
+#[test]
+fn an_empty_folder_is_filled() {
+    let out = TempDir::new().unwrap();
+    let dst = out.path().join("fp8");
+    fs::create_dir(&dst).unwrap();
+    to_fp8(&fixture("v3"), &dst, Options::default()).unwrap();
+    assert!(Checkpoint::open(&dst).unwrap().config().quantization.is_some());
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 1, "nothing is left beside it");
 }
