@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use moesaic_kernels::{Dtype, UnknownDtype};
+use moesaic_node::config::{InvalidAddress, check_address};
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 use serde::{Deserialize, Serialize};
 
@@ -154,10 +155,8 @@ pub enum InvalidConfig {
     CacheTwice { tokens: usize, memory: String },
     #[error("memory is {given:?}; expected a number of bytes such as 1073741824, 512MiB or 8GiB")]
     Memory { given: String },
-    #[error("advertise is {given:?}; expected host:port")]
-    Advertise { given: String },
-    #[error("listen is {listen}: no node can reach this address; set advertise")]
-    Unspecified { listen: SocketAddr },
+    #[error(transparent)]
+    Address(#[from] InvalidAddress),
     #[error(transparent)]
     Dtype(#[from] UnknownDtype),
 }
@@ -176,15 +175,7 @@ impl Config {
         if let Some(&(field, given, max)) = ranges.iter().find(|(_, given, max)| !(1..=*max).contains(given)) {
             return Err(InvalidConfig::Range { field, given, min: 1, max });
         }
-        match &self.advertise {
-            Some(given) if given.rsplit_once(':').is_none_or(|(h, p)| h.is_empty() || p.parse::<u16>().is_err()) => {
-                return Err(InvalidConfig::Advertise { given: given.clone() });
-            }
-            None if self.listen.ip().is_unspecified() => {
-                return Err(InvalidConfig::Unspecified { listen: self.listen });
-            }
-            _ => {}
-        }
+        check_address(self.listen, self.advertise.as_deref())?;
         self.dtype()?;
         self.cache_size().map(drop)
     }

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::thread;
 
+use moesaic_kernels::{Dtype, UnknownDtype};
+use moesaic_node::config::{InvalidAddress, check_address};
 use serde::{Deserialize, Serialize};
 
 /// One expert worker.
@@ -27,6 +29,8 @@ pub struct Config {
     pub inbox_frames: usize,
     /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
     pub registry: String,
+    /// How long frames in hand may take after a stop.
+    pub drain_seconds: u64,
 }
 
 impl Default for Config {
@@ -35,7 +39,6 @@ impl Default for Config {
             model: PathBuf::new(),
             id: None,
             cluster: "moesaic".into(),
-            // The next port is the attention worker's.
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
             dtype: "bf16".into(),
@@ -43,6 +46,7 @@ impl Default for Config {
             // A few for each of the micro-batches of some dozen attention workers.
             inbox_frames: 256,
             registry: "etcd://127.0.0.1:2379".into(),
+            drain_seconds: 30,
         }
     }
 }
@@ -78,11 +82,65 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
     /// Frames that may wait to be computed; more are refused as busy
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inbox_frames: Option<usize>,
     /// etcd://host:port[,host:port]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// How long frames in hand may take after a stop
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_seconds: Option<u64>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidConfig {
+    #[error("{field} is {given}; expected 1 to {max}")]
+    Range { field: &'static str, given: usize, max: usize },
+    #[error(transparent)]
+    Address(#[from] InvalidAddress),
+    #[error(transparent)]
+    Dtype(#[from] UnknownDtype),
+}
+
+impl Config {
+    /// Checks what the types do not.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        let ranges = [("threads", self.threads, 1024), ("inbox_frames", self.inbox_frames, 1 << 20)];
+        if let Some(&(field, given, max)) = ranges.iter().find(|(_, given, max)| !(1..=*max).contains(given)) {
+            return Err(InvalidConfig::Range { field, given, max });
+        }
+        check_address(self.listen, self.advertise.as_deref())?;
+        self.dtype().map(drop)
+    }
+
+    pub fn dtype(&self) -> Result<Dtype, InvalidConfig> {
+        Ok(self.dtype.parse()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_value_is_named_with_its_bounds() {
+        type Change = fn(&mut Config);
+        let table: [(Change, &str); 5] = [
+            (|c| c.threads = 0, "threads is 0; expected 1 to 1024"),
+            (|c| c.inbox_frames = 0, "inbox_frames is 0; expected 1 to 1048576"),
+            (|c| c.dtype = "f8".into(), "dtype `f8`"),
+            (|c| c.advertise = Some("nowhere".into()), "advertise is \"nowhere\""),
+            (|c| c.listen = SocketAddr::from(([0, 0, 0, 0], 1)), "set advertise"),
+        ];
+        Config::default().validate().unwrap();
+        for (change, expected) in table {
+            let mut config = Config::default();
+            change(&mut config);
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+    }
 }

@@ -166,7 +166,7 @@ impl<'a> Input<'a> {
     }
 }
 
-fn gather<'a, T: Copy>(
+fn gather<'a, T: Copy + 'a>(
     frames: &[&'a RequestFrame],
     hidden: usize,
     values: impl Fn(&'a RequestFrame) -> &'a [T],

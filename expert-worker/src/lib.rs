@@ -4,10 +4,13 @@
 //! Reading order: `shell` (a worker's life), `engine` (the compute thread), `core` (what waits, what is computed
 //! together), `shard` (what is held), `config`.
 
-pub mod config;
+#![forbid(unsafe_code)]
 
+pub mod config;
 pub mod core;
 pub mod engine;
 pub mod shard;
+pub mod shell;
 
 pub use config::{Config, Flags};
+pub use shell::{Context, run};

@@ -24,9 +24,13 @@ pub enum PlacementError {
     Worker { index: usize, id: String },
     #[error("placement.layers[{index}].layer is {layer}; layers must ascend and stay below {LAYERS_MAX}")]
     Layer { index: usize, layer: u32 },
-    #[error("placement: layer {layer} has {experts} experts; expected {expected}, at least 1 and at most {EXPERTS_MAX}")]
+    #[error(
+        "placement: layer {layer} has {experts} experts; expected {expected}, at least 1 and at most {EXPERTS_MAX}"
+    )]
     Experts { layer: u32, experts: usize, expected: usize },
-    #[error("placement: layer {layer}, expert {expert} has holders {holders:?}; expected distinct indices below {workers}, at least one")]
+    #[error(
+        "placement: layer {layer}, expert {expert} has holders {holders:?}; expected distinct indices below {workers}, at least one"
+    )]
     Holders { layer: u32, expert: usize, holders: Vec<u32>, workers: usize },
 }
 
@@ -53,6 +57,11 @@ impl Placement {
     /// Layers with routed experts, ascending.
     pub fn layers(&self) -> impl Iterator<Item = LayerId> + '_ {
         self.layers.keys().copied()
+    }
+
+    /// Whether it places `experts` experts of just these layers (ascending): those of the model at hand.
+    pub fn is_for(&self, layers: &[usize], experts: usize) -> bool {
+        self.layers().map(|layer| usize::from(layer.0)).eq(layers.iter().copied()) && self.experts() == experts
     }
 
     /// Routed experts a layer.
@@ -155,6 +164,7 @@ mod tests {
         let shard = placement.shard(&WorkerId::new("b").unwrap());
         assert_eq!(shard, BTreeMap::from([(LayerId(3), vec![ExpertId(1)])]));
         assert!(placement.shard(&WorkerId::new("c").unwrap()).is_empty());
+        assert!(placement.is_for(&[3], 2) && !placement.is_for(&[3, 4], 2) && !placement.is_for(&[3], 3));
     }
 
     #[test]

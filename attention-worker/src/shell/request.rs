@@ -108,3 +108,6 @@ fn sampling(s: SamplingParams, config: &Config) -> Result<Sampling, Invalid> {
         seed: s.seed.ok_or_else(|| invalid("sampling.seed", "is not set", "a value"))?,
     })
 }
+
+#[cfg(test)]
+mod tests;

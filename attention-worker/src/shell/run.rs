@@ -11,7 +11,7 @@ use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
 use moesaic_node::{Member, Registry, View, handshake};
 use moesaic_proto::v1::{Hello, Role};
-use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
+use moesaic_proto::{Epoch, Placement, WorkerId};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -42,10 +42,7 @@ pub struct Context {
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
     let Context { registry, hub, pool, checkpoint } = context;
-    let id = match &config.id {
-        Some(id) => WorkerId::new(id)?,
-        None => WorkerId::new(&format!("attention-{}", &uuid::Uuid::new_v4().simple().to_string()[..8]))?,
-    };
+    let id = handshake::worker_id(config.id.as_deref(), "attention")?;
     let numerics = Numerics::detect(config.dtype()?);
     let hello = own_hello(&config, &checkpoint, numerics, &id);
     let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone()), hub);
@@ -134,7 +131,8 @@ async fn follow(mut view: watch::Receiver<Arc<View>>, checkpoint: Arc<Checkpoint
     loop {
         let now = view.borrow_and_update().clone();
         if let Some(placement) = &now.placement {
-            match fits(placement, &checkpoint) {
+            let model = checkpoint.config();
+            match placement.is_for(&model.moe_layers(), model.n_routed_experts) {
                 true => dispatcher.set_view(placement.clone(), &loaded(&now, placement)),
                 false => tracing::error!(epoch = placement.epoch().0, "a placement of another model's experts"),
             }
@@ -143,13 +141,6 @@ async fn follow(mut view: watch::Receiver<Arc<View>>, checkpoint: Arc<Checkpoint
             return;
         }
     }
-}
-
-/// Whether a placement has this model's layers and experts.
-fn fits(placement: &Placement, checkpoint: &Checkpoint) -> bool {
-    let config = checkpoint.config();
-    let moe = (0..config.num_hidden_layers).filter(|&layer| config.is_moe(layer)).map(|layer| LayerId(layer as u8));
-    placement.layers().eq(moe) && placement.experts() == config.n_routed_experts
 }
 
 /// Expert workers that have the placement's experts in memory.

@@ -53,8 +53,7 @@ impl Service {
 
     /// Whether a token could be produced: a model without routed experts needs nobody.
     pub fn is_reachable(checkpoint: &Checkpoint, dispatcher: &Dispatcher) -> bool {
-        let config = checkpoint.config();
-        !(0..config.num_hidden_layers).any(|layer| config.is_moe(layer)) || dispatcher.reachable()
+        checkpoint.config().moe_layers().is_empty() || dispatcher.reachable()
     }
 }
 

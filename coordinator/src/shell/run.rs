@@ -5,15 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use moesaic_node::Registry;
 use moesaic_node::server::{set_serving, with_health_and_reflection};
-use moesaic_proto::WorkerId;
+use moesaic_node::{Registry, handshake};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
 
-use super::service::{Service, draw_id};
+use super::service::Service;
 use super::workers::Workers;
 use super::{grpc, http, server};
 use crate::config::Config;
@@ -49,7 +48,7 @@ impl Coordinator {
         if template.is_none() {
             tracing::warn!("the model has no chat template: /v1/chat/completions will refuse");
         }
-        let id = WorkerId::new(&config.id.clone().unwrap_or_else(|| draw_id("coordinator-")))?;
+        let id = handshake::worker_id(config.id.as_deref(), "coordinator")?;
         let registry = context.registry;
         let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, &*registry);
         let service = Service::new(model, tokenizer, template, Arc::new(workers), config.sequences_max);

@@ -195,6 +195,11 @@ impl Config {
         self.n_routed_experts > 0 && layer >= self.first_k_dense_replace && layer.is_multiple_of(self.moe_layer_freq)
     }
 
+    /// Layers with routed experts, ascending.
+    pub fn moe_layers(&self) -> Vec<usize> {
+        (0..self.num_hidden_layers).filter(|&layer| self.is_moe(layer)).collect()
+    }
+
     pub fn gate_params(&self) -> GateParams {
         let greedy = self.topk_method == TopkMethod::Greedy;
         let noaux = self.topk_method == TopkMethod::NoauxTc;

@@ -240,7 +240,7 @@ fn write_model(f: &mut fmt::Formatter<'_>, c: &Config) -> fmt::Result {
     };
     let p = Parameters::of(c);
     let cache = Cache::of(c);
-    let moe_layers = (0..c.num_hidden_layers).filter(|&layer| c.is_moe(layer)).count();
+    let moe_layers = c.moe_layers().len();
     writeln!(f, "  family       {family}, {weights}")?;
     writeln!(
         f,

@@ -1,6 +1,7 @@
 //! Typed config: defaults under a TOML file, under the environment, under flags. A key that the struct does not have is
 //! an error; so is a value of the wrong type.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use figment::providers::{Env, Format, Serialized, Toml};
@@ -17,6 +18,26 @@ pub enum ConfigError {
     File { path: PathBuf, reason: String },
     #[error("config: {0}")]
     Value(String),
+}
+
+/// An address that other nodes could not use.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidAddress {
+    #[error("advertise is {given:?}; expected host:port")]
+    Advertise { given: String },
+    #[error("listen is {listen}: no node can reach this address; set advertise")]
+    Unspecified { listen: SocketAddr },
+}
+
+/// Checks what a node tells others of where it is: `advertise`, or the address it listens on.
+pub fn check_address(listen: SocketAddr, advertise: Option<&str>) -> Result<(), InvalidAddress> {
+    let is_address =
+        |text: &str| text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    match advertise {
+        Some(given) if !is_address(given) => Err(InvalidAddress::Advertise { given: given.to_owned() }),
+        None if listen.ip().is_unspecified() => Err(InvalidAddress::Unspecified { listen }),
+        _ => Ok(()),
+    }
 }
 
 /// Reads a config. `T` is a struct with `#[serde(deny_unknown_fields, default)]`; `flags` serialises to the same keys

@@ -1,5 +1,6 @@
 //! Whether two nodes may work together: what each says of itself in its first message, compared field by field.
 
+use moesaic_proto::ids::InvalidWorkerId;
 use moesaic_proto::v1::{Hello, Role};
 use moesaic_proto::{PROTOCOL_VERSION, WorkerId};
 
@@ -23,6 +24,14 @@ pub fn hello(cluster: &str, role: Role, id: &WorkerId, fingerprint: &str, numeri
         fingerprint: fingerprint.to_owned(),
         numerics: numerics.to_owned(),
         source: 0,
+    }
+}
+
+/// The id that a node was given, or one drawn for it: `role` and 8 hexadecimal digits.
+pub fn worker_id(given: Option<&str>, role: &str) -> Result<WorkerId, InvalidWorkerId> {
+    match given {
+        Some(id) => WorkerId::new(id),
+        None => WorkerId::new(&format!("{role}-{:08x}", uuid::Uuid::new_v4().as_fields().0)),
     }
 }
 

@@ -106,3 +106,6 @@ impl Open {
         Chunk { experts: self.experts.into_iter().collect(), outputs: self.outputs, terms }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -83,3 +83,6 @@ fn key(frame: &RequestFrame) -> Key {
 fn cost(frame: &RequestFrame) -> usize {
     frame.terms().len().max(frame.row_count())
 }
+
+#[cfg(test)]
+mod tests;

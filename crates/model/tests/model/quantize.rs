@@ -23,7 +23,7 @@ fn quantized(src: &Path, options: Options) -> TempDir {
 /// e4m3 has 3 bits after the leading one, and steps of 2^-9 near zero; a ue8m0 scale is up to twice as large.
 fn check_block_errors(source: &Checkpoint, copy: &Checkpoint, ue8m0: bool) {
     let c = source.config();
-    let moe = (0..c.num_hidden_layers).filter(|&layer| c.is_moe(layer));
+    let moe = c.moe_layers().into_iter();
     for layer in moe {
         for expert in [0, c.n_routed_experts - 1] {
             let (a, b) = (source.expert(layer, expert).unwrap().down, copy.expert(layer, expert).unwrap().down);

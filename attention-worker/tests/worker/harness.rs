@@ -44,15 +44,22 @@ impl Model {
             hub.insert(ids[worker].clone(), Experts::start(&checkpoint, numerics, &held));
         }
         let holders: Vec<Vec<u32>> = (0..config.n_routed_experts).map(|e| vec![(e % workers) as u32]).collect();
-        let moe = (0..config.num_hidden_layers).filter(|&layer| config.is_moe(layer));
-        let layers = moe.map(|layer| (LayerId(layer as u8), holders.clone())).collect();
+        let layers = config.moe_layers().into_iter().map(|layer| (LayerId(layer as u8), holders.clone())).collect();
         let addresses = ids.iter().map(|id| (id.clone(), "here:1".into())).collect();
         let placement = Arc::new(Placement::new(Epoch(1), ids, layers).unwrap());
         let weights = Arc::new(Weights::load(checkpoint, numerics).unwrap());
         Self { weights, hub, placement, addresses }
     }
 
-    pub fn dispatcher(&self) -> Dispatcher {
+    pub fn hub(&self) -> Hub {
+        self.hub.clone()
+    }
+
+    pub fn placement(&self) -> Arc<Placement> {
+        self.placement.clone()
+    }
+
+    fn dispatcher(&self) -> Dispatcher {
         let config = self.weights.config();
         let config = DispatchConfig {
             hidden: config.hidden_size,

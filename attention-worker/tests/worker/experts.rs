@@ -20,7 +20,7 @@ impl Experts {
     pub fn start(checkpoint: &Checkpoint, numerics: Numerics, held: &[usize]) -> Arc<Self> {
         let config = checkpoint.config();
         let mut ffns = BTreeMap::new();
-        for layer in (0..config.num_hidden_layers).filter(|&layer| config.is_moe(layer)) {
+        for layer in config.moe_layers() {
             for &expert in held {
                 let block = checkpoint.expert(layer, expert).unwrap();
                 let ffn = Ffn::pack(&block.gate, &block.up, &block.down, numerics);

@@ -1,0 +1,43 @@
+//! `moesaic-expert-worker`: one expert worker as a process of its own.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::ensure;
+use clap::Parser;
+use moesaic_expert_worker::{Config, Context, Flags, run};
+use moesaic_kernels::Pool;
+use moesaic_model::Checkpoint;
+use moesaic_node::telemetry::LogFormat;
+use moesaic_node::{config, registry, stop, telemetry};
+
+/// Owns a shard of the routed experts of a Moesaic cluster.
+#[derive(Parser)]
+#[command(name = "moesaic-expert-worker", version)]
+struct Arguments {
+    #[command(flatten)]
+    flags: Flags,
+    /// A TOML file with the same settings; flags and MOESAIC_* variables count more
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// text or json
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = str::parse::<LogFormat>)]
+    log_format: LogFormat,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    telemetry::init(arguments.log_format, "info")?;
+    let config: Config = config::load(arguments.config.as_deref(), &arguments.flags)?;
+    config.validate()?;
+    ensure!(!config.model.as_os_str().is_empty(), "--model is not given: the checkpoint's folder");
+    let stop = stop::on_signals()?;
+    let context = Context {
+        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
+        registry: registry::open(&config.registry, &config.cluster).await?,
+        hub: None,
+        pool: Pool::new(config.threads),
+    };
+    run(config, context, stop).await
+}

@@ -1,0 +1,6 @@
+//! Whole expert workers, with a registry and an attention worker's dispatcher in this process.
+#![allow(clippy::unwrap_used)]
+
+mod answers;
+mod harness;
+mod life;

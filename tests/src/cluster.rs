@@ -1,0 +1,183 @@
+//! A cluster in this process: the roles' libraries over one registry, as `moesaic up` runs them, with every knob that
+//! must not change a token.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use moesaic_attention_worker as attention_worker;
+use moesaic_coordinator as coordinator;
+use moesaic_dispatch::Hub;
+use moesaic_expert_worker as expert_worker;
+use moesaic_kernels::Pool;
+use moesaic_model::Checkpoint;
+use moesaic_node::{Registry, registry};
+use moesaic_proto::v1::Role;
+use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
+use moesaic_proto::v1::inference_client::InferenceClient;
+use moesaic_proto::v1::{GenerateRequest, LoadRequest, LoadResponse};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tonic::transport::Channel;
+
+use crate::fixtures;
+use crate::requests::Answer;
+
+/// How attention workers reach expert workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Local,
+    Grpc,
+}
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub model: PathBuf,
+    pub dtype: &'static str,
+    pub attention_workers: usize,
+    pub expert_workers: usize,
+    pub transport: Transport,
+    pub threads: usize,
+    pub chunk: usize,
+    pub token_budget: usize,
+    pub micro_batches: usize,
+    pub cache_tokens: usize,
+    pub sequences_max: usize,
+}
+
+impl Options {
+    pub fn new(model: &str, dtype: &'static str) -> Self {
+        Self {
+            model: fixtures::folder(model),
+            dtype,
+            attention_workers: 1,
+            expert_workers: 2,
+            transport: Transport::Local,
+            threads: 2,
+            chunk: 128,
+            token_budget: 256,
+            micro_batches: 2,
+            cache_tokens: 16_384,
+            sequences_max: 1024,
+        }
+    }
+}
+
+/// Longer than anything here takes.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct Cluster {
+    pub client: InferenceClient<Channel>,
+    /// "http://host:port"
+    pub url: String,
+    pub registry: Arc<dyn Registry>,
+    stop: CancellationToken,
+    nodes: Vec<JoinHandle<anyhow::Result<()>>>,
+}
+
+impl Cluster {
+    /// Returns when a token could be produced.
+    pub async fn start(options: &Options) -> Self {
+        let registry = registry::open("embedded", "test").await.unwrap();
+        let checkpoint = Arc::new(Checkpoint::open(&options.model).unwrap());
+        let hub = (options.transport == Transport::Local).then(Hub::default);
+        let pool = Pool::new(options.threads);
+        let stop = CancellationToken::new();
+        let mut nodes = Vec::new();
+        for i in 0..options.expert_workers {
+            let config = expert_worker::Config {
+                id: Some(format!("e{i}")),
+                cluster: "test".into(),
+                dtype: options.dtype.into(),
+                ..Default::default()
+            };
+            let (registry, hub, pool, checkpoint) = (registry.clone(), hub.clone(), pool.clone(), checkpoint.clone());
+            let context = expert_worker::Context { registry, hub, pool, checkpoint };
+            nodes.push(tokio::spawn(expert_worker::run(config, context, stop.clone())));
+        }
+        for i in 0..options.attention_workers {
+            let config = attention_worker::Config {
+                id: Some(format!("a{i}")),
+                cluster: "test".into(),
+                dtype: options.dtype.into(),
+                chunk: options.chunk,
+                token_budget: options.token_budget,
+                micro_batches: options.micro_batches,
+                cache_tokens: Some(options.cache_tokens),
+                ..Default::default()
+            };
+            let (registry, hub, pool, checkpoint) = (registry.clone(), hub.clone(), pool.clone(), checkpoint.clone());
+            let context = attention_worker::Context { registry, hub, pool, checkpoint };
+            nodes.push(tokio::spawn(attention_worker::run(config, context, stop.clone())));
+        }
+        let config = coordinator::Config {
+            model: options.model.clone(),
+            id: Some("c0".into()),
+            cluster: "test".into(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            expert_workers: options.expert_workers,
+            sequences_max: options.sequences_max,
+            ..Default::default()
+        };
+        let context = coordinator::Context { registry: registry.clone() };
+        let coordinator = coordinator::Coordinator::bind(config, context).await.unwrap();
+        let url = format!("http://{}", coordinator.address());
+        nodes.push(tokio::spawn(coordinator.serve(stop.clone())));
+        let client = InferenceClient::connect(url.clone()).await.unwrap();
+        let cluster = Self { client, url, registry, stop, nodes };
+        cluster.until_ready(options.attention_workers).await;
+        cluster
+    }
+
+    async fn until_ready(&self, attention_workers: usize) {
+        let ready = async {
+            while !reqwest::get(format!("{}/health", self.url)).await.is_ok_and(|answer| answer.status() == 200)
+                || self.loads().await.iter().filter(|load| load.experts_reachable).count() < attention_workers
+            {
+                if let Some(ended) = self.nodes.iter().find(|node| node.is_finished()) {
+                    panic!("a node has ended: {:?}", ended.id());
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, ready).await.expect("the cluster becomes ready");
+    }
+
+    /// What each attention worker says of its room.
+    pub async fn loads(&self) -> Vec<LoadResponse> {
+        let view = self.registry.view().borrow().clone();
+        let mut loads = Vec::new();
+        for member in view.of_role(Role::AttentionWorker) {
+            let mut client = AttentionWorkerClient::connect(format!("http://{}", member.address)).await.unwrap();
+            loads.push(client.load(LoadRequest {}).await.unwrap().into_inner());
+        }
+        loads
+    }
+
+    pub async fn generate(&self, request: GenerateRequest) -> Result<Answer, Status> {
+        Answer::read(self.client.clone().generate(request).await?.into_inner()).await
+    }
+
+    /// One after the other.
+    pub async fn alone(&self, requests: &[GenerateRequest]) -> Vec<Answer> {
+        let mut answers = Vec::new();
+        for request in requests {
+            answers.push(self.generate(request.clone()).await.unwrap());
+        }
+        answers
+    }
+
+    pub async fn at_once(&self, requests: &[GenerateRequest]) -> Vec<Answer> {
+        let answers = requests.iter().map(|request| self.generate(request.clone()));
+        futures::future::join_all(answers).await.into_iter().map(Result::unwrap).collect()
+    }
+
+    /// Every node must end by itself and well.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        for node in self.nodes {
+            tokio::time::timeout(PATIENCE, node).await.expect("a node stops").unwrap().unwrap();
+        }
+    }
+}
