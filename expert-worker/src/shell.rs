@@ -70,10 +70,14 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         engine.stop();
         Ok(())
     };
+    let panicked = async {
+        let _ = ended.await;
+        // After a stop it has ended because it was told to.
+        if closing.is_cancelled() { std::future::pending().await }
+    };
     let result = tokio::select! {
         lived = async { tokio::try_join!(async { Ok(serve.await?) }, live) } => lived.map(drop),
-        // After a stop it has ended because it was told to.
-        _ = ended, if !closing.is_cancelled() => Err(anyhow::anyhow!("the compute thread has panicked, see above")),
+        () = panicked => Err(anyhow::anyhow!("the compute thread has ended by itself: it panicked, see above")),
     };
     if let Some(hub) = &hub {
         hub.remove(&id);

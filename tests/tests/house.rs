@@ -36,7 +36,8 @@ fn rust_files() -> Vec<(String, String)> {
 /// ARCHITECTURE.md's table "| room | uses |": room -> rooms that it may depend on.
 fn map() -> BTreeMap<String, BTreeSet<String>> {
     let text = read("ARCHITECTURE.md");
-    let rows = text.lines().skip_while(|l| !l.starts_with("| room | uses |")).skip(2).take_while(|l| l.starts_with('|'));
+    let rows =
+        text.lines().skip_while(|l| !l.starts_with("| room | uses |")).skip(2).take_while(|l| l.starts_with('|'));
     let row = |line: &str| {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let room = |s: &str| s.trim_matches('`').to_owned();
@@ -58,7 +59,11 @@ fn arrows_run_as_the_map_says() {
     let rooms: BTreeMap<String, String> =
         members.iter().map(|m| m.as_str().unwrap()).map(|m| (package(m).0, m.to_owned())).collect();
     let map = map();
-    assert_eq!(map.keys().collect::<BTreeSet<_>>(), rooms.values().collect(), "ARCHITECTURE.md's rooms and the members");
+    assert_eq!(
+        map.keys().collect::<BTreeSet<_>>(),
+        rooms.values().collect(),
+        "ARCHITECTURE.md's rooms and the members"
+    );
 
     for room in rooms.values() {
         let (_, manifest) = package(room);
@@ -76,8 +81,11 @@ fn the_map_has_no_circle() {
     let map = map();
     let mut standing = map.clone();
     while !standing.is_empty() {
-        let free: Vec<String> =
-            standing.iter().filter(|(_, uses)| uses.iter().all(|u| !standing.contains_key(u))).map(|(r, _)| r.clone()).collect();
+        let free: Vec<String> = standing
+            .iter()
+            .filter(|(_, uses)| uses.iter().all(|u| !standing.contains_key(u)))
+            .map(|(r, _)| r.clone())
+            .collect();
         assert!(!free.is_empty(), "these rooms use each other in a circle: {:?}", standing.keys());
         free.iter().for_each(|room| drop(standing.remove(room)));
     }

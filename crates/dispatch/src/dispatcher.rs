@@ -21,7 +21,7 @@ use crate::grpc::{Edge, EdgeConfig, EdgeOwner};
 use crate::local::{Hub, ReplySender};
 use crate::plan::{self, Layout, Plan, Recipe};
 use crate::shared::Shared;
-use crate::tracker::{Action, CallId, Counts, Event, FrameKey, Tracker};
+use crate::tracker::{Action, CallId, Counts, Destination, EdgeId, Event, FrameKey, Tracker};
 
 /// One chosen expert of a row and its weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,12 +69,16 @@ struct Inner {
     _stop_on_drop: DropGuard,
 }
 
+/// What a call comes to: its frames' answers, in order.
+type Answers = Result<Vec<Shared<f32>>, DispatchError>;
+
 /// The tracker and who waits for its calls. One lock, held for some map operations and never across an `.await`: a
 /// task of its own would cost two wake-ups for each layer of each token.
 struct Core {
     tracker: Tracker,
-    waiting: HashMap<CallId, oneshot::Sender<Result<Vec<Shared<f32>>, DispatchError>>>,
+    waiting: HashMap<CallId, oneshot::Sender<Answers>>,
     next_call: u64,
+    next_edge: u64,
     /// The deadline task sleeps until it is woken.
     parked: bool,
 }
@@ -86,6 +90,13 @@ struct View {
     edges: HashMap<WorkerId, Option<Edge>>,
 }
 
+impl View {
+    fn edge(&self, to: &Destination) -> Option<&Edge> {
+        let edge = self.edges.get(&to.worker)?.as_ref()?;
+        (to.edge == Some(edge.id())).then_some(edge)
+    }
+}
+
 impl Dispatcher {
     /// Panics outside a tokio runtime.
     pub fn new(config: DispatchConfig, hub: Option<Hub>) -> Self {
@@ -94,6 +105,7 @@ impl Dispatcher {
             tracker: Tracker::new(config.hidden, config.layer_deadline),
             waiting: HashMap::new(),
             next_call: 0,
+            next_edge: 0,
             parked: false,
         };
         let inner = Arc::new_cyclic(|this: &Weak<Inner>| Inner {
@@ -161,10 +173,10 @@ impl Dispatcher {
 
         let header = self.inner.header(view.placement.epoch(), layer, micro_batch);
         let frames = parts.into_iter().map(|part| {
-            let worker = view.placement.workers()[part.worker as usize].clone();
-            (worker, RequestFrame::new(header, activations.clone(), hidden, part.content))
+            let to = self.inner.destination(&view, part.worker);
+            (to, RequestFrame::new(header, activations.clone(), hidden, part.content))
         });
-        let (call, answers) = self.inner.call(layer, frames.collect());
+        let (call, answers) = self.inner.call(&view, layer, frames.collect());
         Ok(Pending { inner: self.inner.clone(), call, answers, recipe })
     }
 
@@ -183,7 +195,7 @@ impl Dispatcher {
 pub struct Pending {
     inner: Arc<Inner>,
     call: CallId,
-    answers: oneshot::Receiver<Result<Vec<Shared<f32>>, DispatchError>>,
+    answers: oneshot::Receiver<Answers>,
     recipe: Recipe,
 }
 
@@ -206,7 +218,7 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         self.inner.core().waiting.remove(&self.call);
-        self.inner.on(Event::Abandoned { call: self.call });
+        self.inner.on(Event::Abandoned { call: self.call }, None);
     }
 }
 
@@ -224,8 +236,13 @@ impl Inner {
     }
 
     fn connect(&self, worker: &WorkerId, address: &str) -> Edge {
+        let id = {
+            let mut core = self.core();
+            core.next_edge += 1;
+            EdgeId(core.next_edge)
+        };
         let (hello, hidden) = (self.config.hello.clone(), self.config.hidden);
-        let config = EdgeConfig { worker: worker.clone(), address: address.to_owned(), hello, hidden };
+        let config = EdgeConfig { id, worker: worker.clone(), address: address.to_owned(), hello, hidden };
         Edge::connect(&self.runtime, config, self.this.clone(), self.stop.clone())
     }
 
@@ -260,11 +277,22 @@ impl Inner {
         Ok(chosen)
     }
 
+    /// The way to a worker of the placement: directly if it is in this process.
+    fn destination(&self, view: &View, worker: u32) -> Destination {
+        let worker = view.placement.workers()[worker as usize].clone();
+        let edge = match self.hub.get(&worker) {
+            Some(_) => None,
+            None => view.edges.get(&worker).and_then(Option::as_ref).map(Edge::id),
+        };
+        Destination { worker, edge }
+    }
+
     fn call(
         &self,
+        view: &View,
         layer: LayerId,
-        frames: Vec<(WorkerId, RequestFrame)>,
-    ) -> (CallId, oneshot::Receiver<Result<Vec<Shared<f32>>, DispatchError>>) {
+        frames: Vec<(Destination, RequestFrame)>,
+    ) -> (CallId, oneshot::Receiver<Answers>) {
         let (sender, answers) = oneshot::channel();
         let call = {
             let mut core = self.core();
@@ -273,22 +301,23 @@ impl Inner {
             core.waiting.insert(call, sender);
             call
         };
-        self.on(Event::Call { call, layer, frames });
+        self.on(Event::Call { call, layer, frames }, Some(view));
         if std::mem::take(&mut self.core().parked) {
             self.wake.notify_one();
         }
         (call, answers)
     }
 
-    /// Tells the tracker, and does what it says.
-    fn on(&self, event: Event) {
+    /// Tells the tracker, and does what it says. `view` has the edges to send over: a call's own, which last until its
+    /// frames are queued, whatever view comes meanwhile.
+    fn on(&self, event: Event, view: Option<&View>) {
         let mut events = VecDeque::from([event]);
         let mut actions = Vec::new();
         while let Some(event) = events.pop_front() {
             self.core().tracker.on_event(self.started.elapsed(), event, &mut actions);
             for action in actions.drain(..) {
                 match action {
-                    Action::Send { worker, frame } => events.extend(self.send(worker, frame)),
+                    Action::Send { to, frame } => events.extend(self.send(view, to, frame)),
                     Action::Done { call, answers } => self.finish(call, Ok(answers)),
                     Action::Failed { call, error } => self.finish(call, Err(error)),
                 }
@@ -296,7 +325,7 @@ impl Inner {
         }
     }
 
-    fn finish(&self, call: CallId, result: Result<Vec<Shared<f32>>, DispatchError>) {
+    fn finish(&self, call: CallId, result: Answers) {
         let waiting = self.core().waiting.remove(&call);
         if let Some(waiting) = waiting {
             // Nobody listens if the call was given up a moment ago.
@@ -304,35 +333,38 @@ impl Inner {
         }
     }
 
-    /// Hands a frame to its edge; an event if that failed.
-    fn send(&self, worker: WorkerId, frame: RequestFrame) -> Option<Event> {
+    /// Hands a frame over; an event if that failed.
+    fn send(&self, view: Option<&View>, to: Destination, frame: RequestFrame) -> Option<Event> {
         let key = FrameKey::of(&frame.header);
-        if let Some(host) = self.hub.get(&worker) {
-            let (owner, asked) = (self.this.clone(), frame.header);
-            let to = move |answer| {
-                if let Some(owner) = owner.upgrade() {
-                    owner.answer(&worker, answer);
-                }
-            };
-            host.submit(frame, ReplySender::new(asked, to));
-            return None;
-        }
-        let edge = self.view().and_then(|view| view.edges.get(&worker).cloned().flatten());
-        let sent = match edge {
+        let sent = match view.and_then(|view| view.edge(&to)) {
             Some(edge) => edge.send(frame),
-            None => Err(Cause::EdgeDown { reason: "the worker has left".into() }),
+            None => self.submit(to.worker, frame),
         };
         sent.err().map(|cause| Event::NotSent { key, cause })
+    }
+
+    /// Hands a frame to a worker of this process.
+    fn submit(&self, worker: WorkerId, frame: RequestFrame) -> Result<(), Cause> {
+        let gone = || Cause::EdgeDown { reason: "it has left this process".into() };
+        let host = self.hub.get(&worker).ok_or_else(gone)?;
+        let (owner, asked) = (self.this.clone(), frame.header);
+        let to = move |answer| {
+            if let Some(owner) = owner.upgrade() {
+                owner.answer(&worker, answer);
+            }
+        };
+        host.submit(frame, ReplySender::new(asked, to));
+        Ok(())
     }
 }
 
 impl EdgeOwner for Inner {
     fn answer(&self, worker: &WorkerId, answer: AnswerFrame) {
-        self.on(Event::Answer { worker: worker.clone(), answer });
+        self.on(Event::Answer { worker: worker.clone(), answer }, None);
     }
 
-    fn edge_down(&self, worker: &WorkerId, reason: String) {
-        self.on(Event::EdgeDown { worker: worker.clone(), reason });
+    fn edge_down(&self, edge: EdgeId, reason: String) {
+        self.on(Event::EdgeDown { edge, reason }, None);
     }
 }
 
@@ -342,7 +374,7 @@ async fn watch_deadlines(inner: Weak<Inner>, wake: Arc<Notify>, stop: Cancellati
         let next = match inner.upgrade() {
             None => return,
             Some(inner) => {
-                inner.on(Event::Tick);
+                inner.on(Event::Tick, None);
                 let mut core = inner.core();
                 core.parked = core.tracker.next_deadline().is_none();
                 core.tracker.next_deadline().map(|deadline| inner.started + deadline)

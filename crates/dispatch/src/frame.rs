@@ -233,7 +233,7 @@ pub struct RequestFrame {
 
 impl RequestFrame {
     /// A frame of some rows of a call's activations, which it shares with the call's other frames.
-    pub(crate) fn new(header: Header, activations: Activations, hidden: usize, content: Content) -> Self {
+    pub fn new(header: Header, activations: Activations, hidden: usize, content: Content) -> Self {
         let header = Header { flags: activations.flags(), ..header };
         let Content { rows, outputs, terms } = content;
         let index = (rows.len() * hidden != activations.len()).then(|| rows.as_slice().into());
@@ -445,3 +445,6 @@ pub enum FrameError {
     #[error("outputs[{output}]: expert {expert} has weight {weight}; expected a finite number")]
     Weight { output: usize, expert: u16, weight: f32 },
 }
+
+#[cfg(test)]
+mod tests;

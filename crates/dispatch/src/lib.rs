@@ -5,20 +5,21 @@
 //!
 //! Reading order: `dispatcher` (the attention worker's side, the main path), `plan` (which row goes where and how the
 //! answers are added up), `tracker` (what is outstanding), `frame` and `shared` (what travels), `local` and `grpc`
-//! (the ways there and back).
+//! (the ways there and back). `combine` and `error` are a few words that the others share.
 
 pub mod dispatcher;
-
-mod handshake;
 mod plan;
+pub mod tracker;
+
+pub mod frame;
+pub mod shared;
+
+pub mod local;
+
+pub mod grpc;
 
 pub mod combine;
 pub mod error;
-pub mod frame;
-pub mod grpc;
-pub mod local;
-pub mod shared;
-pub mod tracker;
 
 pub use combine::CombineOps;
 pub use dispatcher::{DispatchConfig, Dispatcher, Pending, Route};

@@ -229,3 +229,6 @@ impl Addend {
         &answers[self.part as usize][self.output as usize * hidden..][..hidden]
     }
 }
+
+#[cfg(test)]
+mod tests;

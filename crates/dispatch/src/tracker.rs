@@ -30,17 +30,30 @@ impl FrameKey {
     }
 }
 
+/// One of the edges that there have been. A worker that moves or comes back has several, one after the other, and the
+/// old one may end after the new one is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EdgeId(pub u64);
+
+/// Where a frame goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    pub worker: WorkerId,
+    /// `None` for a worker of this process.
+    pub edge: Option<EdgeId>,
+}
+
 /// What happened.
 #[derive(Debug)]
 pub enum Event {
     /// A layer call and its frames, in the order in which `Action::Done` gives their answers.
-    Call { call: CallId, layer: LayerId, frames: Vec<(WorkerId, RequestFrame)> },
+    Call { call: CallId, layer: LayerId, frames: Vec<(Destination, RequestFrame)> },
     /// A frame came back from this worker.
     Answer { worker: WorkerId, answer: AnswerFrame },
     /// A frame could not be handed to its edge.
     NotSent { key: FrameKey, cause: Cause },
-    /// A worker's edge broke: nothing that was sent over it will be answered.
-    EdgeDown { worker: WorkerId, reason: String },
+    /// An edge broke: nothing that was sent over it will be answered.
+    EdgeDown { edge: EdgeId, reason: String },
     /// Nobody waits for this call any more.
     Abandoned { call: CallId },
     /// Time has passed.
@@ -51,7 +64,7 @@ pub enum Event {
 #[derive(Debug)]
 pub enum Action {
     Send {
-        worker: WorkerId,
+        to: Destination,
         frame: RequestFrame,
     },
     /// All answers of a call.
@@ -101,7 +114,7 @@ struct Outstanding {
     call: CallId,
     /// The frame's place in its call.
     part: usize,
-    worker: WorkerId,
+    to: Destination,
     frame: RequestFrame,
 }
 
@@ -117,7 +130,7 @@ impl Tracker {
             Event::Call { call, layer, frames } => self.open(now, call, layer, frames, out),
             Event::Answer { worker, answer } => self.answer(&worker, answer, out),
             Event::NotSent { key, cause } => self.lose(key, cause, out),
-            Event::EdgeDown { worker, reason } => self.edge_down(&worker, &reason, out),
+            Event::EdgeDown { edge, reason } => self.edge_down(edge, &reason, out),
             Event::Abandoned { call } => {
                 self.close(call);
             }
@@ -143,18 +156,18 @@ impl Tracker {
         now: Duration,
         id: CallId,
         layer: LayerId,
-        frames: Vec<(WorkerId, RequestFrame)>,
+        frames: Vec<(Destination, RequestFrame)>,
         out: &mut Vec<Action>,
     ) {
         let missing = frames.len();
         let mut keys = Vec::with_capacity(missing);
-        for (part, (worker, mut frame)) in frames.into_iter().enumerate() {
+        for (part, (to, mut frame)) in frames.into_iter().enumerate() {
             frame.header.sequence = self.next_sequence;
             self.next_sequence = self.next_sequence.wrapping_add(1);
             let key = FrameKey::of(&frame.header);
             keys.push(key);
-            out.push(Action::Send { worker: worker.clone(), frame: frame.clone() });
-            self.frames.insert(key, Outstanding { call: id, part, worker, frame });
+            out.push(Action::Send { to: to.clone(), frame: frame.clone() });
+            self.frames.insert(key, Outstanding { call: id, part, to, frame });
         }
         let deadline = now + self.layer_deadline;
         self.calls.insert(id, Call { layer, deadline, frames: keys, answers: vec![None; missing], missing });
@@ -167,7 +180,7 @@ impl Tracker {
             self.counts.unmatched += 1;
             return;
         };
-        if asked.worker != *worker {
+        if asked.to.worker != *worker {
             self.counts.misdirected += 1;
             return;
         }
@@ -203,15 +216,15 @@ impl Tracker {
         let mut experts: Vec<_> = lost.frame.terms().iter().map(|term| term.expert()).collect();
         experts.sort_unstable();
         experts.dedup();
-        let (id, worker) = (lost.call, lost.worker.clone());
+        let (id, worker) = (lost.call, lost.to.worker.clone());
         let Some(call) = self.close(id) else { return };
         let error = DispatchError::Lost { layer: call.layer, experts: experts.into(), worker, cause };
         out.push(Action::Failed { call: id, error });
     }
 
-    fn edge_down(&mut self, worker: &WorkerId, reason: &str, out: &mut Vec<Action>) {
+    fn edge_down(&mut self, edge: EdgeId, reason: &str, out: &mut Vec<Action>) {
         let mut lost: Vec<FrameKey> =
-            self.frames.iter().filter(|(_, f)| f.worker == *worker).map(|(k, _)| *k).collect();
+            self.frames.iter().filter(|(_, f)| f.to.edge == Some(edge)).map(|(k, _)| *k).collect();
         lost.sort_unstable_by_key(|key| key.sequence);
         for key in lost {
             self.lose(key, Cause::EdgeDown { reason: reason.to_owned() }, out);
@@ -254,3 +267,6 @@ fn fitting(asked: &Outstanding, answer: AnswerFrame, hidden: usize) -> Result<Sh
     }
     Ok(values)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,3 +1,5 @@
+//! Who runs, who waits, who gives way.
+
 use std::collections::{BTreeMap, VecDeque};
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! What each parameter does to a row of logits.
+
 use proptest::prelude::*;
 
 use super::*;

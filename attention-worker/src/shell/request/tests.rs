@@ -1,3 +1,5 @@
+//! Requests that are refused, each with its field.
+
 use std::path::Path;
 
 use moesaic_model::Checkpoint;

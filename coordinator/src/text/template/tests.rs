@@ -1,3 +1,5 @@
+//! Chat templates: what the public ones render to, and what hostile ones may not do.
+
 use super::*;
 use crate::text::tokenizer::fixtures::folder;
 

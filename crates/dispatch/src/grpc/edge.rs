@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::handshake;
 use futures::{StreamExt, stream};
+use moesaic_node::handshake;
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1::exchange_message::Kind;
 use moesaic_proto::v1::experts_client::ExpertsClient;
@@ -13,23 +13,25 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::Streaming;
 use tonic::transport::Endpoint;
+use tonic::{Status, Streaming};
 
 use super::*;
 use crate::error::Cause;
 use crate::frame::{AnswerFrame, RequestFrame};
+use crate::tracker::EdgeId;
 
 /// Who hears from an edge. Called on the runtime: must not block.
 pub trait EdgeOwner: Send + Sync + 'static {
     fn answer(&self, worker: &WorkerId, answer: AnswerFrame);
-    /// The connection is gone, and with it every answer that is not in.
-    fn edge_down(&self, worker: &WorkerId, reason: String);
+    /// The edge's connection is gone, and with it every answer that is not in.
+    fn edge_down(&self, edge: EdgeId, reason: String);
 }
 
 /// What an edge is made of.
 #[derive(Clone, Debug)]
 pub struct EdgeConfig {
+    pub id: EdgeId,
     pub worker: WorkerId,
     /// "host:port"
     pub address: String,
@@ -66,6 +68,10 @@ impl Edge {
         let keep = keep_connected(state.clone(), owner, given_up.clone());
         runtime.spawn(async move { stop.run_until_cancelled(keep).await });
         Self { state, _given_up_on_drop: Arc::new(given_up.drop_guard()) }
+    }
+
+    pub fn id(&self) -> EdgeId {
+        self.state.config.id
     }
 
     pub fn address(&self) -> &str {
@@ -111,7 +117,7 @@ impl State {
 }
 
 async fn keep_connected(state: Arc<State>, owner: Weak<impl EdgeOwner>, given_up: CancellationToken) {
-    let EdgeConfig { worker, address, .. } = &state.config;
+    let EdgeConfig { id, worker, address, .. } = &state.config;
     let mut backoff = BACKOFF_MIN;
     loop {
         let reason = run_connection(&state, &owner, &given_up).await;
@@ -125,7 +131,7 @@ async fn keep_connected(state: Arc<State>, owner: Weak<impl EdgeOwner>, given_up
         }
         // Also where it was given up with answers missing. Does nothing if nothing was sent.
         let Some(owner) = owner.upgrade() else { return };
-        owner.edge_down(worker, reason);
+        owner.edge_down(*id, reason);
         drop(owner);
         if given_up.run_until_cancelled(tokio::time::sleep(backoff)).await.is_none() {
             return;
@@ -173,12 +179,12 @@ async fn open(
     let greeting = async {
         let mut inbound = client.exchange(outbound).await?.into_inner();
         let first = inbound.message().await?;
-        Ok::<_, tonic::Status>((inbound, first))
+        Ok::<_, Status>((inbound, first))
     };
     let greeted = timeout(HELLO_TIMEOUT, greeting).await;
     let (inbound, first) = match greeted {
         Err(_) => return Err(format!("no Hello within {} s", HELLO_TIMEOUT.as_secs())),
-        Ok(Err(status)) => return Err(status.message().to_owned()),
+        Ok(Err(status)) => return Err(words(&status)),
         Ok(Ok(greeted)) => greeted,
     };
     let Some(v1::ExchangeMessage { kind: Some(Kind::Hello(peer)) }) = first else {
@@ -215,7 +221,7 @@ async fn receive(
             Ok(Some(v1::ExchangeMessage { kind: Some(Kind::Frame(frame)) })) => frame,
             Ok(Some(_)) => return "it sent a message that is no frame".into(),
             Ok(None) => return "it closed the connection".into(),
-            Err(status) => return status.message().to_owned(),
+            Err(status) => return words(&status),
         };
         match AnswerFrame::decode(frame) {
             Ok(answer) => match owner.upgrade() {
@@ -225,6 +231,11 @@ async fn receive(
             Err(error) => return format!("it sent a frame that is wrong: {error}"),
         }
     }
+}
+
+/// What a status says, or at least its code.
+fn words(status: &Status) -> String {
+    if status.message().is_empty() { status.code().to_string() } else { status.message().to_owned() }
 }
 
 /// An error and its causes, in one line.

@@ -3,8 +3,8 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use crate::handshake;
 use futures::Stream;
+use moesaic_node::handshake;
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1::exchange_message::Kind;
 use moesaic_proto::v1::experts_server::{Experts, ExpertsServer};
@@ -26,8 +26,8 @@ pub struct ExpertsService {
     closing: CancellationToken,
 }
 
-/// `hello` is the worker's own. Once `closing` is cancelled no stream is read on; each ends when what it has in hand
-/// is answered.
+/// `hello` is the worker's own. Once `closing` is cancelled no stream is opened or read on; each ends when what it has
+/// in hand is answered.
 pub fn service(
     host: Arc<dyn ExpertHost>,
     hello: v1::Hello,
@@ -53,6 +53,10 @@ impl Experts for ExpertsService {
         let Ok(source) = u16::try_from(peer.source) else {
             return Err(Status::failed_precondition(format!("source: {}; expected at most {}", peer.source, u16::MAX)));
         };
+        if self.closing.is_cancelled() {
+            // Else the caller would take the worker for reachable until its stream ends, and try again at once.
+            return Err(Status::unavailable("the worker is stopping"));
+        }
         let (answers, outbound) = mpsc::channel(STREAM_FRAMES_MAX);
         // The channel is new: it has room.
         let _ = answers.try_send(Ok(ExchangeMessage { kind: Some(Kind::Hello(self.hello.clone())) }));

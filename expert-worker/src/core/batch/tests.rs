@@ -1,3 +1,5 @@
+//! Chunks hold just what the frames asked for.
+
 use moesaic_dispatch::Rows;
 use moesaic_dispatch::frame::{Content, Header, Output, Term};
 use moesaic_proto::{Epoch, LayerId};

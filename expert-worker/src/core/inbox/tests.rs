@@ -1,3 +1,5 @@
+//! What is taken together, what is refused, what is answered.
+
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use moesaic_dispatch::frame::{Content, Header, Output, Term};

@@ -1,0 +1,57 @@
+//! Rule 1: a request's answer has the same bits however the work is cut and whoever does it.
+#![allow(clippy::unwrap_used)]
+
+use moesaic_tests::cluster::{Cluster, Options, Transport};
+use moesaic_tests::requests::{forty, reasons};
+
+/// Every way of serving that must not matter.
+fn ways(base: &Options) -> Vec<Options> {
+    let mut ways = Vec::new();
+    for chunk in [1, 7, 64] {
+        ways.push(Options { chunk, ..base.clone() });
+    }
+    for expert_workers in 1..=5 {
+        for transport in [Transport::Local, Transport::Grpc] {
+            ways.push(Options { expert_workers, transport, ..base.clone() });
+        }
+    }
+    for micro_batches in 1..=3 {
+        ways.push(Options { micro_batches, transport: Transport::Grpc, ..base.clone() });
+    }
+    ways.push(Options { token_budget: 5, ..base.clone() });
+    ways.push(Options { attention_workers: 3, ..base.clone() });
+    ways.push(Options { threads: 1, ..base.clone() });
+    // Little more than one sequence needs: most of them give up their pages at some time.
+    ways.push(Options { cache_tokens: 256, ..base.clone() });
+    ways
+}
+
+async fn check(model: &str, dtype: &'static str, vocabulary: usize) {
+    let base = Options::new(model, dtype);
+    let requests = forty(vocabulary);
+    let cluster = Cluster::start(&base).await;
+    let expected = cluster.alone(&requests).await;
+    assert_eq!(reasons(&expected).len(), 2, "the requests end in more than one way");
+    assert_eq!(cluster.at_once(&requests).await, expected, "{model} {dtype}: all at once");
+    cluster.stop().await;
+    for way in ways(&base) {
+        let cluster = Cluster::start(&way).await;
+        assert_eq!(cluster.at_once(&requests).await, expected, "{way:?}");
+        cluster.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tiny_r1_in_bf16() {
+    check("tiny-r1", "bf16", 259).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tiny_r1_fp8_in_bf16() {
+    check("tiny-r1-fp8", "bf16", 259).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn v2_lite_in_f32() {
+    check("v2-lite", "f32", 512).await;
+}
