@@ -73,7 +73,9 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let panicked = async {
         let _ = ended.await;
         // After a stop it has ended because it was told to.
-        if closing.is_cancelled() { std::future::pending().await }
+        if closing.is_cancelled() {
+            std::future::pending().await
+        }
     };
     let result = tokio::select! {
         lived = async { tokio::try_join!(async { Ok(serve.await?) }, live) } => lived.map(drop),

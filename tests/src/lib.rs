@@ -4,4 +4,5 @@
 
 pub mod cluster;
 pub mod fixtures;
+pub mod processes;
 pub mod requests;

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use moesaic_tests::cluster::{Cluster, Options, Transport};
-use moesaic_tests::requests::{forty, reasons};
+use moesaic_tests::processes::Up;
+use moesaic_tests::requests::{Answer, forty, reasons};
 
 /// Every way of serving that must not matter.
 fn ways(base: &Options) -> Vec<Options> {
@@ -54,4 +55,24 @@ async fn tiny_r1_fp8_in_bf16() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn v2_lite_in_f32() {
     check("v2-lite", "f32", 512).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_process_and_many_answer_the_same() {
+    let requests = forty(259);
+    let mut answers = Vec::new();
+    for arguments in [
+        vec!["--expert-workers", "1"],
+        vec!["--processes", "--attention-workers", "2", "--expert-workers", "3", "--threads", "1"],
+    ] {
+        let up = Up::start(&arguments);
+        let client = up.client().await;
+        let run = |request| {
+            let mut client = client.clone();
+            async move { Answer::read(client.generate(request).await.unwrap().into_inner()).await.unwrap() }
+        };
+        answers.push(futures::future::join_all(requests.iter().cloned().map(run)).await);
+        up.stop();
+    }
+    assert!(answers[0] == answers[1]);
 }

@@ -43,20 +43,34 @@ async fn f32_is_within_5_thousandths_and_says_the_same() {
     }
 }
 
+/// Transformers' own bf16 against its f32, on the same values (transformers 5.17.0, torch 2.8.0, eager attention; FP8
+/// weights widened first): the mean difference, and the share of those above 0.3.
+///
+/// Where two experts are nearly equal, rounding turns the gate's choice, and the position is off by as much as the
+/// experts differ. No bf16 of these models is free of that: in transformers 4 % of the choices turn, and every value of
+/// the random models above 0.3 is at such a position.
+const TRANSFORMERS_BF16: [(&str, f32, f32); 5] = [
+    ("v3", 0.0569, 0.0369),
+    ("v3-fp8", 0.0687, 0.0599),
+    ("v2", 0.0521, 0.0276),
+    ("v2-lite", 0.0145, 0.0),
+    ("tiny-r1", 0.1705, 0.1294),
+];
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bf16_is_within_2_hundredths_on_average_and_3_tenths_at_worst() {
-    for name in MODELS {
+async fn bf16_is_within_2_hundredths_at_the_middle_and_much_nearer_than_transformers_bf16() {
+    for (name, their_mean, their_far) in TRANSFORMERS_BF16 {
         let cluster = Cluster::start(&Options::new(name, "bf16")).await;
-        let (differences, _) = compare(&cluster, name, f32::INFINITY).await;
-        let worst = differences.iter().copied().fold(0.0, f32::max);
-        let mean = differences.iter().sum::<f32>() / differences.len() as f32;
-        let mut sorted = differences.clone();
-        sorted.sort_by(f32::total_cmp);
-        println!(
-            "{name}, bf16: mean {mean:.4}, {worst:.4} at worst of {} median {}",
-            differences.len(),
-            sorted[sorted.len() / 2]
-        );
+        let (mut differences, _) = compare(&cluster, name, f32::INFINITY).await;
+        differences.sort_by(f32::total_cmp);
+        let count = differences.len() as f32;
+        let (median, worst) = (differences[differences.len() / 2], differences[differences.len() - 1]);
+        let mean = differences.iter().sum::<f32>() / count;
+        let far = differences.iter().filter(|&&difference| difference > 0.3).count() as f32 / count;
+        println!("{name}, bf16: median {median:.4}, mean {mean:.4}, above 0.3: {far:.4}, at worst {worst:.4}");
+        assert!(median < 0.02, "{name}: median {median}");
+        assert!(mean < 0.65 * their_mean, "{name}: mean {mean}, transformers {their_mean}");
+        assert!(far <= 0.65 * their_far, "{name}: {far} above 0.3, transformers {their_far}");
         cluster.stop().await;
     }
 }

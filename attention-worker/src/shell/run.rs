@@ -75,9 +75,16 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         registration.leave().await;
         Ok(())
     };
+    let panicked = async {
+        let _ = ended.await;
+        // After a stop it has ended because nobody holds it any more.
+        if stop.is_cancelled() {
+            std::future::pending().await
+        }
+    };
     tokio::select! {
         served = async { tokio::try_join!(serve, leave) } => drop(served?),
-        _ = ended => anyhow::bail!("the engine thread has ended by itself: it panicked, see above"),
+        () = panicked => anyhow::bail!("the engine thread has ended by itself: it panicked, see above"),
     }
     tracing::info!(%id, "attention worker stopped");
     Ok(())

@@ -1,12 +1,13 @@
 //! A checkpoint as data and as a formula. Owns reading `config.json` and safetensors files of the DeepSeek-V2 and -V3
-//! families, the plain reference of the whole model, `quantize` and `inspect`. Never talks to a network, and never
-//! trusts a file.
+//! families, the plain reference of the whole model, `quantize`, `synth` and `inspect`. Never talks to a network, and
+//! never trusts a file.
 
 mod blocks;
 mod checkpoint;
 pub mod config;
 mod error;
 mod fingerprint;
+mod folder;
 pub mod inspect;
 mod json;
 pub mod load;
@@ -15,6 +16,7 @@ pub mod quantize;
 pub mod reference;
 mod safetensors;
 mod shards;
+pub mod synth;
 mod typed;
 
 pub use blocks::{FfnBlock, LayerBlock, MlaBlock, MlpBlock, QueryBlock};

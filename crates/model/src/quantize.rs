@@ -9,7 +9,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use moesaic_kernels::{Matrix, f32_to_e4m3};
 use rayon::prelude::*;
@@ -18,6 +18,7 @@ use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
 use crate::config::CONFIG_FILE;
+use crate::folder::{self, write_json};
 use crate::json::read_text;
 use crate::names::{self, Kind, Spec};
 use crate::shards::{INDEX_FILE, SINGLE_FILE, Tensor};
@@ -65,27 +66,7 @@ pub fn to_fp8(src: &Path, dst: &Path, options: Options) -> Result<Summary, Model
             expected: "a model that is not quantized".to_owned(),
         });
     }
-    if dst.exists() && !is_empty_folder(dst) {
-        return Err(ModelError::file(dst, "exists, expected the name of a new folder, or an empty one"));
-    }
-    let mut partial = dst.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    if let Some(parent) = dst.parent() {
-        fs::create_dir_all(parent).map_err(|e| ModelError::io(parent, e))?;
-    }
-    fs::create_dir(&partial).map_err(|e| ModelError::io(&partial, e))?;
-    let done = write_all(&checkpoint, &partial, options)
-        .and_then(|summary| fs::rename(&partial, dst).map_err(|e| ModelError::io(dst, e)).map(|()| summary));
-    if done.is_err() {
-        // The first error is the one to tell; what cannot be removed has ".partial" in its name.
-        fs::remove_dir_all(&partial).ok();
-    }
-    done
-}
-
-fn is_empty_folder(path: &Path) -> bool {
-    fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
+    folder::make(dst, |partial| write_all(&checkpoint, partial, options))
 }
 
 fn write_all(checkpoint: &Checkpoint, dst: &Path, options: Options) -> Result<Summary, ModelError> {
@@ -290,10 +271,6 @@ fn write_config(src: &Path, dst: &Path, options: Options) -> Result<(), ModelErr
     }
     config["quantization_config"] = quantization;
     write_json(&dst.join(CONFIG_FILE), &config)
-}
-
-fn write_json(file: &Path, value: &Value) -> Result<(), ModelError> {
-    fs::write(file, format!("{value:#}\n")).map_err(|e| ModelError::io(file, e))
 }
 
 fn copy_companions(src: &Path, dst: &Path) -> Result<(), ModelError> {

@@ -71,6 +71,8 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
             || cause.is::<ConfigError>()
             || cause.is::<telemetry::TelemetryError>()
             || cause.is::<moesaic_coordinator::config::InvalidConfig>()
+            || cause.is::<moesaic_attention_worker::config::InvalidConfig>()
+            || cause.is::<moesaic_expert_worker::config::InvalidConfig>()
     });
     if bad_arguments { ExitCode::from(EXIT_BAD_ARGUMENTS) } else { ExitCode::FAILURE }
 }

@@ -39,6 +39,7 @@ pub async fn coordinator(args: RoleArgs<moesaic_coordinator::Flags>) -> Result<(
 pub async fn attention_worker(args: RoleArgs<moesaic_attention_worker::Flags>) -> Result<()> {
     let stop = stop_token(args.stop_with_stdin)?;
     let config: moesaic_attention_worker::Config = config::load(args.config.as_deref(), &args.flags)?;
+    config.validate()?;
     let context = moesaic_attention_worker::Context {
         checkpoint: open(&config.model)?,
         registry: registry::open(&config.registry, &config.cluster).await?,
@@ -51,6 +52,7 @@ pub async fn attention_worker(args: RoleArgs<moesaic_attention_worker::Flags>) -
 pub async fn expert_worker(args: RoleArgs<moesaic_expert_worker::Flags>) -> Result<()> {
     let stop = stop_token(args.stop_with_stdin)?;
     let config: moesaic_expert_worker::Config = config::load(args.config.as_deref(), &args.flags)?;
+    config.validate()?;
     let context = moesaic_expert_worker::Context {
         checkpoint: open(&config.model)?,
         registry: registry::open(&config.registry, &config.cluster).await?,

@@ -11,3 +11,4 @@ mod parity;
 mod quantize;
 mod reading;
 mod shards;
+mod synth;

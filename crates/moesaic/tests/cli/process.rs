@@ -36,18 +36,14 @@ impl Running {
         Self { child, lines, seen: String::new() }
     }
 
-    /// The URL that it prints once it is ready.
+    /// The URL that it prints once it is ready, with what to do there.
     pub fn url(&mut self) -> String {
         let deadline = Instant::now() + PATIENCE;
-        loop {
+        while !self.seen.contains("Ctrl-C stops it") {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
                     self.seen.push_str(&line);
                     self.seen.push('\n');
-                    if line.starts_with("ready") {
-                        let url = line.split_whitespace().find(|word| word.starts_with("http://"));
-                        return url.unwrap().to_owned();
-                    }
                 }
                 Err(RecvTimeoutError::Timeout) => panic!("not ready after {PATIENCE:?}; it said:\n{}", self.seen),
                 Err(RecvTimeoutError::Disconnected) => {
@@ -56,6 +52,8 @@ impl Running {
                 }
             }
         }
+        let ready = self.seen.lines().find(|line| line.starts_with("ready")).unwrap();
+        ready.split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned()
     }
 
     /// What it printed until it was ready.

@@ -1,13 +1,9 @@
 //! Joining, readiness, routing, disconnects and the stop.
 
-#![allow(clippy::unwrap_used)]
-
-mod cluster;
-
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use cluster::{Cluster, FINGERPRINT, Script, config, until, user};
+use crate::cluster::{Cluster, FINGERPRINT, Script, config, until, user};
 use futures::StreamExt;
 use moesaic_proto::LayerId;
 use moesaic_proto::v1::Role;

@@ -1,12 +1,8 @@
 //! The public gRPC service, on the same port as HTTP.
 
-#![allow(clippy::unwrap_used)]
-
-mod cluster;
-
 use std::time::{Duration, Instant};
 
-use cluster::{Cluster, EOS, FINGERPRINT, Script, until};
+use crate::cluster::{Cluster, EOS, FINGERPRINT, Script, until};
 use moesaic_proto::v1::generate_request::Prompt;
 use moesaic_proto::v1::inference_client::InferenceClient;
 use moesaic_proto::v1::{
@@ -57,14 +53,14 @@ async fn generates_with_positions_seed_and_finish() {
     let conversation = Conversation { messages: vec![ChatMessage { role: "user".into(), content: "1".into() }] };
     let chat = GenerateRequest { prompt: Some(Prompt::Chat(conversation)), ..GenerateRequest::default() };
     generate(&cluster, chat).await.unwrap();
-    assert_eq!(cluster.last_run().prompt, cluster::ids("<｜begin▁of▁sentence｜><｜User｜>1<｜Assistant｜>"));
+    assert_eq!(cluster.last_run().prompt, crate::cluster::ids("<｜begin▁of▁sentence｜><｜User｜>1<｜Assistant｜>"));
 }
 
 #[tokio::test]
 async fn stop_strings_and_stop_tokens_are_named() {
     let cluster = Cluster::new(Script::says("one two")).await;
     let by_string = generate(&cluster, GenerateRequest { stop: vec!["tw".into()], ..text("x") }).await.unwrap();
-    let stop_token_ids = vec![cluster::ids("w")[0]];
+    let stop_token_ids = vec![crate::cluster::ids("w")[0]];
     let by_token = generate(&cluster, GenerateRequest { stop_token_ids: stop_token_ids.clone(), ..text("x") });
     let by_token = by_token.await.unwrap();
     let matched = |all: &[GenerateResponse]| all.last().unwrap().finish.clone().unwrap().matched_stop;

@@ -1,8 +1,6 @@
 //! A coordinator on a real port, with attention workers that say what a test wants. The text is tiny-r1's, the tokens
 //! are a script.
 
-#![allow(clippy::unwrap_used, dead_code)]
-
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -1,10 +1,6 @@
 //! What an OpenAI client sees when all goes well.
 
-#![allow(clippy::unwrap_used)]
-
-mod cluster;
-
-use cluster::{Cluster, EOS, Script, ids, user};
+use crate::cluster::{Cluster, EOS, Script, ids, user};
 use moesaic_proto::v1::SamplingParams;
 use serde_json::{Value, json};
 
@@ -32,9 +28,9 @@ async fn chat_answers_with_reasoning_and_usage() {
 
     let run = cluster.last_run();
     assert_eq!(run.prompt, ids("<｜begin▁of▁sentence｜><｜User｜>1+1=<｜Assistant｜>"));
-    assert_eq!((run.stop_token_ids, run.max_tokens), (vec![EOS], 64 * cluster::PAGES - 7));
+    assert_eq!((run.stop_token_ids, run.max_tokens), (vec![EOS], 64 * crate::cluster::PAGES - 7));
     let hello = run.hello.unwrap();
-    assert_eq!((hello.fingerprint.as_str(), hello.numerics.as_str()), (cluster::FINGERPRINT, ""));
+    assert_eq!((hello.fingerprint.as_str(), hello.numerics.as_str()), (crate::cluster::FINGERPRINT, ""));
 }
 
 #[tokio::test]
@@ -130,7 +126,7 @@ async fn a_stop_string_ends_text_and_worker() {
     assert_eq!(answer["choices"][0]["text"], "one two");
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     assert_eq!(answer["usage"]["completion_tokens"], 11);
-    cluster::until("the worker's run ends", std::time::Duration::from_secs(1), || cluster.running() == 0).await;
+    crate::cluster::until("the worker's run ends", std::time::Duration::from_secs(1), || cluster.running() == 0).await;
 }
 
 #[tokio::test]

@@ -1,12 +1,8 @@
 //! What a client sees when something is wrong: the status, the field, the words.
 
-#![allow(clippy::unwrap_used)]
-
-mod cluster;
-
 use std::time::Duration;
 
-use cluster::{Cluster, FINGERPRINT, Script, config, until, user};
+use crate::cluster::{Cluster, FINGERPRINT, Script, config, until, user};
 use serde_json::{Value, json};
 use tonic::Status;
 

@@ -1,0 +1,8 @@
+//! A coordinator as its clients see it: on a real port, in front of attention workers that follow a script.
+#![allow(clippy::unwrap_used)]
+
+mod cluster;
+mod errors;
+mod grpc;
+mod http;
+mod lifecycle;

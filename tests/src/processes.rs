@@ -1,0 +1,52 @@
+//! `moesaic up` as a process, with its children if it has any. Built by the same `cargo test --workspace`.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use moesaic_proto::v1::inference_client::InferenceClient;
+use tonic::transport::Channel;
+
+pub struct Up {
+    child: Child,
+    url: String,
+}
+
+impl Up {
+    /// Returns when it says that it is ready.
+    pub fn start(arguments: &[&str]) -> Self {
+        let mut command = Command::new(program());
+        command.args(["up", "--listen", "127.0.0.1:0"]).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let ready = lines.map_while(Result::ok).find(|line| line.starts_with("ready")).expect("it becomes ready");
+        let url = ready.split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned();
+        Self { child, url }
+    }
+
+    pub async fn client(&self) -> InferenceClient<Channel> {
+        InferenceClient::connect(self.url.clone()).await.unwrap()
+    }
+
+    /// SIGTERM must end it well.
+    pub fn stop(mut self) {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        // Its children end when their standard input closes.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Beside the folder of this test's own program.
+fn program() -> PathBuf {
+    let program = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("moesaic");
+    assert!(program.is_file(), "{} is not built: cargo build --release", program.display());
+    program
+}
