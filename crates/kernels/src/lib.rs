@@ -7,13 +7,18 @@ mod experts;
 mod fp8;
 mod gate;
 mod linear;
+mod math;
 mod matrix;
 mod norm;
 mod numerics;
 mod pages;
 mod per_head;
 mod pool;
+#[cfg(test)]
+mod reference;
 mod rope;
+#[cfg(test)]
+mod samples;
 mod simd;
 mod softmax;
 

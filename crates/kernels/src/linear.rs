@@ -10,6 +10,8 @@
 mod generic;
 mod panels;
 mod rows;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 
@@ -189,11 +191,11 @@ impl Job<'_> {
         let Self { x, y, place, .. } = *self;
         let isa = self.linear.numerics.kernels();
         match (&self.linear.panels, x) {
-            (Panels::F32(weights), Ready::F32(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
-            (Panels::Bf16(weights), Ready::F32(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
-            (Panels::E4m3(weights), Ready::F32(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
-            (Panels::Bf16Pairs(weights), Ready::Pairs(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
-            (Panels::E4m3Pairs(weights), Ready::Pairs(x, _)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::F32(weights), Ready::F32(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::Bf16(weights), Ready::F32(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::E4m3(weights), Ready::F32(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::Bf16Pairs(weights), Ready::Pairs(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::E4m3Pairs(weights), Ready::Pairs(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
             _ => unreachable!("rows are made in the form of the linear they are for"),
         }
     }
@@ -216,7 +218,7 @@ const ROWS_EACH_MIN: usize = 24;
 impl Cut {
     pub fn new(pool: &Pool, work: usize, rows: usize, panels: usize) -> Self {
         let parts = pool.parts(work);
-        let panels_each = panels.div_ceil(parts).next_multiple_of(PANELS_EACH_MIN);
+        let panels_each = panels.div_ceil(parts).next_multiple_of(PANELS_EACH_MIN).max(PANELS_EACH_MIN);
         let across = panels.div_ceil(panels_each);
         let down = parts.div_ceil(across.max(1));
         Self { rows, panels, rows_each: rows.div_ceil(down).max(ROWS_EACH_MIN), panels_each, across }

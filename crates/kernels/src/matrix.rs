@@ -103,3 +103,6 @@ fn read<const N: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn([u8; N]) -
         *out = value(*b);
     }
 }
+
+#[cfg(test)]
+mod tests;

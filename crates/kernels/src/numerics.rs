@@ -87,3 +87,6 @@ impl Numerics {
         self.pairs
     }
 }
+
+#[cfg(test)]
+mod tests;

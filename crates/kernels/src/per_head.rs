@@ -1,17 +1,54 @@
-use crate::{Numerics, Pool};
-/// out[r, h, :] = Linear_h(x[r, h, :])
+//! A linear for each head: out[r, h, :] = Linear_h(x[r, h, :]), as the absorbed form of attention needs before and after it attends.
+
+use crate::Numerics;
+use crate::linear::{Form, Job, Linear, Place, RowsRef, with_rows};
+use crate::pool::{Pool, Shared};
+
 #[derive(Debug)]
-pub struct PerHead {}
+pub struct PerHead {
+    heads: Vec<Linear>,
+    in_features: usize,
+    out_features: usize,
+    numerics: Numerics,
+}
+
 impl PerHead {
     /// `w` is [heads, out, in_].
-    pub fn pack_f32(_heads: usize, _out: usize, _in_: usize, _w: &[f32], _n: Numerics) -> Self {
-        Self {}
+    pub fn pack_f32(heads: usize, out: usize, in_: usize, w: &[f32], n: Numerics) -> Self {
+        assert_eq!(w.len(), heads * out * in_, "weights of {heads} heads of [{out}, {in_}]");
+        let head = |h: usize| Linear::pack_f32(out, in_, &w[h * out * in_..(h + 1) * out * in_], n);
+        Self { heads: (0..heads).map(head).collect(), in_features: in_, out_features: out, numerics: n }
     }
+
     pub fn bytes(&self) -> usize {
-        unimplemented!()
+        self.heads.iter().map(Linear::bytes).sum()
     }
-    /// x [rows, heads, in], y [rows, heads, out]
-    pub fn forward(&self, _pool: &Pool, _x: &[f32], _y: &mut [f32]) {
-        unimplemented!()
+
+    /// x is [rows, heads, in], y is [rows, heads, out].
+    pub fn forward(&self, pool: &Pool, x: &[f32], y: &mut [f32]) {
+        let heads = self.heads.len();
+        let rows = y.len().checked_div(heads * self.out_features).unwrap_or(0);
+        assert_eq!(x.len(), rows * heads * self.in_features, "x does not have as many rows as y");
+        assert_eq!(y.len(), rows * heads * self.out_features, "y does not have whole rows");
+        let form = self.heads.first().map_or(Form::Full, Linear::form);
+        with_rows(pool, self.numerics.kernels(), form, RowsRef::F32(x), self.in_features, |x| {
+            let y = Shared::new(y);
+            let job = |h: usize| {
+                let linear = &self.heads[h];
+                let place = Place {
+                    pick: None,
+                    x_stride: heads * linear.steps(),
+                    x_offset: h * linear.steps(),
+                    y_stride: heads * self.out_features,
+                    y_offset: h * self.out_features,
+                };
+                Job { linear, x, y, place, rows }
+            };
+            let work = rows * heads * self.in_features * self.out_features;
+            pool.each(heads, work, |h| job(h).run(0..rows, 0..self.heads[h].panels()));
+        });
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -34,13 +34,18 @@ impl Pool {
     /// Into how many parts `work` multiply-adds are worth cutting.
     pub(crate) fn parts(&self, work: usize) -> usize {
         // A few parts for each thread, so that one that was late does not hold up the others.
-        if work < PARALLEL_WORK_MIN { 1 } else { self.threads() * 4 }
+        if self.is_inline(work) { 1 } else { self.threads() * 4 }
+    }
+
+    /// Whether so much work is done on the calling thread.
+    pub(crate) fn is_inline(&self, work: usize) -> bool {
+        self.threads.is_none() || work < PARALLEL_WORK_MIN
     }
 
     /// Calls `task` with 0..tasks, on several threads if `work` is enough.
     pub(crate) fn each(&self, tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
         match &self.threads {
-            Some(pool) if tasks > 1 && work >= PARALLEL_WORK_MIN => {
+            Some(pool) if tasks > 1 && !self.is_inline(work) => {
                 pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(|i| task(i)));
             }
             _ => (0..tasks).for_each(task),
@@ -84,3 +89,6 @@ impl<'a, T> Shared<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,8 @@
 //! 3. `bf16` pairs: see [`Simd::dot_pairs`].
 
 mod portable;
+#[cfg(test)]
+mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -17,6 +19,16 @@ use std::sync::OnceLock;
 
 /// Lanes of a vector; outputs of a panel of weights; heads of an attention task.
 pub(crate) const LANES: usize = 16;
+
+/// What the factors of a sum are multiplied by before it is asked whether it is denormal; the sum is lifted by its square.
+const LIFT: f32 = (1u64 << 32) as f32;
+/// A lifted sum below this is denormal.
+const LIFTED_MIN: f32 = f32::MIN_POSITIVE * LIFT * LIFT;
+
+/// Sixteen values where a vector can be loaded from in one access.
+#[repr(align(64))]
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Lanes(pub [f32; LANES]);
 
 /// An operation with its arguments, ready to be run on any instruction set.
 pub(crate) trait Kernel {
@@ -131,10 +143,14 @@ pub(crate) trait Simd: Copy {
     fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> Self::Pairs;
     /// What `vdpbf16ps` does (found by comparing 160 million inputs, denormals, infinities and cancellations among them):
     /// ```text
-    /// z(v) = v with denormals replaced by a zero of the same sign
-    /// t    = z(fma(z(x.high), z(w.high), z(acc)))
-    /// acc' = z(fma(z(x.low),  z(w.low),  t))
+    /// z(v)           = v with denormals replaced by a zero of the same sign
+    /// zfma(a, b, c)  = fma(a, b, c), or a zero of its sign if a * b + c, rounded to 24 bits with an unbounded exponent, is below the smallest normal number
+    /// t              = zfma(z(x.high), z(w.high), z(acc))
+    /// acc'           = zfma(z(x.low),  z(w.low),  t)
     /// ```
+    /// zfma is not z(fma): a sum that only rounding to a denormal's fewer bits brings up to the smallest normal number is flushed, too. Where there is no
+    /// such instruction, what is asked is the fma of operands lifted by [`LIFT`]: it has all 24 bits. (Where lifting overflows, nothing is lost by rounding.)
+    ///
     /// so with the lower k in the high half it is the one ascending chain of the other kernels, but for the flushed denormals.
     fn dot_pairs(self, x: u32, w: Self::Pairs, acc: Self::F) -> Self::F;
 }

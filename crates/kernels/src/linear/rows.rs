@@ -43,11 +43,11 @@ pub(crate) enum Form {
     Pairs,
 }
 
-/// Rows in a form, and how many elements a row of them has.
+/// Rows in a form.
 #[derive(Clone, Copy)]
 pub(crate) enum Ready<'a> {
-    F32(&'a [f32], usize),
-    Pairs(&'a [u32], usize),
+    F32(&'a [f32]),
+    Pairs(&'a [u32]),
 }
 
 /// Elements to convert that cost about as much as one multiply-add of a linear.
@@ -63,17 +63,17 @@ pub(crate) fn with_rows<R>(
     then: impl FnOnce(Ready<'_>) -> R,
 ) -> R {
     match (form, x) {
-        (Form::Full, RowsRef::F32(x)) => then(Ready::F32(x, cols)),
+        (Form::Full, RowsRef::F32(x)) => then(Ready::F32(x)),
         (Form::Full | Form::Rounded, _) => with_scratch(&F32_SCRATCH, x.len(), |to: &mut [f32]| {
             convert(pool, x, cols, to, cols, |x, to| isa.run(Widen { x, to }));
-            then(Ready::F32(to, cols))
+            then(Ready::F32(to))
         }),
         (Form::Pairs, _) => {
             let steps = cols.div_ceil(2);
             let rows = x.len().checked_div(cols).unwrap_or(0);
             with_scratch(&PAIR_SCRATCH, rows * steps, |to: &mut [u32]| {
                 convert(pool, x, cols, to, steps, |x, to| isa.run(Pair { x, to }));
-                then(Ready::Pairs(to, steps))
+                then(Ready::Pairs(to))
             })
         }
     }

@@ -1,6 +1,6 @@
 //! The vector as an array: what each operation of [`Simd`] means, and the fall-back for every processor.
 
-use super::{LANES, Simd};
+use super::{LANES, LIFT, LIFTED_MIN, Simd};
 use crate::fp8::e4m3_to_f32;
 
 #[derive(Clone, Copy)]
@@ -31,9 +31,17 @@ fn halves(pair: u32) -> (f32, f32) {
 
 /// One step of [`Simd::dot_pairs`] on scalars.
 #[inline(always)]
-pub(crate) fn dot_pair(x: u32, w: u32, acc: f32) -> f32 {
+fn dot_pair(x: u32, w: u32, acc: f32) -> f32 {
     let ((x0, x1), (w0, w1)) = (halves(x), halves(w));
-    flush(x1.mul_add(w1, flush(x0.mul_add(w0, flush(acc)))))
+    zfma(x1, w1, zfma(x0, w0, flush(acc)))
+}
+
+/// As at [`Simd::dot_pairs`].
+#[inline(always)]
+fn zfma(a: f32, b: f32, c: f32) -> f32 {
+    let sum = a.mul_add(b, c);
+    let lifted = (a * LIFT).mul_add(b * LIFT, c * (LIFT * LIFT));
+    if lifted.abs() < LIFTED_MIN { 0f32.copysign(sum) } else { sum }
 }
 
 impl Simd for Portable {

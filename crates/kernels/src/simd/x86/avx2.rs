@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{LANES, Simd};
+use crate::simd::{LANES, LIFT, LIFTED_MIN, Simd};
 
 /// Proof that AVX2 and FMA are there.
 #[derive(Clone, Copy)]
@@ -30,13 +30,27 @@ macro_rules! each {
 /// Denormals to zeros of the same sign.
 #[inline(always)]
 fn flush(v: F) -> F {
+    zero_where_small(v, v, f32::MIN_POSITIVE)
+}
+
+/// Zeros of the same sign where `measure` is below `limit`.
+#[inline(always)]
+fn zero_where_small(v: F, measure: F, limit: f32) -> F {
     // SAFETY: as in `each`.
-    let half = |v: __m256| unsafe {
+    let half = |v: __m256, measure: __m256| unsafe {
         let sign = _mm256_set1_ps(-0.0);
-        let denormal = _mm256_cmp_ps::<_CMP_LT_OQ>(_mm256_andnot_ps(sign, v), _mm256_set1_ps(f32::MIN_POSITIVE));
-        _mm256_blendv_ps(v, _mm256_and_ps(v, sign), denormal)
+        let small = _mm256_cmp_ps::<_CMP_LT_OQ>(_mm256_andnot_ps(sign, measure), _mm256_set1_ps(limit));
+        _mm256_blendv_ps(v, _mm256_and_ps(v, sign), small)
     };
-    [half(v[0]), half(v[1])]
+    [half(v[0], measure[0]), half(v[1], measure[1])]
+}
+
+/// As at [`Simd::dot_pairs`].
+#[inline(always)]
+fn zfma(s: Avx2, a: F, b: F, c: F) -> F {
+    let lift = s.splat(LIFT);
+    let lifted = s.fma(s.mul(a, lift), s.mul(b, lift), s.mul(c, s.splat(LIFT * LIFT)));
+    zero_where_small(s.fma(a, b, c), lifted, LIFTED_MIN)
 }
 
 /// e4m3 codes in the low bytes of u32 lanes.
@@ -177,6 +191,6 @@ impl Simd for Avx2 {
     fn dot_pairs(self, x: u32, w: [F; 2], acc: F) -> F {
         let high = flush(self.splat(f32::from_bits(x & 0xffff_0000)));
         let low = flush(self.splat(f32::from_bits(x << 16)));
-        flush(self.fma(low, w[1], flush(self.fma(high, w[0], flush(acc)))))
+        zfma(self, low, w[1], zfma(self, high, w[0], flush(acc)))
     }
 }

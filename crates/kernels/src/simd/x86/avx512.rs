@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{LANES, Simd};
+use crate::simd::{LANES, LIFT, LIFTED_MIN, Simd};
 
 /// Proof that AVX512F and AVX512BW (and AVX512BF16 with `DOT`) are there.
 #[derive(Clone, Copy)]
@@ -31,18 +31,32 @@ static MAGNITUDES: [u16; 128] = {
 /// Denormals to zeros of the same sign.
 #[inline(always)]
 fn flush(v: __m512) -> __m512 {
+    zero_where_small(v, v, f32::MIN_POSITIVE)
+}
+
+/// Zeros of the same sign where `measure` is below `limit`.
+#[inline(always)]
+fn zero_where_small(v: __m512, measure: __m512, limit: f32) -> __m512 {
     // SAFETY: called with an `Avx512` in hand, so the processor has the features; no memory is touched.
     unsafe {
-        let denormal = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(v), _mm512_set1_ps(f32::MIN_POSITIVE));
+        let small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(measure), _mm512_set1_ps(limit));
         let bits = _mm512_castps_si512(v);
-        _mm512_castsi512_ps(_mm512_mask_and_epi32(bits, denormal, bits, _mm512_set1_epi32(i32::MIN)))
+        _mm512_castsi512_ps(_mm512_mask_and_epi32(bits, small, bits, _mm512_set1_epi32(i32::MIN)))
     }
+}
+
+/// As at [`Simd::dot_pairs`].
+#[inline(always)]
+fn zfma<const DOT: bool>(s: Avx512<DOT>, a: __m512, b: __m512, c: __m512) -> __m512 {
+    let lift = s.splat(LIFT);
+    let lifted = s.fma(s.mul(a, lift), s.mul(b, lift), s.mul(c, s.splat(LIFT * LIFT)));
+    zero_where_small(s.fma(a, b, c), lifted, LIFTED_MIN)
 }
 
 /// e4m3 codes in u32 lanes. The exponent is moved by 120; a denormal is read as 2^-6 * (1 + m/8) and loses its 2^-6; NaN is put in at the end.
 #[inline(always)]
 fn decode(code: __m512i) -> __m512 {
-    // SAFETY: as in `flush`.
+    // SAFETY: as in `zero_where_small`.
     unsafe {
         let magnitude = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
         let denormal = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
@@ -182,7 +196,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         let low = |v: __m512i| unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(v)) };
         // SAFETY: `self` proves the features.
         let x = unsafe { _mm512_set1_epi32(x as i32) };
-        let first = flush(self.fma(flush(high(x)), flush(high(w)), flush(acc)));
-        flush(self.fma(flush(low(x)), flush(low(w)), first))
+        let first = zfma(self, flush(high(x)), flush(high(w)), flush(acc));
+        zfma(self, flush(low(x)), flush(low(w)), first)
     }
 }

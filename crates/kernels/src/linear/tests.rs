@@ -1,0 +1,297 @@
+//! Linears against the plain loop: every storage, numerics and instruction set, rows alone and together, on pools of several sizes.
+
+use half::bf16;
+use proptest::prelude::*;
+
+use super::*;
+use crate::reference;
+use crate::samples::{Samples, Stored, StoredMatrix, any_magnitude, any_stored, assert_bits, on_all_numerics, pools};
+use crate::simd::Isa;
+
+fn forward(linear: &Linear, pool: &Pool, x: RowsRef<'_>) -> Vec<f32> {
+    let rows = x.len() / linear.in_features();
+    let mut y = vec![f32::NAN; rows * linear.out_features()];
+    linear.forward(pool, x, &mut y);
+    y
+}
+
+/// Rows of the plain loop.
+fn expected(m: &StoredMatrix, n: Numerics, x: &[f32]) -> Vec<f32> {
+    x.chunks_exact(m.cols).flat_map(|x| reference::linear(&m.matrix(), n, x)).collect()
+}
+
+/// All rows together on every pool, each alone, and in two parts.
+fn check(m: &StoredMatrix, x: &[f32], cut: usize) {
+    on_all_numerics(
+        |n| expected(m, n, x),
+        |n, expected| {
+            let linear = Linear::pack(&m.matrix(), n);
+            for pool in pools() {
+                let y = forward(&linear, pool, RowsRef::F32(x));
+                assert_bits(&y, expected, format_args!("{n:?}, {} threads", pool.threads()));
+            }
+            for (x, expected) in x.chunks_exact(m.cols).zip(expected.chunks_exact(m.rows)) {
+                assert_bits(&forward(&linear, &pools()[0], RowsRef::F32(x)), expected, format_args!("{n:?}, alone"));
+            }
+            let (first, second) = x.split_at(cut * m.cols);
+            let parts = [first, second].map(|x| forward(&linear, &pools()[1], RowsRef::F32(x))).concat();
+            assert_bits(&parts, expected, format_args!("{n:?}, cut after row {cut}"));
+        },
+    );
+}
+
+/// F16 and the codes of FP8 are not scaled, so x takes their share.
+fn x_magnitude(stored: Stored, magnitude: f32) -> f32 {
+    match stored {
+        Stored::F16 => magnitude * magnitude,
+        _ => magnitude,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn equals_the_plain_loop(
+        (stored, magnitude) in (any_stored(), any_magnitude()),
+        (rows, out, cols) in (1..=40usize, 1..150usize, 1..300usize),
+        (cut, seed) in (any::<prop::sample::Index>(), any::<u64>()),
+    ) {
+        let mut s = Samples::new(seed);
+        let m = s.matrix(out, cols, stored, magnitude);
+        let x = s.values(rows * cols, x_magnitude(stored, magnitude));
+        check(&m, &x, cut.index(rows + 1));
+    }
+
+    #[test]
+    fn bf16_rows_equal_the_same_values_in_f32(
+        stored in any_stored(),
+        (rows, out, cols) in (1..=20usize, 1..40usize, 1..80usize),
+        seed in any::<u64>(),
+    ) {
+        let mut s = Samples::new(seed);
+        let m = s.matrix(out, cols, stored, 1.0);
+        let x: Vec<bf16> = s.values(rows * cols, 1.0).into_iter().map(bf16::from_f32).collect();
+        let wide: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+        on_all_numerics(|n| expected(&m, n, &wide), |n, expected| {
+            let linear = Linear::pack(&m.matrix(), n);
+            for pool in pools() {
+                assert_bits(&forward(&linear, pool, RowsRef::F32(&wide)), expected, format_args!("{n:?}, f32"));
+                assert_bits(&forward(&linear, pool, RowsRef::Bf16(&x)), expected, format_args!("{n:?}, bf16"));
+            }
+        });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// Calls big enough to be cut for several threads, by panels and by rows.
+    #[test]
+    fn equals_the_plain_loop_when_cut_for_threads(
+        stored in any_stored(),
+        (rows, cols, more) in (prop_oneof![1..4usize, 24..100usize], 40..400usize, 0..40usize),
+        (cut, seed) in (any::<prop::sample::Index>(), any::<u64>()),
+    ) {
+        let out = (1usize << 20).div_ceil(rows * cols) + more;
+        let linear_work = rows * cols * out;
+        prop_assert!(!pools()[1].is_inline(linear_work) && !pools()[2].is_inline(linear_work));
+        let mut s = Samples::new(seed);
+        let m = s.matrix(out, cols, stored, 1.0);
+        check(&m, &s.values(rows * cols, 1.0), cut.index(rows + 1));
+    }
+}
+
+/// The conversion of activations is cut by rows, whatever the linear is.
+#[test]
+fn activations_are_converted_alike_on_threads() {
+    let rows = 300;
+    let cols = (8usize << 20).div_ceil(rows) | 1;
+    let mut s = Samples::new(3);
+    let x: Vec<f32> = (0..rows * cols).map(|_| s.unit()).collect();
+    // A value counts for an eighth of a multiply-add.
+    assert!(!pools()[2].is_inline(x.len() / 8));
+    for isa in Isa::available() {
+        for form in [Form::Rounded, Form::Pairs] {
+            let [alone, _, split] =
+                pools().each_ref().map(|p| with_rows(p, isa, form, RowsRef::F32(&x), cols, bits_of));
+            assert!(alone == split, "{isa:?}, {form:?}");
+        }
+    }
+}
+
+fn bits_of(x: Ready<'_>) -> Vec<u32> {
+    match x {
+        Ready::F32(x) => x.iter().map(|x| x.to_bits()).collect(),
+        Ready::Pairs(x) => x.to_vec(),
+    }
+}
+
+#[test]
+fn ragged_shapes_and_blocks() {
+    let cases = [
+        (1, 1, Stored::F32),
+        (1, 1, Stored::Fp8([128, 128])),
+        (1, 3, Stored::Bf16),
+        (16, 1, Stored::F16),
+        (17, 2, Stored::Bf16),
+        (129, 257, Stored::Fp8([128, 128])),
+        (128, 128, Stored::Fp8([128, 128])),
+        (145, 128, Stored::Fp8([128, 128])),
+        (40, 129, Stored::Fp8([1, 128])),
+        (40, 129, Stored::Fp8([128, 1])),
+        (33, 30, Stored::Fp8([7, 3])),
+        (33, 31, Stored::Fp8([5, 2])),
+        (9, 31, Stored::Fp8([1000, 1000])),
+        (9, 31, Stored::Fp8([1000, 999])),
+    ];
+    for (out, cols, stored) in cases {
+        let mut s = Samples::new(out as u64 * 1000 + cols as u64);
+        let m = s.matrix(out, cols, stored, 1.0);
+        for rows in 1..=14 {
+            check(&m, &s.values(rows * cols, 1.0), rows / 2);
+        }
+    }
+}
+
+#[test]
+fn nothing_to_compute() {
+    for n in Numerics::all() {
+        for pool in pools() {
+            Linear::pack_f32(0, 5, &[], n).forward(pool, RowsRef::F32(&[]), &mut []);
+            Linear::pack_f32(3, 5, &[1.0; 15], n).forward(pool, RowsRef::F32(&[]), &mut []);
+            let mut y = [f32::NAN; 6];
+            Linear::pack_f32(3, 0, &[], n).forward(pool, RowsRef::F32(&[]), &mut y);
+            assert_eq!(y, [0.0; 6], "a sum of nothing, {n:?}");
+        }
+    }
+}
+
+#[test]
+fn infinities_and_nan_go_where_they_belong() {
+    let mut s = Samples::new(7);
+    let cols = 21;
+    for stored in [Stored::F32, Stored::Bf16, Stored::Fp8([4, 6])] {
+        let mut m = s.matrix(20, cols, stored, 1.0);
+        let mut x = s.values(3 * cols, 1.0);
+        (x[4], x[cols + 20]) = (f32::INFINITY, f32::NAN);
+        check(&m, &x, 1);
+        if let Stored::Fp8(_) = stored {
+            m.bytes_mut()[2 * cols + 3] = 0x7f;
+            m.bytes_mut()[19 * cols + 20] = 0xff;
+            check(&m, &x, 2);
+        }
+        let y = expected(&m, Numerics::portable(Dtype::F32), &x);
+        assert!(y[2 * 20..][..2].iter().all(|y| y.is_finite()), "a row's NaN is in another row");
+    }
+}
+
+/// Unit roundoffs.
+const U_F32: f64 = 1.0 / (1 << 24) as f64;
+const U_BF16: f64 = 1.0 / (1 << 8) as f64;
+
+#[test]
+fn is_as_exact_as_its_types_allow() {
+    let (rows, out, cols) = (5, 70, 700);
+    for stored in [Stored::F32, Stored::F16, Stored::Bf16, Stored::Fp8([128, 128]), Stored::Fp8([16, 33])] {
+        let mut s = Samples::new(11);
+        let (m, x) = (s.matrix(out, cols, stored, 1.0), s.values(rows * cols, 1.0));
+        let w = exact_weights(&m.matrix());
+        // A value of FP8 or bf16 is itself in bf16; the others are rounded once, as x is.
+        let roundings = if matches!(stored, Stored::F32 | Stored::F16) { 2.01 } else { 1.0 };
+        for n in Numerics::all() {
+            let of_inputs = if n.dtype() == Dtype::Bf16 { roundings * U_BF16 } else { 0.0 };
+            let y = forward(&Linear::pack(&m.matrix(), n), &pools()[0], RowsRef::F32(&x));
+            for (i, y) in y.iter().enumerate() {
+                let (x, w) = (&x[i / out * cols..][..cols], &w[i % out * cols..][..cols]);
+                let terms = || x.iter().zip(w).map(|(x, w)| f64::from(*x) * w);
+                let size: f64 = terms().map(f64::abs).sum();
+                let error = (f64::from(*y) - terms().sum::<f64>()).abs() / size;
+                // Each addition rounds once, those of blocks too: of these there are not more than of the others.
+                let bound = (2 * cols) as f64 * U_F32 + of_inputs;
+                assert!(error < bound, "{error:e} of the sum of products, {stored:?}, {n:?}");
+            }
+        }
+    }
+}
+
+fn exact_weights(m: &Matrix<'_>) -> Vec<f64> {
+    let MatrixData::Fp8 { q, scales, block } = &m.data else {
+        return m.to_f32().into_iter().map(f64::from).collect();
+    };
+    let across = m.cols.div_ceil(block[1]);
+    let weight = |(i, code): (usize, &u8)| {
+        let (row, col) = (i / m.cols, i % m.cols);
+        f64::from(crate::e4m3_to_f32(*code)) * f64::from(scales[row / block[0] * across + col / block[1]])
+    };
+    q.iter().enumerate().map(weight).collect()
+}
+
+proptest! {
+    #[test]
+    fn tasks_cover_every_output_once(rows in 0..200usize, panels in 0..400usize, parallel in any::<bool>()) {
+        for pool in pools() {
+            let cut = Cut::new(pool, if parallel { 1 << 20 } else { 0 }, rows, panels);
+            let mut times = vec![0; rows * panels];
+            for task in 0..cut.tasks() {
+                for row in cut.rows(task) {
+                    cut.panels(task).for_each(|panel| times[row * panels + panel] += 1);
+                }
+            }
+            prop_assert!(times.iter().all(|times| *times == 1), "{} threads", pool.threads());
+        }
+    }
+
+    #[test]
+    fn bf16_is_rounded_as_the_half_crate_does(x in prop::collection::vec(any::<u32>(), 1..60)) {
+        let x: Vec<f32> = x.into_iter().map(f32::from_bits).collect();
+        let expected: Vec<u16> = x.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
+        let wide: Vec<u32> = expected.iter().map(|x| u32::from(*x) << 16).collect();
+        let pair = |pair: &[u16]| u32::from(pair[0]) << 16 | pair.get(1).map_or(0, |x| u32::from(*x));
+        let pairs: Vec<u32> = expected.chunks(2).map(pair).collect();
+        let as_bf16: Vec<bf16> = expected.iter().map(|x| bf16::from_bits(*x)).collect();
+        for isa in Isa::available() {
+            for x in [RowsRef::F32(&x), RowsRef::Bf16(&as_bf16)] {
+                with_rows(&pools()[0], isa, Form::Rounded, x, x.len(), |x| assert_eq!(bits_of(x), wide, "{isa:?}"));
+                with_rows(&pools()[0], isa, Form::Pairs, x, x.len(), |x| assert_eq!(bits_of(x), pairs, "{isa:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_is_rounded_right_next_to_every_tie() {
+    for high in 0..=u16::MAX {
+        for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+            let x = f32::from_bits(u32::from(high) << 16 | low);
+            assert_eq!(bf16_bits(x), u32::from(bf16::from_f32(x).to_bits()), "{:#010x}", x.to_bits());
+        }
+    }
+}
+
+#[test]
+fn says_its_sizes() {
+    let m = Samples::new(1).matrix(17, 5, Stored::Fp8([16, 4]), 1.0);
+    for n in Numerics::all() {
+        let linear = Linear::pack(&m.matrix(), n);
+        assert_eq!((linear.in_features(), linear.out_features()), (5, 17));
+        // Two panels of 16 outputs: five codes (six by pairs) and two scales each.
+        let steps = if n.name() == "bf16-dp" { 6 } else { 5 };
+        assert_eq!(linear.bytes(), 2 * 16 * (steps + 2 * size_of::<f32>()), "{n:?}");
+        assert_eq!(format!("{linear:?}"), format!("Linear(5 -> 17, {})", n.name()));
+    }
+}
+
+#[test]
+#[should_panic(expected = "x does not have as many rows as y")]
+fn rows_have_to_be_there() {
+    let linear = Linear::pack_f32(2, 3, &[0.0; 6], Numerics::portable(Dtype::F32));
+    linear.forward(&pools()[0], RowsRef::F32(&[0.0; 3]), &mut [0.0; 4]);
+}
+
+#[test]
+#[should_panic(expected = "y does not have whole rows")]
+fn rows_have_to_be_whole() {
+    let linear = Linear::pack_f32(2, 3, &[0.0; 6], Numerics::portable(Dtype::F32));
+    linear.forward(&pools()[0], RowsRef::F32(&[0.0; 3]), &mut [0.0; 3]);
+}
