@@ -3,5 +3,6 @@
 pub mod decoder;
 pub mod handle;
 pub mod memory;
+pub mod profile;
 pub mod thread;
 pub mod weights;

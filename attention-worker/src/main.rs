@@ -38,6 +38,7 @@ async fn main() -> anyhow::Result<()> {
         registry: registry::open(&config.registry, &config.cluster).await?,
         hub: None,
         pool: Pool::new(config.threads),
+        profile: Arc::default(),
     };
     run(config, context, stop).await
 }

@@ -1,8 +1,11 @@
 //! The compute thread and its front: frames are checked and queued on the caller's thread, computed on one thread of
-//! the worker (with the kernels' pool under it), and answered from there.
+//! the worker (with the kernels' pool under it), and answered from there. A caller of this process that only waits for
+//! its answer computes it itself, if nobody else is computing.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use moesaic_dispatch::{Activations, ExpertHost, Refusal, ReplySender, RequestFrame, Shape};
 use moesaic_kernels::{Dtype, Ffn, Numerics, Pool, RowsRef, bf16, combine_first, combine_next, grouped_experts};
@@ -17,11 +20,40 @@ use crate::shard::Shards;
 /// thousands of rows for any model there is.
 const RESULT_BYTES_MAX: usize = 64 << 20;
 
+/// What the worker has computed since it started.
+#[derive(Debug, Default)]
+pub struct Profile {
+    nanoseconds: AtomicU64,
+    /// Pairs of a row and an expert.
+    rows: AtomicU64,
+}
+
+impl Profile {
+    fn add(&self, time: Duration, rows: usize) {
+        self.nanoseconds.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+        self.rows.fetch_add(rows as u64, Ordering::Relaxed);
+    }
+
+    /// Time spent computing.
+    pub fn busy(&self) -> Duration {
+        Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed))
+    }
+
+    /// Pairs of a row and an expert that were computed.
+    pub fn rows(&self) -> u64 {
+        self.rows.load(Ordering::Relaxed)
+    }
+}
+
 /// The worker as transports see it.
 pub struct Engine {
     shape: Shape,
     numerics: Numerics,
     shards: Shards,
+    pool: Pool,
+    /// Held by who computes.
+    scratch: Mutex<Vec<f32>>,
+    profile: Arc<Profile>,
     inbox: Mutex<Inbox>,
     /// Something is in the inbox, or it stops.
     news: Condvar,
@@ -37,13 +69,23 @@ impl Engine {
         numerics: Numerics,
         frames_max: usize,
         pool: Pool,
+        profile: Arc<Profile>,
     ) -> std::io::Result<(Arc<Self>, Ended)> {
         let inbox = Mutex::new(Inbox::new(frames_max));
-        let engine = Arc::new(Self { shape, numerics, shards: Shards::default(), inbox, news: Condvar::new() });
+        let engine = Arc::new(Self {
+            shape,
+            numerics,
+            shards: Shards::default(),
+            pool,
+            scratch: Mutex::default(),
+            profile,
+            inbox,
+            news: Condvar::new(),
+        });
         let (alive, ended) = oneshot::channel();
         let worker = engine.clone();
         thread::Builder::new().name("experts".into()).spawn(move || {
-            worker.run(&pool);
+            worker.run();
             drop(alive);
         })?;
         Ok((engine, ended))
@@ -71,26 +113,30 @@ impl Engine {
         self.shards.get(frame.header.epoch)?.check(frame)
     }
 
-    fn run(&self, pool: &Pool) {
-        let terms_max = (RESULT_BYTES_MAX / (self.shape.hidden * size_of::<f32>())).max(1);
-        let mut scratch = Vec::new();
+    fn run(&self) {
         loop {
-            let jobs = self.wait(terms_max);
+            let jobs = self.wait();
             if jobs.is_empty() {
                 return;
             }
-            self.answer(jobs, pool, terms_max, &mut scratch);
+            self.compute(jobs, &mut self.scratch.lock().unwrap_or_else(PoisonError::into_inner));
         }
     }
 
-    /// The next jobs, of one layer and epoch; none when it is time to end.
-    fn wait(&self, terms_max: usize) -> Vec<Job> {
-        let idle = |inbox: &mut Inbox| inbox.is_empty() && !inbox.is_stopping();
-        let mut inbox = self.news.wait_while(self.inbox(), idle).unwrap_or_else(PoisonError::into_inner);
-        inbox.take(terms_max)
+    /// Terms of one call of the kernels, and of the frames that are taken together.
+    fn terms_max(&self) -> usize {
+        (RESULT_BYTES_MAX / (self.shape.hidden * size_of::<f32>())).max(1)
     }
 
-    fn answer(&self, jobs: Vec<Job>, pool: &Pool, terms_max: usize, scratch: &mut Vec<f32>) {
+    /// The next jobs, of one layer and epoch; none when it is time to end.
+    fn wait(&self) -> Vec<Job> {
+        let idle = |inbox: &mut Inbox| inbox.is_empty() && !inbox.is_stopping();
+        let mut inbox = self.news.wait_while(self.inbox(), idle).unwrap_or_else(PoisonError::into_inner);
+        inbox.take(self.terms_max())
+    }
+
+    fn compute(&self, jobs: Vec<Job>, scratch: &mut Vec<f32>) {
+        let start = Instant::now();
         let shard = match self.shards.get(jobs[0].frame.header.epoch) {
             Ok(shard) => shard,
             // Retired while they waited.
@@ -101,13 +147,14 @@ impl Engine {
         let layer = frames[0].header.layer;
         let x = Input::of(&frames, hidden);
         let mut answers: Vec<Vec<f32>> = frames.iter().map(|f| vec![0.0; f.output_count() * hidden]).collect();
-        for chunk in batch::chunks(&frames, terms_max) {
+        for chunk in batch::chunks(&frames, self.terms_max()) {
             let held = |expert| shard.expert(layer, expert).expect("checked when the frame was taken");
             let groups: Vec<(&Ffn, &[u32])> = chunk.experts.iter().map(|(e, rows)| (&**held(*e), &rows[..])).collect();
             scratch.resize(chunk.terms.len() * hidden, 0.0);
-            grouped_experts(pool, &groups, x.rows(), scratch);
+            grouped_experts(&self.pool, &groups, x.rows(), scratch);
             add_up(&chunk, scratch, hidden, &mut answers);
         }
+        self.profile.add(start.elapsed(), frames.iter().map(|frame| frame.terms().len()).sum());
         for (job, answer) in jobs.into_iter().zip(answers) {
             job.reply.send(Ok(answer.into()));
         }
@@ -130,6 +177,14 @@ impl ExpertHost for Engine {
                 tracing::debug!(header = ?job.frame.header, %refusal, "frame refused");
                 job.reply.send(Err(refusal));
             }
+        }
+    }
+
+    fn answer(&self, frame: RequestFrame, reply: ReplySender) {
+        let idle = self.scratch.try_lock().ok().filter(|_| self.inbox().is_idle());
+        match (idle, self.check(&frame)) {
+            (Some(mut scratch), Ok(())) => self.compute(vec![Job { frame, reply }], &mut scratch),
+            _ => self.submit(frame, reply),
         }
     }
 }

@@ -17,7 +17,7 @@ use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 
 use crate::config::Config;
-use crate::engine::Engine;
+use crate::engine::{Engine, Profile};
 use crate::shard::Shard;
 
 /// The service's name in health checks.
@@ -30,19 +30,21 @@ pub struct Context {
     pub hub: Option<Hub>,
     pub pool: Pool,
     pub checkpoint: Arc<Checkpoint>,
+    /// Where the worker counts what it computes.
+    pub profile: Arc<Profile>,
 }
 
 /// Serves until `stop`; then leaves, answers what it has in hand within the bound, and ends.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let Context { registry, hub, pool, checkpoint } = context;
+    let Context { registry, hub, pool, checkpoint, profile } = context;
     let id = handshake::worker_id(config.id.as_deref(), "experts")?;
     let numerics = Numerics::detect(config.dtype()?);
     let hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), numerics.name());
     let model = checkpoint.config();
     let shape = Shape { hidden: model.hidden_size, experts: model.n_routed_experts };
     let (engine, ended) =
-        Engine::start(shape, numerics, config.inbox_frames, pool).context("starting the compute thread")?;
+        Engine::start(shape, numerics, config.inbox_frames, pool, profile).context("starting the compute thread")?;
 
     let bound = server::bind(config.listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());

@@ -93,7 +93,7 @@ impl Cluster {
                 ..Default::default()
             };
             let (registry, hub, pool, checkpoint) = (registry.clone(), hub.clone(), pool.clone(), checkpoint.clone());
-            let context = expert_worker::Context { registry, hub, pool, checkpoint };
+            let context = expert_worker::Context { registry, hub, pool, checkpoint, profile: Arc::default() };
             nodes.push(tokio::spawn(expert_worker::run(config, context, stop.clone())));
         }
         for i in 0..options.attention_workers {
@@ -108,7 +108,7 @@ impl Cluster {
                 ..Default::default()
             };
             let (registry, hub, pool, checkpoint) = (registry.clone(), hub.clone(), pool.clone(), checkpoint.clone());
-            let context = attention_worker::Context { registry, hub, pool, checkpoint };
+            let context = attention_worker::Context { registry, hub, pool, checkpoint, profile: Arc::default() };
             nodes.push(tokio::spawn(attention_worker::run(config, context, stop.clone())));
         }
         let config = coordinator::Config {

@@ -27,7 +27,7 @@ pub struct Limits {
     pub chunk: usize,
     /// Tokens in a micro-batch.
     pub token_budget: usize,
-    /// Micro-batches in flight at a time, over which decoding sequences are spread.
+    /// Micro-batches in flight at a time, at most.
     pub micro_batches: usize,
     /// New sequences that may wait. Those that gave up their pages come on top: at most one a page.
     pub waiting_max: usize,
@@ -180,13 +180,13 @@ impl Batcher {
         true
     }
 
-    /// The next micro-batch, empty if nothing can run now.
-    pub fn form(&mut self) -> Vec<Part> {
+    /// The next micro-batch, empty if nothing can run now. Decoding sequences are spread over `micro_batches`.
+    pub fn form(&mut self, micro_batches: usize) -> Vec<Part> {
         self.turn += 1;
         self.admit();
         let mut parts = Vec::new();
         let mut budget = self.limits.token_budget;
-        let mut share = self.running.len().div_ceil(self.limits.micro_batches);
+        let mut share = self.running.len().div_ceil(micro_batches);
         for id in self.candidates() {
             if budget == 0 {
                 break;

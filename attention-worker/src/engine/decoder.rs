@@ -4,15 +4,16 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Instant;
 
 use moesaic_dispatch::{DispatchError, Dispatcher, Pending, Route, Rows};
 use moesaic_kernels::{
-    Dtype, LatentPages, Linear, PAGE_TOKENS, PerHead, Pool, Query as Row, RowsRef, add, bf16, mla_attend, rms_norm,
-    route,
+    Choice, Dtype, LatentPages, Linear, PAGE_TOKENS, Pool, Query as Row, RowsRef, add, bf16, mla_attend, rms_norm, route,
 };
 use moesaic_model::Config;
 use moesaic_proto::{ExpertId, LayerId};
 
+use super::profile::{Part as Time, Profile};
 use super::weights::{Layer, Mla, Mlp, Query, Weights};
 use crate::core::batcher::Part;
 
@@ -20,152 +21,211 @@ pub struct Decoder {
     weights: Arc<Weights>,
     dispatcher: Dispatcher,
     pool: Pool,
+    profile: Arc<Profile>,
     /// Borrowed between two awaits only.
     cache: RefCell<LatentPages>,
 }
 
+/// What a micro-batch is computed in, kept from step to step: its layers allocate nothing for their rows.
+#[derive(Default)]
+pub struct Buffers {
+    /// The residual stream [rows, hidden], and what it is read and changed by.
+    h: Vec<f32>,
+    x: Vec<f32>,
+    y: Vec<f32>,
+    shared: Vec<f32>,
+    /// [rows, latent + rope]
+    kv: Vec<f32>,
+    /// Low-rank queries before and after their norm.
+    low: Vec<f32>,
+    low_normed: Vec<f32>,
+    /// [rows, heads, nope + rope]
+    q: Vec<f32>,
+    /// [rows, heads, latent + rope]
+    absorbed: Vec<f32>,
+    /// [rows, heads, latent], then [rows, heads, v]
+    o_latent: Vec<f32>,
+    o: Vec<f32>,
+    gate: Vec<f32>,
+    choices: Vec<Choice>,
+    routes: Vec<Route>,
+}
+
+/// `buffer` with `len` values, of any content.
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.resize(len, 0.0);
+    buffer
+}
+
 impl Decoder {
-    pub fn new(weights: Arc<Weights>, dispatcher: Dispatcher, pool: Pool, pages: u32) -> Self {
+    pub fn new(weights: Arc<Weights>, dispatcher: Dispatcher, pool: Pool, pages: u32, profile: Arc<Profile>) -> Self {
         let c = weights.config();
         let (layers, latent, rope) = (c.num_hidden_layers, c.kv_lora_rank, c.qk_rope_head_dim);
         let cache = RefCell::new(LatentPages::new(weights.numerics, layers, pages as usize, latent, rope));
-        Self { weights, dispatcher, pool, cache }
+        Self { weights, dispatcher, pool, profile, cache }
+    }
+
+    /// Micro-batches that are worth having in flight, of at most `max`: one where nothing is waited for.
+    pub fn micro_batches(&self, max: usize) -> usize {
+        if self.dispatcher.is_local() { 1 } else { max }
+    }
+
+    pub fn profile(&self) -> &Profile {
+        &self.profile
     }
 
     fn config(&self) -> &Config {
         self.weights.config()
     }
 
-    /// The hidden states [rows, hidden] after all layers. `micro_batch` tells those in flight apart.
-    pub async fn forward(&self, micro_batch: u8, parts: &[Part]) -> Result<Vec<f32>, DispatchError> {
-        let mut h = self.weights.embed(parts.iter().flat_map(|part| part.tokens.iter().copied()));
+    /// The hidden states [rows, hidden] after all layers, in `b.h`. `micro_batch` tells those in flight apart.
+    pub async fn forward(&self, micro_batch: u8, parts: &[Part], b: &mut Buffers) -> Result<(), DispatchError> {
+        self.profile.time(Time::Rest, || self.weights.embed(tokens(parts), &mut b.h));
         for (index, layer) in self.weights.layers.iter().enumerate() {
-            let x = self.norm(&h, &layer.input_norm);
-            add(&mut h, &self.attention(index, &layer.mla, &x, parts));
-            let x = self.norm(&h, &layer.post_norm);
-            add(&mut h, &self.mlp(micro_batch, index, layer, x).await?);
+            self.profile.time(Time::Attention, || {
+                self.norm(&b.h, &layer.input_norm, &mut b.x);
+                self.attention(index, &layer.mla, parts, b);
+                add(&mut b.h, &b.y);
+            });
+            self.profile.time(Time::Rest, || self.norm(&b.h, &layer.post_norm, &mut b.x));
+            self.mlp(micro_batch, index, layer, b).await?;
+            self.profile.time(Time::Rest, || add(&mut b.h, &b.y));
         }
-        Ok(h)
+        self.profile.count_step(b.h.len() / self.config().hidden_size);
+        Ok(())
     }
 
     /// The logits [rows, vocab] of some rows of hidden states.
     pub fn logits(&self, h: &[f32]) -> Vec<f32> {
-        self.linear(&self.weights.head, &self.norm(h, &self.weights.final_norm))
+        let (mut x, mut logits) = (Vec::new(), Vec::new());
+        self.norm(h, &self.weights.final_norm, &mut x);
+        self.linear(&self.weights.head, &x, &mut logits);
+        logits
     }
 
-    async fn mlp(&self, micro_batch: u8, index: usize, layer: &Layer, x: Vec<f32>) -> Result<Vec<f32>, DispatchError> {
-        let mut y = vec![0.0; x.len()];
+    /// `b.x` to `b.y`.
+    async fn mlp(&self, micro_batch: u8, index: usize, layer: &Layer, b: &mut Buffers) -> Result<(), DispatchError> {
+        sized(&mut b.y, b.x.len());
         match &layer.mlp {
-            Mlp::Dense(ffn) => ffn.forward(&self.pool, RowsRef::F32(&x), &mut y),
+            Mlp::Dense(ffn) => {
+                self.profile.time(Time::Dense, || ffn.forward(&self.pool, RowsRef::F32(&b.x), &mut b.y));
+            }
             Mlp::Moe { gate, bias, shared } => {
-                let away = self.dispatch(micro_batch, index, gate, bias.as_deref(), &x)?;
-                let shared = shared.as_ref().map(|ffn| {
-                    let mut y = vec![0.0; x.len()];
-                    ffn.forward(&self.pool, RowsRef::F32(&x), &mut y);
-                    y
-                });
-                away.combine(&mut y).await?;
-                if let Some(shared) = shared {
-                    add(&mut y, &shared);
+                self.profile.time(Time::Gate, || self.choose(gate, bias.as_deref(), b));
+                let away = self.profile.time(Time::Dispatch, || self.dispatch(micro_batch, index, b))?;
+                if let Some(ffn) = shared {
+                    let y = sized(&mut b.shared, b.x.len());
+                    self.profile.time(Time::Dense, || ffn.forward(&self.pool, RowsRef::F32(&b.x), y));
+                }
+                let start = Instant::now();
+                away.combine(&mut b.y).await?;
+                self.profile.add(Time::Wait, start.elapsed());
+                if shared.is_some() {
+                    self.profile.time(Time::Rest, || add(&mut b.y, &b.shared));
                 }
             }
         }
-        Ok(y)
+        Ok(())
     }
 
-    /// Sends the rows to the experts that the gate chooses.
-    fn dispatch(
-        &self,
-        micro_batch: u8,
-        index: usize,
-        gate: &Linear,
-        bias: Option<&[f32]>,
-        x: &[f32],
-    ) -> Result<Pending, DispatchError> {
-        let params = &self.weights.gate_params;
-        let logits = self.linear(gate, x);
-        let mut choices = Vec::new();
-        for logits in logits.chunks_exact(gate.out_features()) {
-            route(logits, bias, params, &mut choices);
+    /// The experts that each row goes to.
+    fn choose(&self, gate: &Linear, bias: Option<&[f32]>, b: &mut Buffers) {
+        self.linear(gate, &b.x, &mut b.gate);
+        b.choices.clear();
+        for logits in b.gate.chunks_exact(gate.out_features()) {
+            route(logits, bias, &self.weights.gate_params, &mut b.choices);
         }
-        let routes: Vec<Route> =
-            choices.iter().map(|c| Route { expert: ExpertId(c.expert), weight: c.weight }).collect();
-        let rows = match self.weights.numerics.dtype() {
-            Dtype::F32 => Rows::F32(x.to_vec()),
-            Dtype::Bf16 => Rows::Bf16(x.iter().map(|&x| bf16::from_f32(x)).collect()),
-        };
-        self.dispatcher.dispatch(LayerId(index as u8), micro_batch, rows, params.top_k, &routes)
+        b.routes.clear();
+        b.routes.extend(b.choices.iter().map(|c| Route { expert: ExpertId(c.expert), weight: c.weight }));
+        let mut seen = vec![false; gate.out_features()];
+        b.choices.iter().for_each(|choice| seen[usize::from(choice.expert)] = true);
+        self.profile.count_experts(seen.iter().filter(|seen| **seen).count());
     }
 
-    /// MLA in the absorbed form: x [rows, hidden] to [rows, hidden]. The rows' latents go to their pages first, so that
-    /// rows of one prefill see each other; each attends to what is not after it.
-    fn attention(&self, index: usize, mla: &Mla, x: &[f32], parts: &[Part]) -> Vec<f32> {
+    fn dispatch(&self, micro_batch: u8, index: usize, b: &Buffers) -> Result<Pending, DispatchError> {
+        let rows = match self.weights.numerics.dtype() {
+            Dtype::F32 => Rows::F32(b.x.clone()),
+            Dtype::Bf16 => Rows::Bf16(b.x.iter().map(|&x| bf16::from_f32(x)).collect()),
+        };
+        let top_k = self.weights.gate_params.top_k;
+        self.dispatcher.dispatch(LayerId(index as u8), micro_batch, rows, top_k, &b.routes)
+    }
+
+    /// MLA in the absorbed form: `b.x` to `b.y`. The rows' latents go to their pages first, so that rows of one prefill
+    /// see each other; each attends to what is not after it.
+    fn attention(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
         let c = self.config();
         let (heads, latent, width) = (c.num_attention_heads, c.kv_lora_rank, c.latent_width());
-        self.append(index, mla, x, parts);
-        let q = self.queries(mla, x, parts);
+        self.append(index, mla, parts, b);
+        self.queries(mla, parts, b);
         let queries: Vec<Row<'_>> = positions(parts)
-            .zip(q.chunks_exact(heads * width))
+            .zip(b.absorbed.chunks_exact(heads * width))
             .map(|((part, position), q)| Row { q, pages: &part.pages, context: position + 1 })
             .collect();
-        let mut o_latent = vec![0.0; queries.len() * heads * latent];
-        mla_attend(&self.pool, &self.cache.borrow(), index, &queries, heads, c.softmax_scale(), &mut o_latent);
-        self.linear(&mla.o, &self.per_head(&mla.value_up, &o_latent, latent, c.v_head_dim))
+        let o_latent = sized(&mut b.o_latent, queries.len() * heads * latent);
+        mla_attend(&self.pool, &self.cache.borrow(), index, &queries, heads, c.softmax_scale(), o_latent);
+        let o = sized(&mut b.o, queries.len() * heads * c.v_head_dim);
+        mla.value_up.forward(&self.pool, &b.o_latent, latent, o, c.v_head_dim);
+        self.linear(&mla.o, &b.o, &mut b.y);
     }
 
     /// Writes the rows' normed latents and rotated keys to their pages.
-    fn append(&self, index: usize, mla: &Mla, x: &[f32], parts: &[Part]) {
+    fn append(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
         let latent_width = self.config().kv_lora_rank;
-        let mut kv = self.linear(&mla.kv_a, x);
-        let mut normed = vec![0.0; latent_width];
+        self.linear(&mla.kv_a, &b.x, &mut b.kv);
+        let normed = sized(&mut b.low_normed, latent_width);
         let mut cache = self.cache.borrow_mut();
-        for ((part, position), kv) in positions(parts).zip(kv.chunks_exact_mut(self.config().latent_width())) {
+        for ((part, position), kv) in positions(parts).zip(b.kv.chunks_exact_mut(self.config().latent_width())) {
             let (latent, key) = kv.split_at_mut(latent_width);
-            rms_norm(latent, &mla.kv_a_norm, self.config().rms_norm_eps, &mut normed);
+            rms_norm(latent, &mla.kv_a_norm, self.config().rms_norm_eps, normed);
             self.weights.rope.apply(position, key);
-            cache.write(index, part.pages[position / PAGE_TOKENS], position % PAGE_TOKENS, &normed, key);
+            cache.write(index, part.pages[position / PAGE_TOKENS], position % PAGE_TOKENS, normed, key);
         }
     }
 
-    /// [rows, heads, latent + rope]: the absorbed part, then the rotated part.
-    fn queries(&self, mla: &Mla, x: &[f32], parts: &[Part]) -> Vec<f32> {
+    /// `b.absorbed`: of each head the absorbed part, then the rotated part.
+    fn queries(&self, mla: &Mla, parts: &[Part], b: &mut Buffers) {
         let c = self.config();
-        let (heads, latent, rope, nope) =
-            (c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim);
-        let q = match &mla.q {
-            Query::Direct(q) => self.linear(q, x),
-            Query::LowRank { a, norm, b } => self.linear(b, &self.norm(&self.linear(a, x), norm)),
-        };
-        let q_nope: Vec<f32> = q.chunks_exact(nope + rope).flat_map(|head| &head[..nope]).copied().collect();
-        let absorbed = self.per_head(&mla.key_up, &q_nope, nope, latent);
-        let mut out = Vec::with_capacity(absorbed.len() / latent * (latent + rope));
-        for (absorbed, head) in absorbed.chunks_exact(latent).zip(q.chunks_exact(nope + rope)) {
-            out.extend_from_slice(absorbed);
-            out.extend_from_slice(&head[nope..]);
+        let (latent, rope, nope) = (c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim);
+        match &mla.q {
+            Query::Direct(q) => self.linear(q, &b.x, &mut b.q),
+            Query::LowRank { a, norm, b: up } => {
+                self.linear(a, &b.x, &mut b.low);
+                self.norm(&b.low, norm, &mut b.low_normed);
+                self.linear(up, &b.low_normed, &mut b.q);
+            }
         }
-        for ((_, position), q) in positions(parts).zip(out.chunks_exact_mut(heads * (latent + rope))) {
-            q.chunks_exact_mut(latent + rope).for_each(|head| self.weights.rope.apply(position, &mut head[latent..]));
+        let absorbed = sized(&mut b.absorbed, b.q.len() / (nope + rope) * (latent + rope));
+        mla.key_up.forward(&self.pool, &b.q, nope + rope, absorbed, latent + rope);
+        let heads = c.num_attention_heads;
+        let rows = b.q.chunks_exact(heads * (nope + rope)).zip(absorbed.chunks_exact_mut(heads * (latent + rope)));
+        for ((_, position), (q, absorbed)) in positions(parts).zip(rows) {
+            for (q, absorbed) in q.chunks_exact(nope + rope).zip(absorbed.chunks_exact_mut(latent + rope)) {
+                absorbed[latent..].copy_from_slice(&q[nope..]);
+                self.weights.rope.apply(position, &mut absorbed[latent..]);
+            }
         }
-        out
     }
 
-    fn norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
-        let mut y = vec![0.0; x.len()];
-        rms_norm(x, weight, self.config().rms_norm_eps, &mut y);
-        y
+    fn norm(&self, x: &[f32], weight: &[f32], y: &mut Vec<f32>) {
+        rms_norm(x, weight, self.config().rms_norm_eps, sized(y, x.len()));
     }
 
-    fn linear(&self, linear: &Linear, x: &[f32]) -> Vec<f32> {
-        let mut y = vec![0.0; x.len() / linear.in_features() * linear.out_features()];
-        linear.forward(&self.pool, RowsRef::F32(x), &mut y);
-        y
+    fn linear(&self, linear: &Linear, x: &[f32], y: &mut Vec<f32>) {
+        let y = sized(y, x.len() / linear.in_features() * linear.out_features());
+        linear.forward(&self.pool, RowsRef::F32(x), y);
     }
+}
 
-    fn per_head(&self, linears: &PerHead, x: &[f32], inputs: usize, outputs: usize) -> Vec<f32> {
-        let mut y = vec![0.0; x.len() / inputs * outputs];
-        linears.forward(&self.pool, x, &mut y);
-        y
+impl Buffers {
+    /// The hidden states after a forward pass.
+    pub fn hidden(&self) -> &[f32] {
+        &self.h
     }
+}
+
+fn tokens(parts: &[Part]) -> impl Iterator<Item = u32> {
+    parts.iter().flat_map(|part| part.tokens.iter().copied())
 }
 
 /// Every row's part and position.

@@ -14,8 +14,9 @@ use moesaic_kernels::Pool;
 use tokio::runtime;
 use tokio::sync::{mpsc, oneshot};
 
-use super::decoder::Decoder;
+use super::decoder::{Buffers, Decoder};
 use super::handle::{COMMANDS_MAX, Command, EngineHandle, Event, Running, Submit, Token};
+use super::profile::{Part as Time, Profile};
 use super::weights::Weights;
 use crate::core::batcher::{Batcher, Finish, Limits, Part, Refused, SequenceId};
 use crate::core::sampler::{Sampling, logprobs, sample};
@@ -32,12 +33,13 @@ pub fn start(
     dispatcher: Dispatcher,
     pool: Pool,
     limits: Limits,
+    profile: Arc<Profile>,
 ) -> std::io::Result<(EngineHandle, Ended)> {
     let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
     let (alive, ended) = oneshot::channel();
     let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
     thread::Builder::new().name("engine".into()).spawn(move || {
-        let decoder = Decoder::new(weights, dispatcher, pool, limits.pages);
+        let decoder = Decoder::new(weights, dispatcher, pool, limits.pages, profile);
         let engine = Engine { decoder: &decoder, batcher: Batcher::new(limits), streams: BTreeMap::new() };
         runtime.block_on(engine.run(inbox, limits.micro_batches));
         drop(alive);
@@ -65,15 +67,22 @@ struct Stream {
 
 /// A micro-batch that is back.
 struct Landed {
-    slot: u8,
+    slot: Slot,
     parts: Vec<Part>,
-    hidden: Result<Vec<f32>, DispatchError>,
+    result: Result<(), DispatchError>,
+}
+
+/// A micro-batch's number and what it is computed in.
+struct Slot {
+    number: u8,
+    buffers: Buffers,
 }
 
 impl Engine<'_> {
     async fn run(mut self, mut commands: mpsc::Receiver<Command>, micro_batches: usize) {
         let decoder = self.decoder;
-        let mut slots: Vec<u8> = (0..micro_batches as u8).rev().collect();
+        let slot = |number| Slot { number, buffers: Buffers::default() };
+        let mut slots: Vec<Slot> = (0..micro_batches as u8).rev().map(slot).collect();
         let mut flights = FuturesUnordered::new();
         loop {
             while let Some(command) = commands.recv().now_or_never() {
@@ -83,21 +92,21 @@ impl Engine<'_> {
                 }
             }
             self.abort_unheard();
-            while let Some(&slot) = slots.last() {
-                let parts = self.batcher.form();
+            let wanted = decoder.micro_batches(micro_batches);
+            while flights.len() < wanted {
+                let parts = self.batcher.form(wanted);
                 if parts.is_empty() {
                     break;
                 }
-                slots.pop();
+                let mut slot = slots.pop().expect("as many slots as micro-batches in flight at most");
                 flights.push(async move {
-                    let hidden = decoder.forward(slot, &parts).await;
-                    Landed { slot, parts, hidden }
+                    let result = decoder.forward(slot.number, &parts, &mut slot.buffers).await;
+                    Landed { slot, parts, result }
                 });
             }
             tokio::select! {
                 Some(landed) = flights.next() => {
-                    slots.push(landed.slot);
-                    self.land(landed);
+                    slots.push(self.land(landed));
                 }
                 command = commands.recv() => match command {
                     Some(command) => self.on_command(command),
@@ -150,11 +159,11 @@ impl Engine<'_> {
         }
     }
 
-    fn land(&mut self, landed: Landed) {
-        let Landed { parts, hidden, .. } = landed;
-        match hidden {
-            Ok(hidden) => {
-                let drawn = self.read(&parts, &hidden);
+    fn land(&mut self, landed: Landed) -> Slot {
+        let Landed { slot, parts, result } = landed;
+        match result {
+            Ok(()) => {
+                let drawn = self.read(&parts, slot.buffers.hidden());
                 for (part, token) in parts.iter().zip(drawn) {
                     self.advance(part.sequence, token);
                 }
@@ -167,6 +176,7 @@ impl Engine<'_> {
                 }
             }
         }
+        slot
     }
 
     /// Computes the logits that somebody needs, a few rows at a time, and says which token each part draws.
@@ -177,7 +187,8 @@ impl Engine<'_> {
         let wanted = self.wanted(parts);
         for block in wanted.chunks(LOGIT_ROWS) {
             let h: Vec<f32> = block.iter().flat_map(|want| &hidden[want.row * width..][..width]).copied().collect();
-            let logits = self.decoder.logits(&h);
+            let profile = self.decoder.profile();
+            let logits = profile.time(Time::Head, || self.decoder.logits(&h));
             let vocab = logits.len() / block.len();
             for (want, logits) in block.iter().zip(logits.chunks_exact(vocab)) {
                 let id = parts[want.part].sequence;
@@ -186,8 +197,10 @@ impl Engine<'_> {
                 match want.prompt {
                     Some(index) => stream.prompt.push(token(logits, prompt[index], stream.prompt_logprobs)),
                     None => {
-                        let choice = sample(logits, &stream.sampling, prompt, generated);
-                        drawn[want.part] = Some(token(logits, choice, stream.logprobs));
+                        drawn[want.part] = Some(profile.time(Time::Sampling, || {
+                            let choice = sample(logits, &stream.sampling, prompt, generated);
+                            token(logits, choice, stream.logprobs)
+                        }));
                     }
                 }
             }

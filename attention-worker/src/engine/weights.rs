@@ -76,16 +76,15 @@ impl Weights {
         self.checkpoint.config()
     }
 
-    /// The tokens' rows [tokens, hidden], from the mapped file.
-    pub fn embed(&self, tokens: impl Iterator<Item = u32>) -> Vec<f32> {
+    /// Replaces `rows` by the tokens' rows [tokens, hidden], from the mapped file.
+    pub fn embed(&self, tokens: impl Iterator<Item = u32>, rows: &mut Vec<f32>) {
         let embedding = self.checkpoint.embedding().expect("it was there when the weights were loaded");
-        let mut rows = Vec::new();
+        rows.clear();
         for token in tokens {
             let start = rows.len();
             rows.resize(start + embedding.cols, 0.0);
             embedding.row_to_f32(token as usize, &mut rows[start..]);
         }
-        rows
     }
 
     /// Bytes of the packed matrices.

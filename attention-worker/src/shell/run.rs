@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::core::batcher::Limits;
 use crate::engine::handle::EngineHandle;
 use crate::engine::memory::MemoryPlan;
+use crate::engine::profile::Profile;
 use crate::engine::thread::{self, Ended};
 use crate::engine::weights::Weights;
 
@@ -36,17 +37,19 @@ pub struct Context {
     pub hub: Option<Hub>,
     pub pool: Pool,
     pub checkpoint: Arc<Checkpoint>,
+    /// Where the worker counts what it does.
+    pub profile: Arc<Profile>,
 }
 
 /// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let Context { registry, hub, pool, checkpoint } = context;
+    let Context { registry, hub, pool, checkpoint, profile } = context;
     let id = handshake::worker_id(config.id.as_deref(), "attention")?;
     let numerics = Numerics::detect(config.dtype()?);
     let hello = own_hello(&config, &checkpoint, numerics, &id);
     let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone()), hub);
-    let (engine, ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), pool).await?;
+    let (engine, ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), (pool, profile)).await?;
 
     let bound = server::bind(config.listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
@@ -116,7 +119,7 @@ async fn start_engine(
     checkpoint: &Arc<Checkpoint>,
     numerics: Numerics,
     dispatcher: Dispatcher,
-    pool: Pool,
+    (pool, profile): (Pool, Arc<Profile>),
 ) -> anyhow::Result<(EngineHandle, Ended)> {
     let plan = MemoryPlan::new(checkpoint, numerics, config.cache_size()?)?;
     tracing::info!(%plan, "memory");
@@ -130,7 +133,7 @@ async fn start_engine(
     let checkpoint = checkpoint.clone();
     let load = tokio::task::spawn_blocking(move || Weights::load(checkpoint, numerics));
     let weights = Arc::new(load.await.context("loading the weights")??);
-    thread::start(weights, dispatcher, pool, limits).context("starting the engine thread")
+    thread::start(weights, dispatcher, pool, limits, profile).context("starting the engine thread")
 }
 
 /// Keeps the dispatcher's placement and addresses as the registry has them, for as long as it is polled.

@@ -76,12 +76,12 @@ impl Model {
     pub fn engine(&self, limits: Limits) -> EngineHandle {
         let dispatcher = self.dispatcher();
         dispatcher.set_view(self.placement.clone(), &self.addresses);
-        thread::start(self.weights.clone(), dispatcher, Pool::new(2), limits).unwrap().0
+        thread::start(self.weights.clone(), dispatcher, Pool::new(2), limits, Arc::default()).unwrap().0
     }
 
     /// An engine that reaches no expert.
     pub fn engine_alone(&self, limits: Limits) -> EngineHandle {
-        thread::start(self.weights.clone(), self.dispatcher(), Pool::new(1), limits).unwrap().0
+        thread::start(self.weights.clone(), self.dispatcher(), Pool::new(1), limits, Arc::default()).unwrap().0
     }
 }
 

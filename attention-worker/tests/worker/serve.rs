@@ -67,6 +67,7 @@ impl Worker {
             hub: Some(model.hub()),
             pool: Pool::new(2),
             checkpoint: checkpoint.clone(),
+            profile: Arc::default(),
         };
         let stop = CancellationToken::new();
         let ended = tokio::spawn(run(config, context, stop.clone()));

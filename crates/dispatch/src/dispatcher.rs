@@ -153,6 +153,11 @@ impl Dispatcher {
         view.placement.layers().all(|layer| experts.clone().all(|expert| held(layer, expert)))
     }
 
+    /// Whether no rows leave this process: then there is no hop to hide behind another micro-batch.
+    pub fn is_local(&self) -> bool {
+        self.inner.view().is_none_or(|view| view.edges.values().all(Option::is_none))
+    }
+
     /// Sends a layer's rows to their holders at once and returns. `routes` is [rows * top_k], each row's experts
     /// ascending. Fails without sending anything if an expert has no live holder.
     pub fn dispatch(
@@ -302,9 +307,13 @@ impl Inner {
             call
         };
         self.on(Event::Call { call, layer, frames }, Some(view));
-        if std::mem::take(&mut self.core().parked) {
+        let mut core = self.core();
+        // Workers of this process may have answered already.
+        if core.parked && core.tracker.next_deadline().is_some() {
+            core.parked = false;
             self.wake.notify_one();
         }
+        drop(core);
         (call, answers)
     }
 
@@ -353,7 +362,7 @@ impl Inner {
                 owner.answer(&worker, answer);
             }
         };
-        host.submit(frame, ReplySender::new(asked, to));
+        host.answer(frame, ReplySender::new(asked, to));
         Ok(())
     }
 }

@@ -18,6 +18,12 @@ pub trait ExpertHost: Send + Sync {
     /// Takes a frame without waiting; what cannot be taken is refused at once. Every reply is sent, or dropped, which
     /// refuses.
     fn submit(&self, frame: RequestFrame, reply: ReplySender);
+
+    /// The same for a caller whose thread has nothing better to do than to compute the answer itself, which saves two
+    /// changes of thread. May reply before it returns.
+    fn answer(&self, frame: RequestFrame, reply: ReplySender) {
+        self.submit(frame, reply);
+    }
 }
 
 /// Answers one frame, once. Dropped unsent it refuses, so that nobody waits for a frame that was given up.

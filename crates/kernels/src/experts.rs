@@ -59,7 +59,7 @@ pub fn grouped_experts<'a>(pool: &Pool, groups: &[(&'a Ffn, &'a [u32])], x: Rows
     let mut first = 0;
     let group = |(ffn, pick): &(&'a Ffn, &'a [u32])| {
         first += pick.len();
-        Group { ffn: *ffn, pick: Some(*pick), rows: pick.len(), first: first - pick.len() }
+        Group { ffn, pick: Some(*pick), rows: pick.len(), first: first - pick.len() }
     };
     let groups: Vec<Group<'a>> = groups.iter().map(group).collect();
     run(pool, &groups, x, y);

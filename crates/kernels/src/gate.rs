@@ -61,7 +61,7 @@ thread_local! {
 
 pub(crate) fn route_on(isa: Isa, logits: &[f32], bias: Option<&[f32]>, p: &GateParams, out: &mut Vec<Choice>) {
     let experts = logits.len();
-    assert!(p.groups > 0 && experts % p.groups == 0, "{experts} experts in {} groups", p.groups);
+    assert!(p.groups > 0 && experts.is_multiple_of(p.groups), "{experts} experts in {} groups", p.groups);
     with_scratch(&SCORES, 2 * experts + p.groups, |scratch| {
         let (scores, rest) = scratch.split_at_mut(experts);
         let (keys, groups) = rest.split_at_mut(experts);

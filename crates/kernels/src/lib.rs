@@ -16,6 +16,7 @@ mod per_head;
 mod pool;
 #[cfg(test)]
 mod reference;
+mod roof;
 mod rope;
 #[cfg(test)]
 mod samples;
@@ -35,5 +36,6 @@ pub use numerics::{Dtype, Numerics, UnknownDtype};
 pub use pages::{LatentPages, PAGE_TOKENS};
 pub use per_head::PerHead;
 pub use pool::Pool;
+pub use roof::Roof;
 pub use rope::{RopeParams, RopeTable, Yarn, softmax_scale};
 pub use softmax::{log_softmax, softmax};

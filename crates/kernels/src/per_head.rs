@@ -24,25 +24,28 @@ impl PerHead {
         self.heads.iter().map(Linear::bytes).sum()
     }
 
-    /// x is [rows, heads, in], y is [rows, heads, out].
-    pub fn forward(&self, pool: &Pool, x: &[f32], y: &mut [f32]) {
+    /// x is [rows, heads, x_width], of which the first `in` values of each head are taken; y is [rows, heads, y_width], of
+    /// which the first `out` values of each head are written.
+    pub fn forward(&self, pool: &Pool, x: &[f32], x_width: usize, y: &mut [f32], y_width: usize) {
         let heads = self.heads.len();
-        let rows = y.len().checked_div(heads * self.out_features).unwrap_or(0);
-        assert_eq!(x.len(), rows * heads * self.in_features, "x does not have as many rows as y");
-        assert_eq!(y.len(), rows * heads * self.out_features, "y does not have whole rows");
+        assert!(x_width >= self.in_features && y_width >= self.out_features, "heads are cut");
+        let rows = y.len().checked_div(heads * y_width).unwrap_or(0);
+        assert_eq!(x.len(), rows * heads * x_width, "x does not have as many rows as y");
+        assert_eq!(y.len(), rows * heads * y_width, "y does not have whole rows");
         let form = self.heads.first().map_or(Form::Full, Linear::form);
-        with_rows(pool, self.numerics.kernels(), form, RowsRef::F32(x), self.in_features, |x| {
+        // Each head's values are a row of their own.
+        with_rows(pool, self.numerics.kernels(), form, RowsRef::F32(x), x_width, |x| {
+            let steps = if form == Form::Pairs { x_width.div_ceil(2) } else { x_width };
             let y = Shared::new(y);
             let job = |h: usize| {
-                let linear = &self.heads[h];
                 let place = Place {
                     pick: None,
-                    x_stride: heads * linear.steps(),
-                    x_offset: h * linear.steps(),
-                    y_stride: heads * self.out_features,
-                    y_offset: h * self.out_features,
+                    x_stride: heads * steps,
+                    x_offset: h * steps,
+                    y_stride: heads * y_width,
+                    y_offset: h * y_width,
                 };
-                Job { linear, x, y, place, rows }
+                Job { linear: &self.heads[h], x, y, place, rows }
             };
             let work = rows * heads * self.in_features * self.out_features;
             pool.each(heads, work, |h| job(h).run(0..rows, 0..self.heads[h].panels()));

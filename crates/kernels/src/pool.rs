@@ -1,34 +1,47 @@
 //! Threads for kernels. Decides where a task runs and never what it computes.
+//!
+//! ```text
+//! caller:   publish the call, open it;  take tasks until none is left;  close it;  wait until no helper is inside
+//! helper:   wait for an open call that it has not seen;  enter;  take tasks until none is left;  leave
+//! ```
+//! A layer makes some ten calls of a few dozen microseconds each, so a call must cost little:
+//! 1. The caller works too. A helper that comes late finds the call closed and is not waited for.
+//! 2. Tasks are taken from one counter; entering and leaving are one word. Nobody holds a lock.
+//! 3. Between calls helpers spin for a moment, then offer their core to others, and soon sleep: an idle pool costs
+//!    nothing, and a busy one leaves the core to whoever else wants it.
+//! 4. A call while another is under way runs on its caller alone: it would find all helpers taken.
 
+use std::any::Any;
+use std::cell::UnsafeCell;
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-
-/// Multiply-adds below which a call stays on its thread: waking others costs about as much (some 20 µs).
-const PARALLEL_WORK_MIN: usize = 1 << 20;
+/// Multiply-adds below which a call stays on its thread: waking others costs about as much (some 5 µs).
+const PARALLEL_WORK_MIN: usize = 1 << 17;
+/// How long a helper watches for the next call: longer than the gaps within a layer, then than those between tokens.
+const SPIN: Duration = Duration::from_micros(20);
+const YIELD: Duration = Duration::from_micros(200);
 
 /// Threads for kernels; cheap to clone. Results never depend on it. Small work runs on the calling thread.
 #[derive(Clone, Debug)]
 pub struct Pool {
     /// None: everything on the calling thread.
-    threads: Option<Arc<rayon::ThreadPool>>,
+    helpers: Option<Arc<Helpers>>,
 }
 
 impl Pool {
-    /// If the system gives no threads the pool is the calling thread alone; `threads()` tells.
+    /// `threads` counts the calling thread. If the system gives fewer, the pool has fewer; `threads()` tells.
     pub fn new(threads: usize) -> Self {
-        if threads <= 1 {
-            return Self { threads: None };
-        }
-        let name = |i| format!("kernel-{i}");
-        Self {
-            threads: rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok().map(Arc::new),
-        }
+        let helpers = Helpers::start(threads.saturating_sub(1));
+        Self { helpers: (!helpers.threads.is_empty()).then(|| Arc::new(helpers)) }
     }
 
     pub fn threads(&self) -> usize {
-        self.threads.as_ref().map_or(1, |pool| pool.current_num_threads())
+        1 + self.helpers.as_ref().map_or(0, |helpers| helpers.threads.len())
     }
 
     /// Into how many parts `work` multiply-adds are worth cutting.
@@ -39,18 +52,228 @@ impl Pool {
 
     /// Whether so much work is done on the calling thread.
     pub(crate) fn is_inline(&self, work: usize) -> bool {
-        self.threads.is_none() || work < PARALLEL_WORK_MIN
+        self.helpers.is_none() || work < PARALLEL_WORK_MIN
     }
 
-    /// Calls `task` with 0..tasks, on several threads if `work` is enough.
+    /// Calls `task` with 0..tasks, on several threads if `work` is enough. A panic of a task is passed on when all
+    /// threads have come back.
     pub(crate) fn each(&self, tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
-        match &self.threads {
-            Some(pool) if tasks > 1 && !self.is_inline(work) => {
-                pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(|i| task(i)));
-            }
+        match &self.helpers {
+            Some(helpers) if tasks > 1 && !self.is_inline(work) => helpers.run(tasks, &task),
             _ => (0..tasks).for_each(task),
         }
     }
+}
+
+/// Threads beside the caller's. They end with the last clone of the pool.
+#[derive(Debug)]
+struct Helpers {
+    shared: Arc<Board>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What callers and helpers see.
+struct Board {
+    /// A caller has the helpers.
+    taken: AtomicBool,
+    /// Number of the call (high half), whether it is open, and how many helpers are inside (low bits).
+    state: AtomicU64,
+    call: UnsafeCell<Call>,
+    /// The next task of the call.
+    next: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    asleep: Mutex<usize>,
+    /// As `asleep`, to be looked at without the lock.
+    sleepers: AtomicUsize,
+    wake: Condvar,
+    stop: AtomicBool,
+}
+
+struct Call {
+    task: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+const OPEN: u64 = 1 << 31;
+const INSIDE: u64 = OPEN - 1;
+
+fn number(state: u64) -> u64 {
+    state >> 32
+}
+
+// SAFETY: `call` is written by the caller that holds `taken` while the call is closed and nobody is inside, and read by
+// helpers that have entered an open call: entering acquires what opening released. The task it points to is `Sync` and
+// lives until nobody is inside, which its caller waits for.
+unsafe impl Sync for Board {}
+// SAFETY: as above.
+unsafe impl Send for Board {}
+
+impl std::fmt::Debug for Board {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Board").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl Helpers {
+    fn start(count: usize) -> Self {
+        let nothing: &'static (dyn Fn(usize) + Sync) = &|_| {};
+        let shared = Arc::new(Board {
+            taken: AtomicBool::new(false),
+            state: AtomicU64::new(0),
+            call: UnsafeCell::new(Call { task: nothing, tasks: 0 }),
+            next: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+            asleep: Mutex::new(0),
+            sleepers: AtomicUsize::new(0),
+            wake: Condvar::new(),
+            stop: AtomicBool::new(false),
+        });
+        let helper = |i| {
+            let board = shared.clone();
+            std::thread::Builder::new().name(format!("kernel-{i}")).spawn(move || board.help()).ok()
+        };
+        let threads = (1..=count).map_while(helper).collect();
+        Self { shared, threads }
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let board = &*self.shared;
+        if board.taken.swap(true, Ordering::Acquire) {
+            return (0..tasks).for_each(task);
+        }
+        // SAFETY: `taken` is ours, so the last call is closed and nobody is inside. The lifetime is erased; nobody reads
+        // the task after `close` has returned, and this function does not end before.
+        unsafe {
+            let task = std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const (dyn Fn(usize) + Sync)>(task);
+            *board.call.get() = Call { task, tasks };
+        }
+        board.next.store(0, Ordering::Relaxed);
+        board.open();
+        let own = catch_unwind(AssertUnwindSafe(|| board.take_tasks(task, tasks)));
+        board.close();
+        let helpers = board.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        board.taken.store(false, Ordering::Release);
+        if let Some(panic) = own.err().or(helpers) {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Helpers {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.wake_all();
+        for thread in self.threads.drain(..) {
+            // A pool may be dropped by a task of another pool, never by its own.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Board {
+    fn open(&self) {
+        let next = number(self.state.load(Ordering::Relaxed)) + 1;
+        // Sequentially consistent with `sleepers`: either the helper sees the call, or the caller sees the sleeper.
+        self.state.store((next & u64::from(u32::MAX)) << 32 | OPEN, Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            self.wake_all();
+        }
+    }
+
+    /// Lets nobody in any more and waits until all are out.
+    fn close(&self) {
+        // Whoever panics leaves tasks behind that nobody shall start.
+        self.next.store(usize::MAX / 2, Ordering::Relaxed);
+        let mut inside = self.state.fetch_and(!OPEN, Ordering::AcqRel) & INSIDE;
+        let start = Instant::now();
+        while inside > 0 {
+            relax(start);
+            inside = self.state.load(Ordering::Acquire) & INSIDE;
+        }
+    }
+
+    fn take_tasks(&self, task: &(dyn Fn(usize) + Sync), tasks: usize) {
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                return;
+            }
+            task(i);
+        }
+    }
+
+    fn help(&self) {
+        let mut seen = 0;
+        while self.wait(seen) {
+            let mut state = self.state.load(Ordering::Acquire);
+            seen = number(state);
+            while state & OPEN != 0 && number(state) == seen {
+                match self.state.compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Acquire) {
+                    Ok(_) => {
+                        self.inside();
+                        break;
+                    }
+                    Err(now) => state = now,
+                }
+            }
+        }
+    }
+
+    fn inside(&self) {
+        // SAFETY: this thread is inside, so the call is not changed and its task is alive.
+        let (task, tasks) = unsafe { (&*(*self.call.get()).task, (*self.call.get()).tasks) };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_tasks(task, tasks))) {
+            self.next.store(usize::MAX / 2, Ordering::Relaxed);
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+        self.state.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Until there is a call after `seen`; false when it is time to end.
+    fn wait(&self, seen: u64) -> bool {
+        let start = Instant::now();
+        loop {
+            if self.stop.load(Ordering::Acquire) {
+                return false;
+            }
+            if number(self.state.load(Ordering::Acquire)) != seen {
+                return true;
+            }
+            if !relax(start) {
+                self.sleep(seen);
+            }
+        }
+    }
+
+    fn sleep(&self, seen: u64) {
+        let mut asleep = self.asleep.lock().unwrap_or_else(PoisonError::into_inner);
+        *asleep += 1;
+        self.sleepers.store(*asleep, Ordering::SeqCst);
+        while number(self.state.load(Ordering::SeqCst)) == seen && !self.stop.load(Ordering::Acquire) {
+            asleep = self.wake.wait(asleep).unwrap_or_else(PoisonError::into_inner);
+        }
+        *asleep -= 1;
+        self.sleepers.store(*asleep, Ordering::SeqCst);
+    }
+
+    fn wake_all(&self) {
+        // Whoever is about to sleep holds the lock until it waits.
+        drop(self.asleep.lock().unwrap_or_else(PoisonError::into_inner));
+        self.wake.notify_all();
+    }
+}
+
+/// A moment's wait, by the time it has been: spinning, then leaving the core to others. False: it has been long.
+fn relax(since: Instant) -> bool {
+    let waited = since.elapsed();
+    if waited < SPIN {
+        for _ in 0..16 {
+            std::hint::spin_loop();
+        }
+    } else {
+        std::thread::yield_now();
+    }
+    waited < YIELD
 }
 
 /// A slice that several tasks write to, each to places of its own.

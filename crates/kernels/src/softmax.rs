@@ -82,7 +82,7 @@ impl Kernel for Divide<'_> {
 ///
 /// x = 2^k m with m in [0.7, 1.4]; ln m = 2 artanh(t) with t = (m - 1) / (m + 1), |t| < 0.172, as a series to t^19.
 pub(crate) fn ln(x: f32) -> f32 {
-    if !(x >= f32::MIN_POSITIVE && x < f32::INFINITY) {
+    if !(f32::MIN_POSITIVE..f32::INFINITY).contains(&x) {
         // A sum that no sane logits have: 0, infinity or NaN.
         return if x == f32::INFINITY { x } else { f32::NAN };
     }

@@ -1,9 +1,10 @@
-//! `moesaic inspect` and `moesaic quantize`.
+//! `moesaic inspect`, `quantize` and `synth`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use moesaic_model::quantize::{Options, to_fp8};
+use moesaic_model::synth::{SHARD_BYTES_MAX, SynthDtype, SynthOptions, synthesize};
 use moesaic_model::{ModelError, inspect as model_inspect};
 
 use crate::cli::say;
@@ -44,6 +45,37 @@ pub fn quantize(args: &QuantizeArgs) -> Result<(), ModelError> {
         done.tensors_copied,
         done.bytes_before as f64 / 1e6,
         done.bytes_after as f64 / 1e6,
+    ));
+    Ok(())
+}
+
+#[derive(Debug, clap::Args)]
+pub struct SynthArgs {
+    /// A config.json of a family that Moesaic serves
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// The same seed makes the same checkpoint
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// bf16, or fp8 in blocks of 128 x 128
+    #[arg(long, default_value = "bf16", value_parser = ["bf16", "fp8"])]
+    dtype: String,
+    /// The folder to make
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+pub fn synth(args: &SynthArgs) -> Result<(), ModelError> {
+    let dtype = if args.dtype == "fp8" { SynthDtype::Fp8 } else { SynthDtype::Bf16 };
+    let options = SynthOptions { seed: args.seed, dtype, shard_bytes_max: SHARD_BYTES_MAX };
+    let done = synthesize(&args.config, &options, &args.out)?;
+    say(&format!(
+        "{}: {} tensors in {} files, {:.2} MB in {:.1} s\n",
+        args.out.display(),
+        done.tensors,
+        done.files,
+        done.bytes as f64 / 1e6,
+        done.seconds,
     ));
     Ok(())
 }

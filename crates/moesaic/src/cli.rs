@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use moesaic_node::config::ConfigError;
 use moesaic_node::telemetry::{self, FILTER_VARIABLE, LogFormat};
 
-use crate::{chat, checkpoint, etcd, roles, up};
+use crate::{bench, chat, checkpoint, etcd, roles, up};
 
 const EXIT_BAD_ARGUMENTS: u8 = 2;
 /// What may still run when a command is done (a read of standard input) is not waited for longer than this.
@@ -37,6 +37,10 @@ enum Command {
     Inspect(checkpoint::InspectArgs),
     /// Make an FP8 copy of a checkpoint
     Quantize(checkpoint::QuantizeArgs),
+    /// Measure how fast this machine serves a model
+    Bench(bench::Args),
+    /// Write a random checkpoint of a config, to measure with
+    Synth(checkpoint::SynthArgs),
     /// Run a coordinator: the front door, gRPC and HTTP
     Coordinator(roles::RoleArgs<moesaic_coordinator::Flags>),
     /// Run an attention worker: owns sequences and their latent cache
@@ -80,7 +84,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     // A person who runs `up` or `chat` reads what these print; the rest of the log is for those who ask.
     let level = match cli.command {
-        Command::Up(_) | Command::Chat(_) | Command::Etcd(_) => "warn",
+        Command::Up(_) | Command::Chat(_) | Command::Bench(_) | Command::Etcd(_) => "warn",
         _ => "info",
     };
     telemetry::init(cli.log_format, level)?;
@@ -97,6 +101,8 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Chat(args) => chat::run(args).await?,
         Command::Inspect(args) => return Ok(checkpoint::inspect(&args)),
         Command::Quantize(args) => checkpoint::quantize(&args)?,
+        Command::Synth(args) => checkpoint::synth(&args)?,
+        Command::Bench(args) => bench::run(args).await?,
         Command::Coordinator(args) => roles::coordinator(args).await?,
         Command::AttentionWorker(args) => roles::attention_worker(args).await?,
         Command::ExpertWorker(args) => roles::expert_worker(args).await?,

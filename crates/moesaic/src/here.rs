@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use anyhow::Result;
+use moesaic_attention_worker::engine::profile::Profile as AttentionProfile;
 use moesaic_coordinator::Coordinator;
 use moesaic_dispatch::Hub;
+use moesaic_expert_worker::engine::Profile as ExpertProfile;
 use moesaic_kernels::Pool;
 use moesaic_node::{Registry, config, registry};
 
@@ -12,7 +14,28 @@ use crate::node::Node;
 use crate::plan::Plan;
 use crate::up::Cluster;
 
+/// What the nodes share.
+struct Shared {
+    registry: Arc<dyn Registry>,
+    /// None: rows go over loopback sockets, as between machines.
+    hub: Option<Hub>,
+    pool: Pool,
+    profiles: Profiles,
+}
+
+/// What all workers of a kind count together.
+#[derive(Clone, Default)]
+pub struct Profiles {
+    pub attention: Arc<AttentionProfile>,
+    pub experts: Arc<ExpertProfile>,
+}
+
 pub async fn start(plan: &Plan) -> Result<Cluster> {
+    start_profiled(plan, Profiles::default(), true).await
+}
+
+/// `direct`: expert workers are called, not sent to.
+pub async fn start_profiled(plan: &Plan, profiles: Profiles, direct: bool) -> Result<Cluster> {
     let spec = plan.args.registry.as_deref().unwrap_or("embedded");
     let registry = registry::open(spec, &plan.cluster).await?;
     // First of all, so that a port that is taken is said before anything is loaded.
@@ -22,49 +45,40 @@ pub async fn start(plan: &Plan) -> Result<Cluster> {
     )
     .await?;
     let address = coordinator.address();
-    let (hub, pool) = (Hub::default(), Pool::new(plan.threads));
+    let (hub, pool) = (direct.then(Hub::default), Pool::new(plan.threads));
+    let shared = Shared { registry: registry.clone(), hub, pool, profiles };
     let mut nodes = Vec::new();
     for flags in plan.expert_workers(spec) {
-        nodes.push(expert_worker(plan, &flags, &registry, &hub, &pool)?);
+        nodes.push(expert_worker(plan, &flags, &shared)?);
     }
     for flags in plan.attention_workers(spec) {
-        nodes.push(attention_worker(plan, &flags, &registry, &hub, &pool)?);
+        nodes.push(attention_worker(plan, &flags, &shared)?);
     }
     nodes.push(Node::spawn("coordinator c0", |stop| coordinator.serve(stop)));
     Ok(Cluster { nodes, registry, address })
 }
 
-fn expert_worker(
-    plan: &Plan,
-    flags: &moesaic_expert_worker::Flags,
-    registry: &Arc<dyn Registry>,
-    hub: &Hub,
-    pool: &Pool,
-) -> Result<Node> {
+fn expert_worker(plan: &Plan, flags: &moesaic_expert_worker::Flags, shared: &Shared) -> Result<Node> {
     let config: moesaic_expert_worker::Config = config::load(None, flags)?;
     let context = moesaic_expert_worker::Context {
-        registry: registry.clone(),
-        hub: Some(hub.clone()),
-        pool: pool.clone(),
+        registry: shared.registry.clone(),
+        hub: shared.hub.clone(),
+        pool: shared.pool.clone(),
         checkpoint: plan.checkpoint.clone(),
+        profile: shared.profiles.experts.clone(),
     };
     let name = format!("expert worker {}", config.id.as_deref().unwrap_or_default());
     Ok(Node::spawn(name, |stop| moesaic_expert_worker::run(config, context, stop)))
 }
 
-fn attention_worker(
-    plan: &Plan,
-    flags: &moesaic_attention_worker::Flags,
-    registry: &Arc<dyn Registry>,
-    hub: &Hub,
-    pool: &Pool,
-) -> Result<Node> {
+fn attention_worker(plan: &Plan, flags: &moesaic_attention_worker::Flags, shared: &Shared) -> Result<Node> {
     let config: moesaic_attention_worker::Config = config::load(None, flags)?;
     let context = moesaic_attention_worker::Context {
-        registry: registry.clone(),
-        hub: Some(hub.clone()),
-        pool: pool.clone(),
+        registry: shared.registry.clone(),
+        hub: shared.hub.clone(),
+        pool: shared.pool.clone(),
         checkpoint: plan.checkpoint.clone(),
+        profile: shared.profiles.attention.clone(),
     };
     let name = format!("attention worker {}", config.id.as_deref().unwrap_or_default());
     Ok(Node::spawn(name, |stop| moesaic_attention_worker::run(config, context, stop)))

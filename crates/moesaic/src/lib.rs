@@ -2,10 +2,11 @@
 //! `quantize` work on checkpoints. Owns arguments, what is printed and exit codes; decides nothing of a cluster's work.
 //!
 //! Reading order: `cli`, `up` (a cluster's life), `node` (what runs in it), `here` and `processes` (the two ways to run
-//! it), `plan` (what is printed before), `roles`, `chat`, `checkpoint`, `etcd`.
+//! it), `plan` (what is printed before), `roles`, `chat`, `checkpoint`, `bench`, `etcd`.
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod chat;
 mod checkpoint;
 mod cli;

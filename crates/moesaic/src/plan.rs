@@ -87,6 +87,10 @@ impl Plan {
         (0..self.args.expert_workers).map(worker).collect()
     }
 
+    pub fn numerics(&self) -> Numerics {
+        self.numerics
+    }
+
     /// Bytes of the latent cache that one token takes in all layers.
     pub fn cache_bytes_per_token(&self) -> u64 {
         let config = self.checkpoint.config();

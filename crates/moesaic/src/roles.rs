@@ -45,6 +45,7 @@ pub async fn attention_worker(args: RoleArgs<moesaic_attention_worker::Flags>) -
         registry: registry::open(&config.registry, &config.cluster).await?,
         hub: None,
         pool: Pool::new(config.threads),
+        profile: Arc::default(),
     };
     moesaic_attention_worker::run(config, context, stop).await
 }
@@ -58,6 +59,7 @@ pub async fn expert_worker(args: RoleArgs<moesaic_expert_worker::Flags>) -> Resu
         registry: registry::open(&config.registry, &config.cluster).await?,
         hub: None,
         pool: Pool::new(config.threads),
+        profile: Arc::default(),
     };
     moesaic_expert_worker::run(config, context, stop).await
 }

@@ -97,7 +97,7 @@ pub async fn run(args: Args) -> Result<()> {
 }
 
 /// Waits until the coordinator says that a token could be produced.
-async fn until_ready(address: SocketAddr) {
+pub async fn until_ready(address: SocketAddr) {
     let endpoint = Endpoint::from_shared(format!("http://{}", reachable(address))).expect("an address makes a URL");
     let mut client = HealthClient::new(endpoint.connect_lazy());
     loop {

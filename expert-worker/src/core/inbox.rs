@@ -70,6 +70,11 @@ impl Inbox {
         self.stopping
     }
 
+    /// Nothing waits, and what comes is taken.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && !self.stopping
+    }
+
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }

@@ -55,6 +55,7 @@ impl Workers {
                 hub: Some(hub.clone()),
                 pool: Pool::new(2),
                 checkpoint: checkpoint.clone(),
+                profile: Arc::default(),
             };
             tasks.push(tokio::spawn(run(config, context, stop.clone())));
         }

@@ -58,7 +58,7 @@ impl Model {
 
     /// Starts a micro-batch if there is something to run: its rows are written now, as the engine's are.
     fn start(&mut self) -> bool {
-        let parts = self.batcher.form();
+        let parts = self.batcher.form(self.batcher.limits.micro_batches);
         for part in &parts {
             for (i, &token) in part.tokens.iter().enumerate() {
                 let at = part.start + i;
@@ -96,10 +96,10 @@ fn decode_goes_before_prefill_and_the_budget_holds() {
     assert!(model.start());
     model.finish(0);
     let young = model.submit(request(20, 9));
-    let parts = model.batcher.form();
+    let parts = model.batcher.form(1);
     let shape: Vec<_> = parts.iter().map(|p| (p.sequence, p.start, p.tokens.len(), p.draws)).collect();
     assert_eq!(shape, [(old, 3, 1, true), (young, 0, 8, false)]);
-    assert!(model.batcher.form().is_empty(), "a sequence is in one micro-batch at a time");
+    assert!(model.batcher.form(1).is_empty(), "a sequence is in one micro-batch at a time");
 }
 
 #[test]

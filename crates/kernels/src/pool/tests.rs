@@ -52,6 +52,8 @@ fn little_work_stays_on_the_thread_and_much_is_cut() {
     let all_here = |pool: &Pool, tasks, work| {
         let elsewhere = AtomicUsize::new(0);
         pool.each(tasks, work, |_| {
+            // Long enough for everybody to come.
+            thread::sleep(Duration::from_millis(2));
             elsewhere.fetch_add(usize::from(thread::current().id() != here), SeqCst);
         });
         elsewhere.into_inner() == 0

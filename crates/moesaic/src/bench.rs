@@ -1,0 +1,186 @@
+//! `moesaic bench`: how fast this machine serves a model, and how near that is to what the machine could do at most.
+//!
+//! It starts the same cluster as `up`, in this process, sends it work as a coordinator or a client would, and measures
+//! the machine's roofs (read bandwidth, rate of multiply-adds) in the same run. Reading order: `load` (the work),
+//! `roofline` (what it takes at least), `report` (the tables).
+
+mod load;
+mod report;
+mod roofline;
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use moesaic_attention_worker::engine::profile::Counts;
+use moesaic_kernels::{Pool, Roof};
+use moesaic_proto::v1::Role;
+
+use crate::here::{self, Profiles};
+use crate::node;
+use crate::plan::Plan;
+use crate::up::{self, Cluster};
+use load::{Load, Measured};
+use report::{Report, Row};
+use roofline::Roofline;
+
+/// Tokens that a decode run may generate beyond those that are counted, while the last prompts are prefilled.
+const DECODE_SLACK: usize = 64;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The checkpoint's folder; the demo model tiny-r1 if not given
+    #[arg(long, value_name = "DIR")]
+    model: Option<std::path::PathBuf>,
+    /// f32 or bf16
+    #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16"])]
+    dtype: String,
+    /// Threads of the kernels; all cores if not given
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Expert workers
+    #[arg(long, value_name = "M", default_value_t = 1)]
+    expert_workers: usize,
+    /// How rows reach the experts: local (called) or grpc (over loopback sockets)
+    #[arg(long, default_value = "local", value_parser = ["local", "grpc"])]
+    transport: String,
+    /// Prefill: lengths of prompts
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pp: Vec<usize>,
+    /// Decode: tokens to generate in each sequence
+    #[arg(long, value_name = "N")]
+    tg: Option<usize>,
+    /// Decode: sequences at a time
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1")]
+    batch: Vec<usize>,
+    /// Decode: tokens in the context before the first generated one
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    ctx: usize,
+    /// Serving over HTTP: clients at a time
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    streams: Vec<usize>,
+    /// Serving: tokens of a prompt
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    input: usize,
+    /// Serving: tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    output: usize,
+    /// Times that each test is run; the median is shown
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    runs: usize,
+    /// Show where a step's time goes
+    #[arg(long)]
+    layers: bool,
+    /// Print JSON instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+pub async fn run(mut args: Args) -> Result<()> {
+    if args.pp.is_empty() && args.tg.is_none() && args.streams.is_empty() {
+        (args.pp, args.tg, args.batch) = (vec![512], Some(64), vec![1, 4, 16]);
+    }
+    let began = Instant::now();
+    let plan = Plan::new(cluster(&args))?;
+    ensure!(args.runs > 0, "--runs is 0; expected at least 1");
+    let profiles = Profiles::default();
+    let Cluster { nodes, registry, address } =
+        here::start_profiled(&plan, profiles.clone(), args.transport == "local").await?;
+    up::until_ready(address).await;
+    let ready = began.elapsed();
+    let worker = registry.view().borrow().of_role(Role::AttentionWorker).next().cloned();
+    let load = Load::connect(&worker.context("the attention worker has left")?, &plan, address).await?;
+
+    let roof = tokio::task::spawn_blocking(move || Roof::measure(&Pool::new(plan.threads))).await?;
+    let mut report = Report::new(&plan, &args.transport, args.expert_workers, roof, ready);
+    let roofline = Roofline::new(&plan.checkpoint, plan.numerics(), roof)?;
+    for test in tests(&args) {
+        let mut runs = Vec::new();
+        for _ in 0..args.runs {
+            let before = Sample::take(&profiles);
+            let measured = test.run(&load).await?;
+            runs.push((measured, Sample::take(&profiles).since(&before)));
+        }
+        runs.sort_by(|a, b| a.0.tokens_per_s.total_cmp(&b.0.tokens_per_s));
+        let spread = (runs[0].0.tokens_per_s, runs[runs.len() - 1].0.tokens_per_s);
+        let (measured, sample) = runs.swap_remove(runs.len() / 2);
+        let least = roofline.seconds_per_token(&test, &sample.steps);
+        report.push(Row { test, share: least.map(|least| least * measured.tokens_per_s), spread, measured, sample });
+    }
+    report.finish();
+    crate::cli::say(&if args.json { report.json() } else { report.table(args.layers) });
+    drop((load, registry));
+    node::stop_all(nodes).await
+}
+
+/// A test of the list.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Test {
+    Prefill { tokens: usize },
+    Decode { batch: usize, context: usize, tokens: usize },
+    Serve { streams: usize, input: usize, output: usize },
+}
+
+impl Test {
+    async fn run(&self, load: &Load) -> Result<Measured> {
+        match *self {
+            Self::Prefill { tokens } => load.prefill(tokens).await,
+            Self::Decode { batch, context, tokens } => load.decode(batch, context, tokens, slack(batch)).await,
+            Self::Serve { streams, input, output } => load.serve(streams, input, output).await,
+        }
+    }
+}
+
+/// What was counted during a run.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    pub steps: Counts,
+    pub experts_busy: std::time::Duration,
+}
+
+impl Sample {
+    fn take(profiles: &Profiles) -> Self {
+        Self { steps: profiles.attention.counts(), experts_busy: profiles.experts.busy() }
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        Self { steps: self.steps.since(&before.steps), experts_busy: self.experts_busy - before.experts_busy }
+    }
+}
+
+fn tests(args: &Args) -> Vec<Test> {
+    let prefill = args.pp.iter().map(|&tokens| Test::Prefill { tokens });
+    let decode = args.tg.iter().flat_map(|&tokens| {
+        args.batch.iter().map(move |&batch| Test::Decode { batch, context: args.ctx, tokens })
+    });
+    let serve =
+        args.streams.iter().map(|&streams| Test::Serve { streams, input: args.input, output: args.output });
+    prefill.chain(decode).chain(serve).collect()
+}
+
+/// As `up` would be called, with a cache that holds the largest test.
+fn cluster(args: &Args) -> up::Args {
+    let tokens = |test: &Test| match *test {
+        Test::Prefill { tokens } => tokens + 1,
+        Test::Decode { batch, context, tokens } => batch * (context + tokens + slack(batch) + 64),
+        Test::Serve { streams, input, output } => streams * (input + output + 64),
+    };
+    let cache_tokens = tests(args).iter().map(tokens).max().unwrap_or(1);
+    up::Args {
+        model: args.model.clone(),
+        listen: ([127, 0, 0, 1], 0).into(),
+        dtype: args.dtype.clone(),
+        attention_workers: 1,
+        expert_workers: args.expert_workers,
+        processes: false,
+        registry: None,
+        cluster: None,
+        threads: args.threads,
+        cache_tokens: Some(cache_tokens),
+        memory: None,
+    }
+}
+
+/// The first sequences of a batch decode while the others' prompts are prefilled.
+fn slack(batch: usize) -> usize {
+    DECODE_SLACK + 4 * batch
+}
