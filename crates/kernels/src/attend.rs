@@ -16,6 +16,8 @@
 //! 2. q is turned to [d][head] once for a task, and o back; a bf16 page is widened once for a task.
 //! 3. Tokens are scored 16 (or 4) at a time, o is updated 16 (or 4) d at a time, so that many chains are on their way.
 
+mod pairs;
+
 use std::cell::Cell;
 
 use crate::linear::with_scratch;
@@ -83,6 +85,9 @@ pub(crate) fn mla_attend_on(isa: Isa, pool: &Pool, call: Call<'_>, out: &mut [f3
         // SAFETY: these heads of this row are this task's own.
         let out = unsafe { out.part((row * heads + first) * latent, live * latent) };
         let query = Query { q: &queries[row].q[first * width..][..live * width], ..queries[row] };
+        if cache.by_pairs() {
+            return pairs::heads(isa, call, query, out);
+        }
         with_scratch(&LANES_SCRATCH, width + PAGE_TOKENS + latent, |lanes| {
             let (q, rest) = lanes.split_at_mut(width);
             let (p, o) = rest.split_at_mut(PAGE_TOKENS);

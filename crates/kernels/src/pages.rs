@@ -14,6 +14,7 @@ pub struct LatentPages {
     pages: usize,
     pub(crate) latent: usize,
     pub(crate) rope: usize,
+    by_pairs: bool,
 }
 
 #[derive(Debug)]
@@ -38,7 +39,7 @@ impl LatentPages {
             Dtype::F32 => Values::F32(vec![0.0; len]),
             Dtype::Bf16 => Values::Bf16(vec![0; len]),
         };
-        Self { values, layers, pages, latent, rope }
+        Self { values, layers, pages, latent, rope, by_pairs: n.by_pairs() && (latent + rope).is_multiple_of(2) }
     }
 
     /// Bytes of one page in all layers.
@@ -75,6 +76,11 @@ impl LatentPages {
                 v[start..start + width].iter_mut().zip(token).for_each(|(to, x)| *to = bf16_bits(*x) as u16)
             }
         }
+    }
+
+    /// Whether attention multiplies pairs (of an odd width it cannot: that is computed as in `bf16`).
+    pub(crate) fn by_pairs(&self) -> bool {
+        self.by_pairs
     }
 
     pub(crate) fn width(&self) -> usize {

@@ -180,7 +180,10 @@ pub(crate) fn rotate(turns: &[[f32; 2]], head: &[f32]) -> Vec<f32> {
 }
 
 /// One head of one query over the tokens of its context, each [latent + rope] as the cache keeps it.
-pub(crate) fn attend(q: &[f32], tokens: &[Vec<f32>], latent: usize, scale: f32) -> Vec<f32> {
+pub(crate) fn attend(n: Numerics, q: &[f32], tokens: &[Vec<f32>], latent: usize, scale: f32) -> Vec<f32> {
+    if n.name() == "bf16-dp" && q.len().is_multiple_of(2) {
+        return attend_by_pairs(n, q, tokens, latent, scale);
+    }
     let (mut max, mut sum, mut o) = (f32::NEG_INFINITY, 0.0f32, vec![0.0; latent]);
     for page in tokens.chunks(PAGE_TOKENS) {
         let scores: Vec<f32> = page.iter().map(|kv| scale * chain(false, q, kv)).collect();
@@ -190,6 +193,26 @@ pub(crate) fn attend(q: &[f32], tokens: &[Vec<f32>], latent: usize, scale: f32) 
         sum = sum.mul_add(factor, p.iter().fold(0.0, |sum, p| sum + p));
         for (d, o) in o.iter_mut().enumerate() {
             *o = page.iter().zip(&p).fold(*o * factor, |acc, (kv, p)| p.mul_add(kv[d], acc));
+        }
+        max = new;
+    }
+    o.iter().map(|o| o * (1.0 / sum)).collect()
+}
+
+fn attend_by_pairs(n: Numerics, q: &[f32], tokens: &[Vec<f32>], latent: usize, scale: f32) -> Vec<f32> {
+    let odd_first = |x: &[f32]| x.chunks(2).flat_map(|x| [x[1], x[0]]).collect::<Vec<f32>>();
+    let q: Vec<f32> = odd_first(q).iter().map(|q| rounded(n, *q)).collect();
+    let (mut max, mut sum, mut o) = (f32::NEG_INFINITY, 0.0f32, vec![0.0; latent]);
+    for page in tokens.chunks(PAGE_TOKENS) {
+        let scores: Vec<f32> = page.iter().map(|kv| scale * chain(true, &odd_first(kv), &q)).collect();
+        let new = scores.iter().copied().fold(max, f32::max);
+        let factor = exp(max - new);
+        let mut p: Vec<f32> = scores.iter().map(|s| rounded(n, exp(s - new))).collect();
+        sum = sum.mul_add(factor, p.iter().fold(0.0, |sum, p| sum + p));
+        p.resize(p.len().next_multiple_of(2), 0.0);
+        for (d, o) in o.iter_mut().enumerate() {
+            let value = |t: usize| page.get(t).map_or(0.0, |kv| kv[d]);
+            *o = (0..p.len()).fold(*o * factor, |acc, t| flushing_step(value(t), p[t], acc));
         }
         max = new;
     }

@@ -18,6 +18,7 @@ struct Shape {
 
 /// A cache with sequences in it: two layers, of which the second is attended to, pages in no order, NaN wherever no token is.
 struct Cached {
+    numerics: Numerics,
     shape: Shape,
     cache: LatentPages,
     sequences: Vec<Sequence>,
@@ -68,7 +69,7 @@ impl Cached {
             }
             sequences.push(sequence);
         }
-        Self { shape, cache, sequences }
+        Self { numerics: n, shape, cache, sequences }
     }
 
     fn query<'a>(&'a self, row: &'a Row) -> Query<'a> {
@@ -90,7 +91,7 @@ impl Cached {
 
     fn expected(&self, rows: &[Row], scale: f32) -> Vec<f32> {
         let Shape { latent, rope, .. } = self.shape;
-        let head = |row: &Row, q: &[f32]| reference::attend(q, self.context(row), latent, scale);
+        let head = |row: &Row, q: &[f32]| reference::attend(self.numerics, q, self.context(row), latent, scale);
         rows.iter().flat_map(|row| row.q.chunks_exact(latent + rope).flat_map(move |q| head(row, q))).collect()
     }
 
@@ -114,8 +115,10 @@ fn kept(n: Numerics, x: f32) -> f32 {
     if n.dtype() == Dtype::F32 { x } else { bf16::from_f32(x).to_f32() }
 }
 
-fn both_dtypes() -> [Numerics; 2] {
-    [Numerics::portable(Dtype::F32), Numerics::portable(Dtype::Bf16)]
+/// f32, bf16, and bf16-dp.
+fn all_numerics() -> [Numerics; 3] {
+    let by_pairs = Numerics::all().into_iter().find(|n| n.name() == "bf16-dp").unwrap();
+    [Numerics::portable(Dtype::F32), Numerics::portable(Dtype::Bf16), by_pairs]
 }
 
 fn any_rows(cached: &Cached, count: usize, magnitude: f32, s: &mut Samples) -> Vec<Row> {
@@ -142,7 +145,7 @@ proptest! {
         count in 0..6usize,
         (magnitude, seed) in (prop_oneof![Just(1.0f32), Just(10.0), Just(1e-20)], any::<u64>()),
     ) {
-        for n in both_dtypes() {
+        for n in all_numerics() {
             let mut s = Samples::new(seed);
             let cached = Cached::new(n, shape, &lengths, magnitude, &mut s);
             let rows = any_rows(&cached, count, magnitude, &mut s);
@@ -152,7 +155,7 @@ proptest! {
 
     #[test]
     fn agrees_with_a_softmax_in_f64(shape in any_shape(), len in 1..=200usize, seed in any::<u64>()) {
-        for n in both_dtypes() {
+        for n in all_numerics() {
             let mut s = Samples::new(seed);
             let cached = Cached::new(n, shape, &[len], 1.0, &mut s);
             let rows = any_rows(&cached, 3, 1.0, &mut s);
@@ -161,8 +164,10 @@ proptest! {
                 row.q.chunks_exact(shape.latent + shape.rope).map(|q| exact(q, cached.context(row), shape.latent, 0.5))
             });
             for (out, exact) in out.iter().zip(heads.flatten()) {
-                // Values are below 1; scores below 60 with errors below 1e-5 each, which cancel mostly.
-                prop_assert!((f64::from(*out) - exact).abs() < 3e-6, "{out} {exact}");
+                // Values are below 1; scores below 60 with errors below 1e-5 each, which cancel mostly. By pairs q and
+                // p are rounded to 8 bits: the scores' errors are below 0.25.
+                let tolerance = if n.name() == "bf16-dp" { 0.1 } else { 3e-6 };
+                prop_assert!((f64::from(*out) - exact).abs() < tolerance, "{out} {exact}");
             }
         }
     }
@@ -184,7 +189,7 @@ proptest! {
     #[test]
     fn equals_the_plain_loop_on_threads(heads in 17..=33usize, rope in 1..20usize, seed in any::<u64>()) {
         let shape = Shape { heads, latent: 61, rope };
-        for n in both_dtypes() {
+        for n in all_numerics() {
             let mut s = Samples::new(seed);
             let cached = Cached::new(n, shape, &[200, 64, 129], 1.0, &mut s);
             let mut rows = any_rows(&cached, 6, 1.0, &mut s);
@@ -200,7 +205,7 @@ proptest! {
 #[test]
 fn every_context_about_the_ends_of_pages() {
     let shape = Shape { heads: 5, latent: 19, rope: 6 };
-    for n in both_dtypes() {
+    for n in all_numerics() {
         let mut s = Samples::new(2);
         let cached = Cached::new(n, shape, &[195], 1.0, &mut s);
         let row = |context| Row { sequence: 0, context, q: s.values(5 * 25, 1.0) };
@@ -211,7 +216,7 @@ fn every_context_about_the_ends_of_pages() {
 
 #[test]
 fn one_token_is_its_value() {
-    for n in both_dtypes() {
+    for n in all_numerics() {
         let mut s = Samples::new(3);
         let cached = Cached::new(n, Shape { heads: 18, latent: 21, rope: 4 }, &[70], 1.0, &mut s);
         let rows = [Row { sequence: 0, context: 1, q: s.values(18 * 25, 9.0) }];
@@ -224,7 +229,7 @@ fn one_token_is_its_value() {
 #[test]
 fn equal_scores_give_the_mean() {
     let mut s = Samples::new(3);
-    let cached = Cached::new(both_dtypes()[0], Shape { heads: 3, latent: 10, rope: 2 }, &[150], 1.0, &mut s);
+    let cached = Cached::new(all_numerics()[0], Shape { heads: 3, latent: 10, rope: 2 }, &[150], 1.0, &mut s);
     let out = cached.check(&[Row { sequence: 0, context: 150, q: vec![0.0; 36] }], 1.0);
     for (i, out) in out.iter().enumerate() {
         let mean = cached.sequences[0].tokens.iter().map(|kv| f64::from(kv[i % 10])).sum::<f64>() / 150.0;
@@ -235,7 +240,7 @@ fn equal_scores_give_the_mean() {
 /// Scores as far apart as f32 allows: what is left is the token with the largest.
 #[test]
 fn one_score_far_above_the_others_takes_its_token() {
-    for n in both_dtypes() {
+    for n in all_numerics() {
         for scale in [1.0, 1e4, 1e30, 1e37] {
             let mut s = Samples::new(3);
             let cached = Cached::new(n, Shape { heads: 1, latent: 10, rope: 2 }, &[150], 1.0, &mut s);
@@ -255,14 +260,14 @@ fn one_score_far_above_the_others_takes_its_token() {
 #[test]
 fn no_rows() {
     let cached =
-        Cached::new(both_dtypes()[0], Shape { heads: 3, latent: 10, rope: 2 }, &[5], 1.0, &mut Samples::new(3));
+        Cached::new(all_numerics()[0], Shape { heads: 3, latent: 10, rope: 2 }, &[5], 1.0, &mut Samples::new(3));
     assert_eq!(cached.check(&[], 1.0), [] as [f32; 0]);
 }
 
 #[test]
 fn by_default_it_is_the_best_instruction_set() {
     let mut s = Samples::new(3);
-    let cached = Cached::new(both_dtypes()[1], Shape { heads: 3, latent: 10, rope: 2 }, &[90], 1.0, &mut s);
+    let cached = Cached::new(all_numerics()[1], Shape { heads: 3, latent: 10, rope: 2 }, &[90], 1.0, &mut s);
     let rows = any_rows(&cached, 1, 1.0, &mut s);
     let mut out = [f32::NAN; 30];
     mla_attend(&pools()[1], &cached.cache, LAYER, &[cached.query(&rows[0])], 3, 0.4, &mut out);
@@ -270,7 +275,7 @@ fn by_default_it_is_the_best_instruction_set() {
 }
 
 fn attend_wrongly(q: usize, pages: &[u32], context: usize, out: usize) {
-    let cache = LatentPages::new(both_dtypes()[0], 1, 2, 3, 1);
+    let cache = LatentPages::new(all_numerics()[0], 1, 2, 3, 1);
     let query = Query { q: &vec![0.0; q], pages, context };
     mla_attend(&pools()[0], &cache, 0, &[query], 2, 1.0, &mut vec![0.0; out]);
 }
