@@ -155,6 +155,7 @@ fn shard_of(
     let pack = |(layer, expert): (LayerId, ExpertId)| {
         let block = checkpoint.expert(usize::from(layer.0), usize::from(expert.0))?;
         let ffn = Ffn::pack(&block.gate, &block.up, &block.down, numerics);
+        checkpoint.release(block.matrices());
         Ok(((layer, expert, Arc::new(ffn)), block.bytes()))
     };
     for (layer, expert, ffn) in load::all("experts", missing, pack)? {

@@ -57,15 +57,20 @@ impl Weights {
         let config = checkpoint.config();
         let pack = |layer| {
             let block = checkpoint.layer(layer)?;
-            Ok((Layer::pack(config, &block, numerics), block.bytes()))
+            let layer = Layer::pack(config, &block, numerics);
+            checkpoint.release(block.matrices());
+            Ok((layer, block.bytes()))
         };
         let layers = load::all("layers", (0..config.num_hidden_layers).collect(), pack)?;
         checkpoint.embedding()?;
+        let head = checkpoint.head()?;
+        let packed_head = Linear::pack(&head, numerics);
+        checkpoint.release([&head]);
         Ok(Self {
             numerics,
             layers,
             final_norm: checkpoint.final_norm()?,
-            head: Linear::pack(&checkpoint.head()?, numerics),
+            head: packed_head,
             rope: RopeTable::new(&config.rope_params(), config.max_position_embeddings),
             gate_params: config.gate_params(),
             checkpoint,

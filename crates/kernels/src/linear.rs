@@ -62,25 +62,25 @@ impl Linear {
         let (rows, cols) = (m.rows, m.cols);
         let panels = match (&m.data, n.dtype()) {
             (MatrixData::F32(b), Dtype::F32) => {
-                Panels::F32(Packed::new(rows, cols, None, |r, k| f32_at(b, r * cols + k)))
+                Panels::F32(Packed::new(rows, cols, None, |i, to| read(b, i, to, f32::from_le_bytes)))
             }
             (MatrixData::F16(b), Dtype::F32) => {
-                Panels::F32(Packed::new(rows, cols, None, |r, k| f16_at(b, r * cols + k)))
+                Panels::F32(Packed::new(rows, cols, None, |i, to| read(b, i, to, |b| f16::from_le_bytes(b).to_f32())))
             }
             (MatrixData::F32(b), Dtype::Bf16) => {
-                bf16_panels(n, rows, cols, |r, k| bf16_bits(f32_at(b, r * cols + k)) as u16)
+                bf16_panels(n, rows, cols, |i, to| read(b, i, to, |b| bf16_bits(f32::from_le_bytes(b)) as u16))
             }
             (MatrixData::F16(b), Dtype::Bf16) => {
-                bf16_panels(n, rows, cols, |r, k| bf16_bits(f16_at(b, r * cols + k)) as u16)
+                bf16_panels(n, rows, cols, |i, to| read(b, i, to, |b| bf16_bits(f16::from_le_bytes(b).to_f32()) as u16))
             }
-            (MatrixData::Bf16(b), _) => bf16_panels(n, rows, cols, |r, k| u16_at(b, r * cols + k)),
+            (MatrixData::Bf16(b), _) => bf16_panels(n, rows, cols, |i, to| read(b, i, to, u16::from_le_bytes)),
             (MatrixData::Fp8 { q, scales, block }, _) => {
                 let scales = Scales { values: scales, block: *block };
                 if n.by_pairs() && block[1] % 2 == 0 {
-                    Panels::E4m3Pairs(Packed::new(rows, cols, Some(scales), |r, k| q[r * cols + k]))
+                    Panels::E4m3Pairs(Packed::new(rows, cols, Some(scales), |i, to| to.copy_from_slice(&q[i..i + to.len()])))
                 } else {
                     // A pair cannot lie across two blocks: such a matrix is computed as in `bf16`.
-                    Panels::E4m3(Packed::new(rows, cols, Some(scales), |r, k| q[r * cols + k]))
+                    Panels::E4m3(Packed::new(rows, cols, Some(scales), |i, to| to.copy_from_slice(&q[i..i + to.len()])))
                 }
             }
         };
@@ -150,24 +150,20 @@ impl std::fmt::Debug for Linear {
     }
 }
 
-fn bf16_panels(n: Numerics, rows: usize, cols: usize, get: impl Fn(usize, usize) -> u16) -> Panels {
+fn bf16_panels(n: Numerics, rows: usize, cols: usize, read: impl Fn(usize, &mut [u16])) -> Panels {
     if n.by_pairs() {
-        Panels::Bf16Pairs(Packed::new(rows, cols, None, get))
+        Panels::Bf16Pairs(Packed::new(rows, cols, None, read))
     } else {
-        Panels::Bf16(Packed::new(rows, cols, None, get))
+        Panels::Bf16(Packed::new(rows, cols, None, read))
     }
 }
 
-fn u16_at(bytes: &[u8], i: usize) -> u16 {
-    u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])
-}
-
-fn f16_at(bytes: &[u8], i: usize) -> f32 {
-    f16::from_bits(u16_at(bytes, i)).to_f32()
-}
-
-fn f32_at(bytes: &[u8], i: usize) -> f32 {
-    f32::from_bits(u32::from(u16_at(bytes, 2 * i)) | u32::from(u16_at(bytes, 2 * i + 1)) << 16)
+/// Values of N bytes, from the i-th on.
+#[inline(always)]
+fn read<const N: usize, T>(bytes: &[u8], i: usize, to: &mut [T], value: impl Fn([u8; N]) -> T) {
+    for (to, bytes) in to.iter_mut().zip(bytes[i * N..].as_chunks::<N>().0) {
+        *to = value(*bytes);
+    }
 }
 
 /// A linear over some rows, to be run piece by piece.

@@ -135,6 +135,9 @@ pub(crate) trait Simd: Copy {
     /// Lanes 1 0 3 2 5 4 ...
     fn swap_pairs(self, a: Self::F) -> Self::F;
 
+    /// Asks for the memory at `at` to be brought near; changes nothing.
+    fn prefetch<T>(self, at: &T);
+
     fn widen_bf16(self, x: &[u16; LANES]) -> Self::F;
     fn widen_e4m3(self, x: &[u8; LANES]) -> Self::F;
     /// A pair is a u32: the high half is the lower k.

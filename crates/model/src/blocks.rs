@@ -60,25 +60,36 @@ pub struct FfnBlock<'a> {
     pub down: Matrix<'a>,
 }
 
-impl LayerBlock<'_> {
+impl<'a> LayerBlock<'a> {
+    /// Without norms and gate, which are copies.
+    pub fn matrices(&self) -> Vec<&Matrix<'a>> {
+        let MlaBlock { q, kv_a, kv_b, o, .. } = &self.mla;
+        let mut all = vec![kv_a, kv_b, o];
+        match q {
+            QueryBlock::Direct(q) => all.push(q),
+            QueryBlock::LowRank { a, b, .. } => all.extend([a, b]),
+        }
+        match &self.mlp {
+            MlpBlock::Dense(ffn) => all.extend(ffn.matrices()),
+            MlpBlock::Moe { shared, .. } => all.extend(shared.iter().flat_map(FfnBlock::matrices)),
+        }
+        all
+    }
+
     /// Bytes of its matrices in the checkpoint.
     pub fn bytes(&self) -> u64 {
-        let query = match &self.mla.q {
-            QueryBlock::Direct(q) => bytes(q),
-            QueryBlock::LowRank { a, b, .. } => bytes(a) + bytes(b),
-        };
-        let mlp = match &self.mlp {
-            MlpBlock::Dense(ffn) => ffn.bytes(),
-            MlpBlock::Moe { shared, .. } => shared.as_ref().map_or(0, FfnBlock::bytes),
-        };
-        query + bytes(&self.mla.kv_a) + bytes(&self.mla.kv_b) + bytes(&self.mla.o) + mlp
+        self.matrices().into_iter().map(bytes).sum()
     }
 }
 
-impl FfnBlock<'_> {
+impl<'a> FfnBlock<'a> {
+    pub fn matrices(&self) -> [&Matrix<'a>; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
     /// Bytes of its matrices in the checkpoint.
     pub fn bytes(&self) -> u64 {
-        bytes(&self.gate) + bytes(&self.up) + bytes(&self.down)
+        self.matrices().into_iter().map(bytes).sum()
     }
 }
 

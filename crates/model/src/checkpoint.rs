@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use moesaic_kernels::Matrix;
+use moesaic_kernels::{Matrix, MatrixData};
 
 use crate::names::{self, LayerNames};
 use crate::shards::Shards;
@@ -88,6 +88,16 @@ impl Checkpoint {
             return Err(ModelError::NoExpert { layer, layers, expert, experts });
         }
         self.typed().ffn(&LayerNames { config: &self.config, layer }.expert(expert))
+    }
+
+    /// Some matrices have been read and are not needed any more: they no longer count as this process's memory.
+    pub fn release<'m>(&self, matrices: impl IntoIterator<Item = &'m Matrix<'m>>) {
+        for matrix in matrices {
+            match &matrix.data {
+                MatrixData::F32(bytes) | MatrixData::F16(bytes) | MatrixData::Bf16(bytes) => self.shards.release(bytes),
+                MatrixData::Fp8 { q, .. } => self.shards.release(q),
+            }
+        }
     }
 
     pub(crate) fn shards(&self) -> &Shards {

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
@@ -17,6 +17,8 @@ pub(crate) const SINGLE_FILE: &str = "model.safetensors";
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 const INDEX_BYTES_MAX: u64 = 64 << 20;
 const SHARDS_MAX: usize = 4096;
+/// A multiple of what any system has, so that a page at the edge of two tensors stays.
+const PAGE_BYTES: usize = 64 << 10;
 
 #[derive(Debug, Default)]
 pub(crate) struct Shards {
@@ -74,6 +76,26 @@ impl Shards {
         let shard = self.files.get(*shard)?;
         let bytes = shard.map.get(entry.range.clone())?;
         Some(Tensor { file: &shard.path, dtype: entry.dtype, shape: &entry.shape, bytes })
+    }
+
+    /// Takes the pages of some mapped bytes out of this process's memory; the file's cache keeps them, and reading them
+    /// again brings them back.
+    #[allow(unsafe_code)]
+    pub fn release(&self, bytes: &[u8]) {
+        let address = bytes.as_ptr().addr();
+        let within = |shard: &&Shard| {
+            let start = shard.map.as_ptr().addr();
+            start <= address && address + bytes.len() <= start + shard.map.len()
+        };
+        let Some(map) = self.files.iter().find(within).map(|shard| &shard.map) else { return };
+        let begin = (address - map.as_ptr().addr()).next_multiple_of(PAGE_BYTES);
+        let end = (address - map.as_ptr().addr() + bytes.len()) / PAGE_BYTES * PAGE_BYTES;
+        if begin < end {
+            // SAFETY: the map is read-only and of a file: a page that is dropped is read from the file again.
+            let released = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, end - begin) };
+            // It is an advice: without it the pages stay until the system wants them.
+            let _ = released;
+        }
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {

@@ -10,7 +10,8 @@
 //! Tricks:
 //! 1. Lanes are outputs, so each output has one chain over K, as in the plain loop: rows, tiles, threads and instruction sets cannot change it.
 //! 2. A step waits for the one before it (4 cycles), so a tile always has several chains: few rows take many panels, many rows few.
-//! 3. Weights are read once for up to 6 rows; a group of panels stays in the second-level cache while all rows pass over it.
+//! 3. Weights are read once for up to 6 rows; a group of panels stays in the second-level cache while all rows pass over it,
+//!    and while they do, the next group is fetched.
 //! 4. 3 or 5 rows run as 4 or 6 with the last row twice: cheaper than reading the weights twice, and less code.
 
 use std::ops::Range;
@@ -49,18 +50,22 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
         let group = if S::WIDE { 8 } else { 4 };
         for first in self.panels.clone().step_by(group) {
             let panels = first..self.panels.end.min(first + group);
+            let mut next = self.weights.panels_slice(panels.end..self.panels.end.min(panels.end + group));
             let mut row = self.rows.start;
             while row < self.rows.end {
                 let rows = rows_of_tile(self.rows.end - row);
+                let strips = (self.rows.end - row).div_ceil(ROWS_MAX);
+                let ahead = next.split_off(..next.len() / strips).unwrap_or_default();
+                let strip = Strip { row, live: rows, panels: panels.clone(), ahead };
                 match (rows, S::WIDE) {
-                    (1, true) => self.strip::<S, 1, 8>(s, row, rows, panels.clone()),
-                    (1, false) => self.strip::<S, 1, 4>(s, row, rows, panels.clone()),
-                    (2, true) => self.strip::<S, 2, 4>(s, row, rows, panels.clone()),
-                    (2, false) => self.strip::<S, 2, 2>(s, row, rows, panels.clone()),
-                    (3..=4, true) => self.strip::<S, 4, 4>(s, row, rows, panels.clone()),
-                    (3..=4, false) => self.strip::<S, 4, 1>(s, row, rows, panels.clone()),
-                    (_, true) => self.strip::<S, 6, 4>(s, row, rows, panels.clone()),
-                    (_, false) => self.strip::<S, 6, 1>(s, row, rows, panels.clone()),
+                    (1, true) => self.strip::<S, 1, 8>(s, strip),
+                    (1, false) => self.strip::<S, 1, 4>(s, strip),
+                    (2, true) => self.strip::<S, 2, 4>(s, strip),
+                    (2, false) => self.strip::<S, 2, 2>(s, strip),
+                    (3..=4, true) => self.strip::<S, 4, 4>(s, strip),
+                    (3..=4, false) => self.strip::<S, 4, 1>(s, strip),
+                    (_, true) => self.strip::<S, 6, 4>(s, strip),
+                    (_, false) => self.strip::<S, 6, 1>(s, strip),
                 }
                 row += rows;
             }
@@ -73,24 +78,35 @@ fn rows_of_tile(left: usize) -> usize {
     if left > ROWS_MAX && left < 2 * ROWS_MAX { left.div_ceil(2) } else { left.min(ROWS_MAX) }
 }
 
+/// `live` rows from `row`, for all `panels`.
+struct Strip<'a, W> {
+    row: usize,
+    live: usize,
+    panels: Range<usize>,
+    /// Weights to fetch meanwhile.
+    ahead: &'a [W],
+}
+
 impl<W: Weight> Tiles<'_, W> {
-    /// `live` rows from `row`, for all `panels`.
     #[inline(always)]
-    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, row: usize, live: usize, mut panels: Range<usize>) {
+    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_, W>) {
+        let Strip { row, live, mut panels, mut ahead } = strip;
         let mut x: [&[W::X]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
             *x = self.x_row(row + r.min(live - 1));
         }
         while panels.len() >= P {
-            self.tile::<S, R, P>(s, x, row, live, panels.start);
+            let tiles = panels.len() / P;
+            let part = ahead.split_off(..ahead.len() / tiles).unwrap_or_default();
+            self.tile::<S, R, P>(s, x, (row, live), panels.start, part);
             panels.start += P;
         }
         if P > 4 && panels.len() >= 4 {
-            self.tile::<S, R, 4>(s, x, row, live, panels.start);
+            self.tile::<S, R, 4>(s, x, (row, live), panels.start, &[]);
             panels.start += 4;
         }
         for panel in panels {
-            self.tile::<S, R, 1>(s, x, row, live, panel);
+            self.tile::<S, R, 1>(s, x, (row, live), panel, &[]);
         }
     }
 
@@ -99,18 +115,18 @@ impl<W: Weight> Tiles<'_, W> {
         &self,
         s: S,
         x: [&[W::X]; R],
-        row: usize,
-        live: usize,
+        (row, live): (usize, usize),
         panel: usize,
+        ahead: &[W],
     ) {
         let mut panels: [&[W]; P] = [&[]; P];
         for (p, w) in panels.iter_mut().enumerate() {
             *w = self.weights.panel(panel + p);
         }
         let acc = if self.weights.scales(panel).is_empty() {
-            chain::<S, W, R, P>(s, x, panels, 0..self.weights.steps)
+            chain::<S, W, R, P>(s, x, panels, 0..self.weights.steps, ahead)
         } else {
-            self.scaled::<S, R, P>(s, x, panels, panel)
+            self.scaled::<S, R, P>(s, x, panels, panel, ahead)
         };
         for (r, acc) in acc.iter().enumerate().take(live) {
             for (p, sum) in acc.iter().enumerate() {
@@ -127,12 +143,15 @@ impl<W: Weight> Tiles<'_, W> {
         x: [&[W::X]; R],
         panels: [&[W]; P],
         panel: usize,
+        mut ahead: &[W],
     ) -> [[S::F; P]; R] {
         let steps = self.weights.steps;
         let mut acc = [[s.splat(0.0); P]; R];
-        for block in 0..self.weights.scales(panel).len() {
+        let blocks = self.weights.scales(panel).len();
+        for block in 0..blocks {
             let first = block * self.weights.block_steps;
-            let part = chain::<S, W, R, P>(s, x, panels, first..steps.min(first + self.weights.block_steps));
+            let now = ahead.split_off(..ahead.len() / (blocks - block)).unwrap_or_default();
+            let part = chain::<S, W, R, P>(s, x, panels, first..steps.min(first + self.weights.block_steps), now);
             for p in 0..P {
                 let scale = self.weights.scales(panel + p)[block].open(s);
                 for r in 0..R {
@@ -165,17 +184,25 @@ impl<W: Weight> Tiles<'_, W> {
     }
 }
 
-/// Sums of R rows and P panels over `steps`, from zero.
+/// Sums of R rows and P panels over `steps`, from zero. Meanwhile `ahead` is fetched, up to a line each step; not by few
+/// rows, which wait for memory as it is.
 #[inline(always)]
 fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
     s: S,
     x: [&[W::X]; R],
     panels: [&[W]; P],
     steps: Range<usize>,
+    ahead: &[W],
 ) -> [[S::F; P]; R] {
     let mut acc = [[s.splat(0.0); P]; R];
     assert!(x.iter().all(|x| steps.end <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
+    let mut ahead = ahead.iter();
     for k in steps {
+        if R > 2
+            && let Some(line) = ahead.next()
+        {
+            s.prefetch(line);
+        }
         let mut w = [panels[0][k].open(s); P];
         for p in 1..P {
             // SAFETY: `k` is below every length by the assertion.

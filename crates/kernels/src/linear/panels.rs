@@ -7,30 +7,37 @@
 //! ```
 //! A forward pass then reads each panel from its first byte to its last.
 
+use std::ops::Range;
+
+use bytemuck::Zeroable;
+
 use crate::simd::{LANES, Simd};
 
+/// Values of a row that are read at a time: some cache lines.
+const STRETCH: usize = 64;
+
 /// One step's weights of a panel.
-pub(crate) trait Weight: Copy + Send + Sync {
+pub(crate) trait Weight: Zeroable + Copy + Send + Sync {
     /// One weight as it is stored.
-    type Element: Copy;
+    type Element: Copy + Default;
     /// What an activation row is made of: one step's worth of x.
     type X: Copy + Send + Sync;
     /// The weights in registers.
     type Open<S: Simd>: Copy;
     /// Values of k in a step.
     const PER_STEP: usize;
-    const ZERO: Self;
 
-    fn set(&mut self, lane: usize, k: usize, w: Self::Element);
+    /// One output's weights of this step: PER_STEP of them.
+    fn set(&mut self, lane: usize, w: &[Self::Element]);
     fn open<S: Simd>(&self, s: S) -> Self::Open<S>;
     fn step<S: Simd>(s: S, x: Self::X, w: Self::Open<S>, acc: S::F) -> S::F;
 }
 
 /// A weight whose step is one k, widened to f32.
 macro_rules! widened {
-    ($(#[$align:meta])* $name:ident, $element:ty, $zero:expr, $load:ident) => {
+    ($(#[$align:meta])* $name:ident, $element:ty, $load:ident) => {
         $(#[$align])*
-        #[derive(Clone, Copy)]
+        #[derive(Clone, Copy, Zeroable)]
         pub(crate) struct $name([$element; LANES]);
 
         impl Weight for $name {
@@ -38,10 +45,10 @@ macro_rules! widened {
             type X = f32;
             type Open<S: Simd> = S::F;
             const PER_STEP: usize = 1;
-            const ZERO: Self = Self([$zero; LANES]);
 
-            fn set(&mut self, lane: usize, _k: usize, w: $element) {
-                self.0[lane] = w;
+            #[inline(always)]
+            fn set(&mut self, lane: usize, w: &[$element]) {
+                self.0[lane] = w[0];
             }
             #[inline(always)]
             fn open<S: Simd>(&self, s: S) -> S::F {
@@ -59,7 +66,7 @@ macro_rules! widened {
 macro_rules! paired {
     ($(#[$align:meta])* $name:ident, $element:ty, $store:ty, $len:expr, $set:expr, $load:ident) => {
         $(#[$align])*
-        #[derive(Clone, Copy)]
+        #[derive(Clone, Copy, Zeroable)]
         pub(crate) struct $name([$store; $len]);
 
         impl Weight for $name {
@@ -67,11 +74,11 @@ macro_rules! paired {
             type X = u32;
             type Open<S: Simd> = S::Pairs;
             const PER_STEP: usize = 2;
-            const ZERO: Self = Self([0; $len]);
 
-            fn set(&mut self, lane: usize, k: usize, w: $element) {
-                let set: fn(&mut [$store; $len], usize, usize, $element) = $set;
-                set(&mut self.0, lane, k, w);
+            #[inline(always)]
+            fn set(&mut self, lane: usize, w: &[$element]) {
+                let set: fn(&mut [$store; $len], usize, $element, $element) = $set;
+                set(&mut self.0, lane, w[0], w[1]);
             }
             #[inline(always)]
             fn open<S: Simd>(&self, s: S) -> S::Pairs {
@@ -89,21 +96,18 @@ widened!(
     #[repr(align(64))]
     F32Lanes,
     f32,
-    0.0,
     load
 );
 widened!(
     #[repr(align(32))]
     Bf16Lanes,
     u16,
-    0,
     widen_bf16
 );
 widened!(
     #[repr(align(16))]
     E4m3Lanes,
     u8,
-    0,
     widen_e4m3
 );
 paired!(
@@ -112,7 +116,7 @@ paired!(
     u16,
     u32,
     LANES,
-    |to, lane, k, w| to[lane] |= u32::from(w) << (16 * (1 - k % 2)),
+    |to, lane, first, second| to[lane] = u32::from(first) << 16 | u32::from(second),
     pairs_bf16
 );
 paired!(
@@ -121,7 +125,7 @@ paired!(
     u8,
     u8,
     2 * LANES,
-    |to, lane, k, w| to[2 * lane + 1 - k % 2] = w,
+    |to, lane, first, second| (to[2 * lane + 1], to[2 * lane]) = (first, second),
     pairs_e4m3
 );
 
@@ -145,18 +149,33 @@ pub(crate) struct Scales<'a> {
 }
 
 impl<W: Weight> Packed<W> {
-    /// `get(row, k)` reads the checkpoint's matrix [rows, cols].
-    pub fn new(rows: usize, cols: usize, scales: Option<Scales<'_>>, get: impl Fn(usize, usize) -> W::Element) -> Self {
+    /// `read(i, to)` reads values of the checkpoint's matrix [rows, cols] from its i-th on. A stretch of each of 16 rows at a
+    /// time, turned where it fits the first-level cache and then written once, in order.
+    pub fn new(
+        rows: usize,
+        cols: usize,
+        scales: Option<Scales<'_>>,
+        read: impl Fn(usize, &mut [W::Element]),
+    ) -> Self {
         let steps = cols.div_ceil(W::PER_STEP);
-        let panels = rows.div_ceil(LANES);
-        let mut lanes = vec![W::ZERO; panels * steps];
-        for (panel, lanes) in lanes.chunks_exact_mut(steps.max(1)).enumerate() {
-            let first = panel * LANES;
-            let live = LANES.min(rows - first);
-            for k in 0..cols {
-                for lane in 0..live {
-                    lanes[k / W::PER_STEP].set(lane, k, get(first + lane, k));
+        let mut lanes = Vec::with_capacity(rows.div_ceil(LANES) * steps);
+        for first in (0..rows).step_by(LANES) {
+            for k in (0..cols).step_by(STRETCH) {
+                let mut tile = [W::zeroed(); STRETCH];
+                let len = STRETCH.min(cols - k);
+                for lane in 0..LANES.min(rows - first) {
+                    let mut values = [W::Element::default(); STRETCH];
+                    let at = (first + lane) * cols + k;
+                    if len == STRETCH {
+                        read(at, &mut values);
+                    } else {
+                        read(at, &mut values[..len]);
+                    }
+                    for (step, w) in tile.iter_mut().zip(values.chunks_exact(W::PER_STEP)) {
+                        step.set(lane, w);
+                    }
                 }
+                lanes.extend_from_slice(&tile[..len.div_ceil(W::PER_STEP)]);
             }
         }
         let block_steps = scales.map_or(steps, |s| s.block[1] / W::PER_STEP).max(1);
@@ -173,6 +192,11 @@ impl<W: Weight> Packed<W> {
         &self.lanes[panel * self.steps..][..self.steps]
     }
 
+    /// Some panels, one after the other.
+    pub fn panels_slice(&self, panels: Range<usize>) -> &[W] {
+        &self.lanes[panels.start * self.steps..panels.end.max(panels.start) * self.steps]
+    }
+
     /// The factors of each block of a panel; empty where weights have no scales.
     #[inline(always)]
     pub fn scales(&self, panel: usize) -> &[F32Lanes] {
@@ -187,10 +211,10 @@ impl<W: Weight> Packed<W> {
 
 fn pack_scales(rows: usize, cols: usize, s: Scales<'_>) -> Vec<F32Lanes> {
     let blocks = cols.div_ceil(s.block[1]);
-    let mut packed = vec![F32Lanes::ZERO; rows.div_ceil(LANES) * blocks];
+    let mut packed = vec![F32Lanes::zeroed(); rows.div_ceil(LANES) * blocks];
     for row in 0..rows {
         for block in 0..blocks {
-            packed[row / LANES * blocks + block].set(row % LANES, 0, s.values[row / s.block[0] * blocks + block]);
+            packed[row / LANES * blocks + block].set(row % LANES, &s.values[row / s.block[0] * blocks + block..][..1]);
         }
     }
     packed

@@ -106,6 +106,8 @@ impl Simd for Portable {
         std::array::from_fn(|i| a[i ^ 1])
     }
     #[inline(always)]
+    fn prefetch<T>(self, _: &T) {}
+    #[inline(always)]
     fn widen_bf16(self, x: &[u16; LANES]) -> F {
         x.map(|x| f32::from_bits(u32::from(x) << 16))
     }

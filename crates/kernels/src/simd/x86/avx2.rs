@@ -153,6 +153,11 @@ impl Simd for Avx2 {
         [half(a[0]), half(a[1])]
     }
     #[inline(always)]
+    fn prefetch<T>(self, at: &T) {
+        // SAFETY: a hint about an address that is borrowed, and so valid.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) };
+    }
+    #[inline(always)]
     fn widen_bf16(self, x: &[u16; LANES]) -> F {
         // SAFETY: 16 values are there to be read.
         let half = |i: usize| unsafe {

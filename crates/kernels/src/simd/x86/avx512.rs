@@ -150,6 +150,11 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         unsafe { _mm512_permute_ps::<0b10_11_00_01>(a) }
     }
     #[inline(always)]
+    fn prefetch<T>(self, at: &T) {
+        // SAFETY: a hint about an address that is borrowed, and so valid.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) };
+    }
+    #[inline(always)]
     fn widen_bf16(self, x: &[u16; LANES]) -> __m512 {
         // SAFETY: `self` proves the features; 16 values are there to be read.
         unsafe {
