@@ -68,9 +68,10 @@ impl Default for Config {
             memory: None,
             // One computes while the other waits for its experts.
             micro_batches: 2,
-            // What a decoding sequence waits for at worst, per turn: some prefill of others.
-            token_budget: 256,
-            chunk: 128,
+            // Enough rows for each expert to be worth reading its weights; and what a decoding sequence waits for at
+            // worst, per turn.
+            token_budget: 512,
+            chunk: 512,
             waiting_max: 256,
             // A CPU's slowest layer of a full micro-batch, with room.
             layer_deadline_ms: 10_000,

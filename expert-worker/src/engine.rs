@@ -169,9 +169,9 @@ impl ExpertHost for Engine {
     fn submit(&self, frame: RequestFrame, reply: ReplySender) {
         let taken = match self.check(&frame) {
             Ok(()) => self.inbox().offer(Job { frame, reply }),
-            Err(refusal) => Err((Job { frame, reply }, refusal)),
+            Err(refusal) => Err(Box::new((Job { frame, reply }, refusal))),
         };
-        match taken {
+        match taken.map_err(|given_back| *given_back) {
             Ok(()) => self.news.notify_one(),
             Err((job, refusal)) => {
                 tracing::debug!(header = ?job.frame.header, %refusal, "frame refused");

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use moesaic_dispatch::{DispatchError, Dispatcher, Pending, Route, Rows};
 use moesaic_kernels::{
-    Choice, Dtype, LatentPages, Linear, PAGE_TOKENS, Pool, Query as Row, RowsRef, add, bf16, mla_attend, rms_norm, route,
+    Choice, Dtype, LatentPages, Linear, PAGE_TOKENS, Pool, Query as Row, RowsRef, add, bf16, mla_attend, rms_norm,
+    route,
 };
 use moesaic_model::Config;
 use moesaic_proto::{ExpertId, LayerId};
@@ -68,6 +69,10 @@ impl Decoder {
     /// Micro-batches that are worth having in flight, of at most `max`: one where nothing is waited for.
     pub fn micro_batches(&self, max: usize) -> usize {
         if self.dispatcher.is_local() { 1 } else { max }
+    }
+
+    pub fn vocabulary(&self) -> usize {
+        self.weights.head.out_features()
     }
 
     pub fn profile(&self) -> &Profile {

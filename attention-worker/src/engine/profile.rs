@@ -24,16 +24,8 @@ pub enum Part {
 }
 
 impl Part {
-    pub const ALL: [Self; 8] = [
-        Self::Attention,
-        Self::Gate,
-        Self::Dispatch,
-        Self::Dense,
-        Self::Wait,
-        Self::Head,
-        Self::Sampling,
-        Self::Rest,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::Attention, Self::Gate, Self::Dispatch, Self::Dense, Self::Wait, Self::Head, Self::Sampling, Self::Rest];
 }
 
 /// Sums since the engine started.

@@ -21,8 +21,8 @@ use super::weights::Weights;
 use crate::core::batcher::{Batcher, Finish, Limits, Part, Refused, SequenceId};
 use crate::core::sampler::{Sampling, logprobs, sample};
 
-/// Rows whose logits are in memory at a time.
-const LOGIT_ROWS: usize = 16;
+/// Logits in memory at a time, at most: the head's weights are read once for so many.
+const LOGITS_MAX: usize = 16 << 20;
 
 /// Resolves when the thread has ended, which while there are handles means that it panicked.
 pub type Ended = oneshot::Receiver<()>;
@@ -185,7 +185,7 @@ impl Engine<'_> {
         let width = hidden.len() / rows;
         let mut drawn: Vec<Option<Token>> = vec![None; parts.len()];
         let wanted = self.wanted(parts);
-        for block in wanted.chunks(LOGIT_ROWS) {
+        for block in wanted.chunks((LOGITS_MAX / self.decoder.vocabulary()).max(1)) {
             let h: Vec<f32> = block.iter().flat_map(|want| &hidden[want.row * width..][..width]).copied().collect();
             let profile = self.decoder.profile();
             let logits = profile.time(Time::Head, || self.decoder.logits(&h));

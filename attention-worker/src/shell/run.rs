@@ -30,6 +30,9 @@ use crate::engine::weights::Weights;
 /// How often the edges to expert workers are looked at: what a change of health is late by.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(50);
 
+/// A step is over by then.
+const ENGINE_END: Duration = Duration::from_secs(2);
+
 /// What the worker shares with the process that it runs in.
 pub struct Context {
     pub registry: Arc<dyn Registry>,
@@ -49,7 +52,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let numerics = Numerics::detect(config.dtype()?);
     let hello = own_hello(&config, &checkpoint, numerics, &id);
     let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone()), hub);
-    let (engine, ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), (pool, profile)).await?;
+    let (engine, mut ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), (pool, profile)).await?;
 
     let bound = server::bind(config.listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
@@ -79,7 +82,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         Ok(())
     };
     let panicked = async {
-        let _ = ended.await;
+        let _ = (&mut ended).await;
         // After a stop it has ended because nobody holds it any more.
         if stop.is_cancelled() {
             std::future::pending().await
@@ -88,6 +91,10 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     tokio::select! {
         served = async { tokio::try_join!(serve, leave) } => drop(served?),
         () = panicked => anyhow::bail!("the engine thread has ended by itself: it panicked, see above"),
+    }
+    // With the service gone nobody holds the engine; experts are needed until it has put down what it computes.
+    if tokio::time::timeout(ENGINE_END, ended).await.is_err() {
+        tracing::warn!("the engine thread is still at work");
     }
     tracing::info!(%id, "attention worker stopped");
     Ok(())

@@ -113,7 +113,7 @@ impl Worker {
     }
 
     async fn refusal(&mut self, run: RunRequest) -> Status {
-        self.client.run(run).await.err().expect("a refusal")
+        self.client.run(run).await.map(drop).expect_err("a refusal")
     }
 }
 

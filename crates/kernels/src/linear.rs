@@ -77,7 +77,9 @@ impl Linear {
             (MatrixData::Fp8 { q, scales, block }, _) => {
                 let scales = Scales { values: scales, block: *block };
                 if n.by_pairs() && block[1] % 2 == 0 {
-                    Panels::E4m3Pairs(Packed::new(rows, cols, Some(scales), |i, to| to.copy_from_slice(&q[i..i + to.len()])))
+                    Panels::E4m3Pairs(Packed::new(rows, cols, Some(scales), |i, to| {
+                        to.copy_from_slice(&q[i..i + to.len()])
+                    }))
                 } else {
                     // A pair cannot lie across two blocks: such a matrix is computed as in `bf16`.
                     Panels::E4m3(Packed::new(rows, cols, Some(scales), |i, to| to.copy_from_slice(&q[i..i + to.len()])))

@@ -9,8 +9,8 @@ use crate::simd::{LANES, Simd};
 
 pub(crate) const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// ln 2 with its last bits zero, so that n * LN2_HIGH is exact; and the rest.
+#[allow(clippy::excessive_precision, reason = "the value is exact")]
 pub(crate) const LN2_HIGH: f32 = 0.693_359_375;
-#[allow(clippy::excessive_precision)]
 pub(crate) const LN2_LOW: f32 = -2.121_944_4e-4;
 /// 1 / k! from 7 down to 0.
 pub(crate) const TAYLOR: [f32; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];

@@ -27,7 +27,8 @@ impl Roof {
     /// Takes about a second. Medians of several rounds; the pool should have nothing else to do.
     pub fn measure(pool: &Pool) -> Self {
         let isa = Isa::best();
-        let (fma, pairs) = (rate(pool, |_| isa.run(Chains { pairs: false })), rate(pool, |_| isa.run(Chains { pairs: true })));
+        let (fma, pairs) =
+            (rate(pool, |_| isa.run(Chains { pairs: false })), rate(pool, |_| isa.run(Chains { pairs: true })));
         let steps = (CHAINS * CHAIN_STEPS * LANES * pool.threads()) as f64;
         let fma = steps / fma;
         let pairs = if isa.has_dot_pairs() { 2.0 * steps / pairs } else { fma };
@@ -72,7 +73,12 @@ impl Kernel for Chains {
             }
         }
         let mut lanes = [0.0; LANES];
-        acc.iter().map(|acc| { s.store(*acc, &mut lanes); lanes[0] }).sum()
+        acc.iter()
+            .map(|acc| {
+                s.store(*acc, &mut lanes);
+                lanes[0]
+            })
+            .sum()
     }
 }
 
@@ -92,7 +98,12 @@ impl Kernel for Read<'_> {
             }
         }
         let mut lanes = [0.0; LANES];
-        sum.iter().map(|sum| { s.store(*sum, &mut lanes); lanes[0] }).sum()
+        sum.iter()
+            .map(|sum| {
+                s.store(*sum, &mut lanes);
+                lanes[0]
+            })
+            .sum()
     }
 }
 

@@ -149,11 +149,11 @@ impl Sample {
 
 fn tests(args: &Args) -> Vec<Test> {
     let prefill = args.pp.iter().map(|&tokens| Test::Prefill { tokens });
-    let decode = args.tg.iter().flat_map(|&tokens| {
-        args.batch.iter().map(move |&batch| Test::Decode { batch, context: args.ctx, tokens })
-    });
-    let serve =
-        args.streams.iter().map(|&streams| Test::Serve { streams, input: args.input, output: args.output });
+    let decode = args
+        .tg
+        .iter()
+        .flat_map(|&tokens| args.batch.iter().map(move |&batch| Test::Decode { batch, context: args.ctx, tokens }));
+    let serve = args.streams.iter().map(|&streams| Test::Serve { streams, input: args.input, output: args.output });
     prefill.chain(decode).chain(serve).collect()
 }
 

@@ -30,13 +30,13 @@ impl Inbox {
     }
 
     /// Takes a frame, or gives it back with the reason.
-    pub fn offer(&mut self, job: Job) -> Result<(), (Job, Refusal)> {
+    pub fn offer(&mut self, job: Job) -> Result<(), Box<(Job, Refusal)>> {
         if self.stopping {
-            return Err((job, Refusal::new(RefusalReason::Stopping, "the worker is stopping")));
+            return Err(Box::new((job, Refusal::new(RefusalReason::Stopping, "the worker is stopping"))));
         }
         if self.waiting.len() >= self.frames_max {
             let detail = format!("the inbox is full: {} frames wait", self.frames_max);
-            return Err((job, Refusal::new(RefusalReason::Busy, detail)));
+            return Err(Box::new((job, Refusal::new(RefusalReason::Busy, detail))));
         }
         self.waiting.push_back(job);
         Ok(())

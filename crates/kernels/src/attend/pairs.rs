@@ -134,13 +134,7 @@ fn score<S: Simd, const T: usize>(s: S, q: &[PairLanes], kv: &[u16], scores: &mu
 /// Scores to rounded probabilities under the new maximum, two tokens a pair. Returns it, and the factor that what was
 /// summed before has to take.
 #[inline(always)]
-fn probabilities<S: Simd>(
-    s: S,
-    scores: &mut [Lanes],
-    max: S::F,
-    sum: &mut Lanes,
-    p: &mut [PairLanes],
-) -> (S::F, S::F) {
+fn probabilities<S: Simd>(s: S, scores: &mut [Lanes], max: S::F, sum: &mut Lanes, p: &mut [PairLanes]) -> (S::F, S::F) {
     let mut new = max;
     for score in scores.iter() {
         new = s.max(s.load(&score.0), new);

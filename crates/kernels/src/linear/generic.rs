@@ -56,7 +56,7 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
                 let rows = rows_of_tile(self.rows.end - row);
                 let strips = (self.rows.end - row).div_ceil(ROWS_MAX);
                 let ahead = next.split_off(..next.len() / strips).unwrap_or_default();
-                let strip = Strip { row, live: rows, panels: panels.clone(), ahead };
+                let strip = Strip { row, live: rows, panels: panels.clone(), ahead, is_first: row == self.rows.start };
                 match (rows, S::WIDE) {
                     (1, true) => self.strip::<S, 1, 8>(s, strip),
                     (1, false) => self.strip::<S, 1, 4>(s, strip),
@@ -85,12 +85,14 @@ struct Strip<'a, W> {
     panels: Range<usize>,
     /// Weights to fetch meanwhile.
     ahead: &'a [W],
+    /// Nobody has read these panels before.
+    is_first: bool,
 }
 
 impl<W: Weight> Tiles<'_, W> {
     #[inline(always)]
     fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_, W>) {
-        let Strip { row, live, mut panels, mut ahead } = strip;
+        let Strip { row, live, mut panels, mut ahead, is_first } = strip;
         let mut x: [&[W::X]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
             *x = self.x_row(row + r.min(live - 1));
@@ -98,15 +100,16 @@ impl<W: Weight> Tiles<'_, W> {
         while panels.len() >= P {
             let tiles = panels.len() / P;
             let part = ahead.split_off(..ahead.len() / tiles).unwrap_or_default();
-            self.tile::<S, R, P>(s, x, (row, live), panels.start, part);
+            let fetch = Fetch { own: is_first, ahead: part };
+            self.tile::<S, R, P>(s, x, (row, live), panels.start, fetch);
             panels.start += P;
         }
         if P > 4 && panels.len() >= 4 {
-            self.tile::<S, R, 4>(s, x, (row, live), panels.start, &[]);
+            self.tile::<S, R, 4>(s, x, (row, live), panels.start, Fetch::nothing());
             panels.start += 4;
         }
         for panel in panels {
-            self.tile::<S, R, 1>(s, x, (row, live), panel, &[]);
+            self.tile::<S, R, 1>(s, x, (row, live), panel, Fetch::nothing());
         }
     }
 
@@ -117,16 +120,16 @@ impl<W: Weight> Tiles<'_, W> {
         x: [&[W::X]; R],
         (row, live): (usize, usize),
         panel: usize,
-        ahead: &[W],
+        fetch: Fetch<'_, W>,
     ) {
         let mut panels: [&[W]; P] = [&[]; P];
         for (p, w) in panels.iter_mut().enumerate() {
             *w = self.weights.panel(panel + p);
         }
         let acc = if self.weights.scales(panel).is_empty() {
-            chain::<S, W, R, P>(s, x, panels, 0..self.weights.steps, ahead)
+            chain::<S, W, R, P>(s, x, panels, 0..self.weights.steps, fetch)
         } else {
-            self.scaled::<S, R, P>(s, x, panels, panel, ahead)
+            self.scaled::<S, R, P>(s, x, panels, panel, fetch)
         };
         for (r, acc) in acc.iter().enumerate().take(live) {
             for (p, sum) in acc.iter().enumerate() {
@@ -143,14 +146,15 @@ impl<W: Weight> Tiles<'_, W> {
         x: [&[W::X]; R],
         panels: [&[W]; P],
         panel: usize,
-        mut ahead: &[W],
+        mut fetch: Fetch<'_, W>,
     ) -> [[S::F; P]; R] {
         let steps = self.weights.steps;
         let mut acc = [[s.splat(0.0); P]; R];
         let blocks = self.weights.scales(panel).len();
         for block in 0..blocks {
             let first = block * self.weights.block_steps;
-            let now = ahead.split_off(..ahead.len() / (blocks - block)).unwrap_or_default();
+            let ahead = fetch.ahead.split_off(..fetch.ahead.len() / (blocks - block)).unwrap_or_default();
+            let now = Fetch { ahead, ..fetch };
             let part = chain::<S, W, R, P>(s, x, panels, first..steps.min(first + self.weights.block_steps), now);
             for p in 0..P {
                 let scale = self.weights.scales(panel + p)[block].open(s);
@@ -184,28 +188,71 @@ impl<W: Weight> Tiles<'_, W> {
     }
 }
 
-/// Sums of R rows and P panels over `steps`, from zero. Meanwhile `ahead` is fetched, up to a line each step; not by few
-/// rows, which wait for memory as it is.
+/// What is brought near while a tile is computed.
+#[derive(Clone, Copy)]
+struct Fetch<'a, W> {
+    /// The tile's own panels, some steps ahead: for the first rows, which find them in memory.
+    own: bool,
+    /// Up to a line each step.
+    ahead: &'a [W],
+}
+
+impl<W> Fetch<'_, W> {
+    fn nothing() -> Self {
+        Self { own: false, ahead: &[] }
+    }
+}
+
+/// How many steps ahead a tile's own panels are fetched.
+const OWN_STEPS: usize = 24;
+
+/// Sums of R rows and P panels over `steps`, from zero.
 #[inline(always)]
 fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
     s: S,
     x: [&[W::X]; R],
     panels: [&[W]; P],
     steps: Range<usize>,
-    ahead: &[W],
+    fetch: Fetch<'_, W>,
+) -> [[S::F; P]; R] {
+    assert!(x.iter().all(|x| steps.end <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
+    let mut ahead = fetch.ahead.iter();
+    // Few rows wait for memory as it is.
+    if fetch.own {
+        steps_of(s, x, panels, steps, |k| {
+            for panel in panels {
+                if let Some(line) = panel.get(k + OWN_STEPS) {
+                    s.prefetch(line);
+                }
+            }
+        })
+    } else if R > 2 {
+        steps_of(s, x, panels, steps, |_| {
+            if let Some(line) = ahead.next() {
+                s.prefetch(line);
+            }
+        })
+    } else {
+        steps_of(s, x, panels, steps, |_| {})
+    }
+}
+
+/// `steps` are within every row and panel.
+#[inline(always)]
+fn steps_of<S: Simd, W: Weight, const R: usize, const P: usize>(
+    s: S,
+    x: [&[W::X]; R],
+    panels: [&[W]; P],
+    steps: Range<usize>,
+    mut fetch: impl FnMut(usize),
 ) -> [[S::F; P]; R] {
     let mut acc = [[s.splat(0.0); P]; R];
-    assert!(x.iter().all(|x| steps.end <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
-    let mut ahead = ahead.iter();
     for k in steps {
-        if R > 2
-            && let Some(line) = ahead.next()
-        {
-            s.prefetch(line);
-        }
-        let mut w = [panels[0][k].open(s); P];
+        fetch(k);
+        // SAFETY: `k` is below every length, as `chain` has asserted.
+        let mut w = [unsafe { panels[0].get_unchecked(k) }.open(s); P];
         for p in 1..P {
-            // SAFETY: `k` is below every length by the assertion.
+            // SAFETY: as above.
             w[p] = unsafe { panels[p].get_unchecked(k) }.open(s);
         }
         for r in 0..R {

@@ -151,12 +151,7 @@ pub(crate) struct Scales<'a> {
 impl<W: Weight> Packed<W> {
     /// `read(i, to)` reads values of the checkpoint's matrix [rows, cols] from its i-th on. A stretch of each of 16 rows at a
     /// time, turned where it fits the first-level cache and then written once, in order.
-    pub fn new(
-        rows: usize,
-        cols: usize,
-        scales: Option<Scales<'_>>,
-        read: impl Fn(usize, &mut [W::Element]),
-    ) -> Self {
+    pub fn new(rows: usize, cols: usize, scales: Option<Scales<'_>>, read: impl Fn(usize, &mut [W::Element])) -> Self {
         let steps = cols.div_ceil(W::PER_STEP);
         let mut lanes = Vec::with_capacity(rows.div_ceil(LANES) * steps);
         for first in (0..rows).step_by(LANES) {

@@ -72,14 +72,20 @@ impl Report {
         for row in &self.rows {
             let share = row.share.map_or(String::new(), |share| format!("{:.0} %", 100.0 * share));
             let spread = format!("({:.1}-{:.1})", row.spread.0, row.spread.1);
-            let _ = writeln!(text, "{:<28} {:>10.1} {:>17} {:>8}", row.name(), row.measured.tokens_per_s, spread, share);
+            let _ =
+                writeln!(text, "{:<28} {:>10.1} {:>17} {:>8}", row.name(), row.measured.tokens_per_s, spread, share);
             if let Test::Serve { .. } = row.test {
                 let ms = |times: &[Duration], share| 1e3 * percentile(times, share).as_secs_f64();
                 let (first, gaps) = (&row.measured.first_token, &row.measured.gaps);
                 let _ = writeln!(
                     text,
                     "{:<28} first token p50 {:.0} ms, p95 {:.0} ms; gap p50 {:.1} ms, p95 {:.1} ms, p99 {:.1} ms",
-                    "", ms(first, 0.5), ms(first, 0.95), ms(gaps, 0.5), ms(gaps, 0.95), ms(gaps, 0.99),
+                    "",
+                    ms(first, 0.5),
+                    ms(first, 0.95),
+                    ms(gaps, 0.5),
+                    ms(gaps, 0.95),
+                    ms(gaps, 0.99),
                 );
             }
             if layers {
@@ -116,7 +122,8 @@ impl Row {
     fn layers(&self) -> String {
         let Sample { steps, experts_busy } = &self.sample;
         let per_step = |time: Duration| 1e3 * time.as_secs_f64() / steps.steps.max(1) as f64;
-        let mut text = format!("    {} steps of {:.1} rows:", steps.steps, steps.rows as f64 / steps.steps.max(1) as f64);
+        let mut text =
+            format!("    {} steps of {:.1} rows:", steps.steps, steps.rows as f64 / steps.steps.max(1) as f64);
         for part in Part::ALL {
             let time = match part {
                 Part::Dispatch => steps.of(part).saturating_sub(*experts_busy),

@@ -46,10 +46,10 @@ fn the_oldest_goes_first_and_takes_along_what_can_be_computed_with_it() {
 fn past_the_bound_and_after_a_stop_frames_are_given_back_with_the_reason() {
     let mut inbox = Inbox::new(1);
     inbox.offer(job(1, 3, 1, 0).0).unwrap();
-    let (_, refusal) = inbox.offer(job(1, 3, 1, 1).0).unwrap_err();
+    let (_, refusal) = *inbox.offer(job(1, 3, 1, 1).0).unwrap_err();
     assert_eq!((refusal.reason, refusal.detail.as_str()), (RefusalReason::Busy, "the inbox is full: 1 frames wait"));
     inbox.stop();
-    let (_, refusal) = inbox.offer(job(1, 3, 1, 1).0).unwrap_err();
+    let (_, refusal) = *inbox.offer(job(1, 3, 1, 1).0).unwrap_err();
     assert_eq!(refusal.reason, RefusalReason::Stopping);
     assert_eq!(sequences(&inbox.take(8)), [0], "what waits is still answered");
 }

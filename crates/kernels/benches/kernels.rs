@@ -1,0 +1,192 @@
+//! `cargo bench -p moesaic-kernels [-- NAME]`: each kernel's speed beside the machine's roofs, measured in the same run.
+//!
+//! Weights are far larger than the caches, as they are in a model. Before a kernel is timed, a row computed alone must
+//! have the bits that it has in the batch; the tests compare every kernel with its plain reference.
+#![allow(clippy::unwrap_used)]
+
+use std::time::Instant;
+
+use moesaic_kernels::{
+    Dtype, Ffn, LatentPages, Linear, Matrix, MatrixData, Numerics, PAGE_TOKENS, Pool, Query, Roof, RowsRef,
+    grouped_experts, mla_attend,
+};
+
+/// Weights that a test passes over before it meets the first again.
+const WORKING_SET_BYTES: usize = 192 << 20;
+const ROUNDS: usize = 7;
+
+struct Bench {
+    pool: Pool,
+    roof: Roof,
+    filter: Option<String>,
+}
+
+/// What one call of a kernel takes at least.
+struct Work {
+    bytes: f64,
+    fma: f64,
+}
+
+impl Bench {
+    /// `call(i)` is the i-th of `calls` that together are a round.
+    fn time(&self, name: &str, calls: usize, work: Work, mut call: impl FnMut(usize)) {
+        let mut times: Vec<f64> = (0..ROUNDS)
+            .map(|_| {
+                let start = Instant::now();
+                (0..calls).for_each(&mut call);
+                start.elapsed().as_secs_f64() / calls as f64
+            })
+            .collect();
+        times.sort_unstable_by(f64::total_cmp);
+        let time = times[ROUNDS / 2];
+        let least = (work.bytes / self.roof.read).max(work.fma / self.roof.pairs);
+        println!(
+            "{name:<44} {:>9.1} us {:>7.1} GB/s {:>8.1} GFLOP/s {:>5.0} %",
+            1e6 * time,
+            work.bytes / time / 1e9,
+            2.0 * work.fma / time / 1e9,
+            100.0 * least / time,
+        );
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        self.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()))
+    }
+}
+
+/// Values about 1, others for each seed.
+fn values(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut draw = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| draw()).collect()
+}
+
+fn bf16_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|x| moesaic_kernels::bf16::from_f32(*x).to_le_bytes()).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+fn linear(bench: &Bench, fp8: bool) {
+    let name = if fp8 { "linear fp8" } else { "linear bf16" };
+    if !bench.wants(name) {
+        return;
+    }
+    let (out, in_) = (2048, 2048);
+    let size = if fp8 { 1 } else { 2 };
+    let count = WORKING_SET_BYTES / (out * in_ * size);
+    let bytes = bf16_bytes(&values(out * in_, 1));
+    let codes: Vec<u8> = (0..out * in_).map(|i| (i * 37 % 120) as u8).collect();
+    let scales = vec![0.01; out.div_ceil(128) * in_.div_ceil(128)];
+    let data = match fp8 {
+        true => MatrixData::Fp8 { q: &codes, scales: scales.into(), block: [128, 128] },
+        false => MatrixData::Bf16(&bytes),
+    };
+    let matrix = Matrix { rows: out, cols: in_, data };
+    let linears: Vec<Linear> = (0..count).map(|_| Linear::pack(&matrix, Numerics::detect(Dtype::Bf16))).collect();
+    for rows in [1, 2, 4, 8, 16, 64, 512] {
+        let x = values(rows * in_, 2);
+        let (mut y, mut alone) = (vec![0.0; rows * out], vec![0.0; out]);
+        linears[0].forward(&bench.pool, RowsRef::F32(&x), &mut y);
+        linears[0].forward(&bench.pool, RowsRef::F32(&x[(rows - 1) * in_..]), &mut alone);
+        assert_eq!(bits(&alone), bits(&y[(rows - 1) * out..]));
+        let work = Work { bytes: (out * in_ * size) as f64, fma: (rows * out * in_) as f64 };
+        let calls = count.min(4096 / rows.max(16));
+        bench.time(&format!("{name} [{rows}, {in_}] x [{out}, {in_}]"), calls, work, |i| {
+            linears[i].forward(&bench.pool, RowsRef::F32(&x), &mut y);
+        });
+    }
+}
+
+/// A layer of 64 experts of which each row takes 8.
+fn experts(bench: &Bench) {
+    if !bench.wants("experts") {
+        return;
+    }
+    let (hidden, width, experts, top_k) = (1024, 512, 64, 8);
+    let (up, down) = (bf16_bytes(&values(width * hidden, 1)), bf16_bytes(&values(width * hidden, 2)));
+    let up = Matrix { rows: width, cols: hidden, data: MatrixData::Bf16(&up) };
+    let down = Matrix { rows: hidden, cols: width, data: MatrixData::Bf16(&down) };
+    let n = Numerics::detect(Dtype::Bf16);
+    let ffns: Vec<Ffn> = (0..experts).map(|_| Ffn::pack(&up, &up, &down, n)).collect();
+    for rows in [1usize, 4, 16, 64, 256] {
+        let x = values(rows * hidden, 3);
+        let mut picks: Vec<Vec<u32>> = vec![Vec::new(); experts];
+        for row in 0..rows {
+            (0..top_k).for_each(|k| picks[(row * 11 + k * (1 + row % 7)) % experts].push(row as u32));
+        }
+        let groups: Vec<(&Ffn, &[u32])> =
+            ffns.iter().zip(&picks).filter(|(_, rows)| !rows.is_empty()).map(|(f, rows)| (f, &rows[..])).collect();
+        let mut y = vec![0.0; rows * top_k * hidden];
+        grouped_experts(&bench.pool, &groups, RowsRef::F32(&x), &mut y);
+        let mut alone = vec![0.0; hidden];
+        let row = groups[0].1[0] as usize;
+        groups[0].0.forward(&bench.pool, RowsRef::F32(&x[row * hidden..][..hidden]), &mut alone);
+        assert_eq!(bits(&alone), bits(&y[..hidden]));
+        let expert = (3 * width * hidden) as f64;
+        let work = Work { bytes: 2.0 * expert * groups.len() as f64, fma: expert * (rows * top_k) as f64 };
+        bench.time(&format!("experts {rows} rows, 8 of 64 [{width}, {hidden}]"), 4, work, |_| {
+            grouped_experts(&bench.pool, &groups, RowsRef::F32(&x), &mut y);
+        });
+    }
+}
+
+/// 16 heads over a latent of 256 + 32.
+fn attention(bench: &Bench) {
+    if !bench.wants("attention") {
+        return;
+    }
+    let (heads, latent, rope) = (16, 256, 32);
+    let n = Numerics::detect(Dtype::Bf16);
+    for (rows, context) in [(1usize, 512usize), (1, 4096), (64, 512), (256, 1024)] {
+        let pages = context.div_ceil(PAGE_TOKENS);
+        let mut cache = LatentPages::new(n, 1, pages, latent, rope);
+        for t in 0..context {
+            let token = values(latent + rope, t as u64);
+            let (page, slot) = ((t / PAGE_TOKENS) as u32, t % PAGE_TOKENS);
+            cache.write(0, page, slot, &token[..latent], &token[latent..]);
+        }
+        let table: Vec<u32> = (0..pages as u32).collect();
+        let q = values(rows * heads * (latent + rope), 9);
+        let queries: Vec<Query<'_>> =
+            q.chunks_exact(heads * (latent + rope)).map(|q| Query { q, pages: &table, context }).collect();
+        let (mut out, mut alone) = (vec![0.0; rows * heads * latent], vec![0.0; heads * latent]);
+        mla_attend(&bench.pool, &cache, 0, &queries, heads, 0.1, &mut out);
+        mla_attend(&bench.pool, &cache, 0, &queries[..1], heads, 0.1, &mut alone);
+        assert_eq!(bits(&alone), bits(&out[..heads * latent]));
+        let work = Work {
+            bytes: (context * (latent + rope) * 2) as f64,
+            fma: (rows * context * heads * (2 * latent + rope)) as f64,
+        };
+        bench.time(&format!("attention {rows} rows at {context}, 16 heads"), 4, work, |_| {
+            mla_attend(&bench.pool, &cache, 0, &queries, heads, 0.1, &mut out);
+        });
+    }
+}
+
+fn main() {
+    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
+    let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
+    let roof = Roof::measure(&pool);
+    let n = Numerics::detect(Dtype::Bf16);
+    println!(
+        "{} on {}, {} threads; roof: reads {:.1} GB/s, {:.0} GFLOP/s\n",
+        n.name(),
+        n.isa(),
+        roof.threads,
+        roof.read / 1e9,
+        2.0 * roof.pairs / 1e9
+    );
+    let bench = Bench { pool, roof, filter };
+    linear(&bench, false);
+    linear(&bench, true);
+    experts(&bench);
+    attention(&bench);
+}
