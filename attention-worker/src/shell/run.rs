@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures::FutureExt;
 use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Hub};
 use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
@@ -52,7 +53,8 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let numerics = Numerics::detect(config.dtype()?);
     let hello = own_hello(&config, &checkpoint, numerics, &id);
     let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone()), hub);
-    let (engine, mut ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), (pool, profile)).await?;
+    let (engine, ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), (pool, profile)).await?;
+    let ended = ended.shared();
 
     let bound = server::bind(config.listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
@@ -82,7 +84,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         Ok(())
     };
     let panicked = async {
-        let _ = (&mut ended).await;
+        let _ = ended.clone().await;
         // After a stop it has ended because nobody holds it any more.
         if stop.is_cancelled() {
             std::future::pending().await

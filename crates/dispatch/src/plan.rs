@@ -96,7 +96,12 @@ enum Kind {
 
 /// Splits `routes` ([rows * top_k], each row's experts ascending); `holder` gives each expert its destination.
 pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32) -> Plan {
-    let mut split = Splitter { frame_rows: layout.frame_rows(), open: Vec::new(), plan: Plan::empty() };
+    let rows = routes.len() / layout.top_k;
+    let recipe = Recipe { addends: Vec::with_capacity(routes.len()), ends: Vec::with_capacity(rows) };
+    let plan = Plan { parts: Vec::new(), recipe };
+    let part_rows = rows.min(layout.frame_rows());
+    let mut split =
+        Splitter { frame_rows: layout.frame_rows(), part_rows, top_k: layout.top_k, open: Vec::new(), plan };
     for (row, routes) in routes.chunks_exact(layout.top_k).enumerate() {
         let group_of = |route: &Route| usize::from(route.expert.0) / layout.group_size;
         for group in routes.chunk_by(|a, b| group_of(a) == group_of(b)) {
@@ -113,14 +118,11 @@ pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32
     split.plan
 }
 
-impl Plan {
-    fn empty() -> Self {
-        Self { parts: Vec::new(), recipe: Recipe { addends: Vec::new(), ends: Vec::new() } }
-    }
-}
-
 struct Splitter {
     frame_rows: usize,
+    /// Rows that a part is given room for.
+    part_rows: usize,
+    top_k: usize,
     /// For each worker, the part that takes its next row.
     open: Vec<Option<usize>>,
     plan: Plan,
@@ -163,7 +165,12 @@ impl Splitter {
             }
         }
         let part = self.plan.parts.len();
-        self.plan.parts.push(Part { worker, content: Content::default() });
+        let content = Content {
+            rows: Vec::with_capacity(self.part_rows),
+            outputs: Vec::with_capacity(self.part_rows * self.top_k),
+            terms: Vec::with_capacity(self.part_rows * self.top_k),
+        };
+        self.plan.parts.push(Part { worker, content });
         self.open[slot] = Some(part);
         part
     }
