@@ -43,6 +43,9 @@ fn one_process_serves_and_stops() {
     for part in ["tiny-r1 (deepseek_v3)", "bf16", "e0 holds 0 to 15, e1 holds 16 to 31", "4096 tokens", "curl"] {
         assert!(up.seen().contains(part), "{part:?} is not in\n{}", up.seen());
     }
+    let ready = up.seen().lines().find_map(|line| line.strip_prefix("ready     after ")).unwrap();
+    let seconds: f64 = ready.split(' ').next().unwrap().parse().unwrap();
+    assert!(seconds < 2.0, "{ready}");
     answers(&url);
     stops_well(&mut up);
 }
