@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::service::Service;
 use crate::core::ApiError;
+use error::ChatError;
 use fields::Fields;
 use types::{ModelCard, ModelList, Text, Tokens};
 
@@ -50,9 +51,9 @@ pub fn router(service: Arc<Service>, body_bytes_max: usize, stop: CancellationTo
         .with_state(App { service, body_bytes_max, stop })
 }
 
-async fn chat_completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+async fn chat_completions(State(app): State<App>, request: Request) -> Result<Response, ChatError> {
     let fields = app.fields(request).await?;
-    chat::completions(app.service, fields).await
+    Ok(chat::completions(app.service, fields).await?)
 }
 
 async fn text_completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {

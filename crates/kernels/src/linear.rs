@@ -189,11 +189,21 @@ impl Job<'_> {
         let Self { x, y, place, .. } = *self;
         let isa = self.linear.numerics.kernels();
         match (&self.linear.panels, x) {
-            (Panels::F32(weights), Ready::F32(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
-            (Panels::Bf16(weights), Ready::F32(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
-            (Panels::E4m3(weights), Ready::F32(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
-            (Panels::Bf16Pairs(weights), Ready::Pairs(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
-            (Panels::E4m3Pairs(weights), Ready::Pairs(x)) => isa.run(Tiles { weights, x, y, place, rows, panels }),
+            (Panels::F32(weights), Ready::F32(x)) => {
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+            }
+            (Panels::Bf16(weights), Ready::F32(x)) => {
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+            }
+            (Panels::E4m3(weights), Ready::F32(x)) => {
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+            }
+            (Panels::Bf16Pairs(weights), Ready::Pairs(x)) => {
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+            }
+            (Panels::E4m3Pairs(weights), Ready::Pairs(x)) => {
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+            }
             _ => unreachable!("rows are made in the form of the linear they are for"),
         }
     }

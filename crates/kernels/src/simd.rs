@@ -142,6 +142,8 @@ pub(crate) trait Simd: Copy {
     fn widen_e4m3(self, x: &[u8; LANES]) -> Self::F;
     /// A pair is a u32: the high half is the lower k.
     fn pairs_bf16(self, x: &[u32; LANES]) -> Self::Pairs;
+    /// What `pairs_bf16` reads back.
+    fn store_pairs(self, v: Self::Pairs, to: &mut [u32; LANES]);
     /// Bytes 2i + 1 and 2i become the high and the low half of pair i.
     fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> Self::Pairs;
     /// What `vdpbf16ps` does (found by comparing 160 million inputs, denormals, infinities and cancellations among them):

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
+use moesaic_proto::limits::LOGPROBS_MAX;
 use serde_json::{Map, Value};
 
 use super::CHOICES_MAX;
@@ -58,6 +59,10 @@ fn read(fields: &mut Fields) -> Result<ChatRequest, ApiError> {
     let mut params = fields.params()?;
     let wanted = fields.boolean("logprobs")?.unwrap_or(false);
     params.logprobs = match (wanted, fields.integer("top_logprobs")?) {
+        (true, Some(top)) if !(0..=i64::from(LOGPROBS_MAX)).contains(&top) => {
+            let reason = format!("is {top}; expected 0 to {LOGPROBS_MAX}");
+            return Err(ApiError::invalid("top_logprobs", reason));
+        }
         (true, top) => Some(top.unwrap_or(0)),
         (false, None | Some(0)) => None,
         (false, Some(_)) => return Err(ApiError::invalid("top_logprobs", "is set; set logprobs to true as well")),

@@ -12,18 +12,25 @@ const UNAVAILABLE_RETRY_S: u64 = 1;
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let (status, kind, code) = class(&self);
-        let retry_after_s = match &self {
-            Self::Full { retry_after_s, .. } => Some(*retry_after_s),
-            Self::Unavailable { .. } => Some(UNAVAILABLE_RETRY_S),
-            _ => None,
-        };
-        let mut response = (status, Json(body(self, kind, code))).into_response();
-        if let Some(seconds) = retry_after_s {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        response
+        respond(self, |param| param)
     }
+}
+
+/// `rename` says what a parameter is called where the request came in.
+fn respond(error: ApiError, rename: impl Fn(String) -> String) -> Response {
+    let (status, kind, code) = class(&error);
+    let retry_after_s = match &error {
+        ApiError::Full { retry_after_s, .. } => Some(*retry_after_s),
+        ApiError::Unavailable { .. } => Some(UNAVAILABLE_RETRY_S),
+        _ => None,
+    };
+    let mut body = body(error, kind, code);
+    body.error.param = body.error.param.map(rename);
+    let mut response = (status, Json(body)).into_response();
+    if let Some(seconds) = retry_after_s {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
 }
 
 /// The body alone, for a stream that has begun.
@@ -65,4 +72,19 @@ fn body(error: ApiError, kind: &'static str, code: Option<&'static str>) -> Erro
         _ => None,
     };
     ErrorBody { error: ErrorDetail { message, r#type: kind, param, code } }
+}
+
+/// An error of a chat request, whose prompt is its messages.
+pub struct ChatError(ApiError);
+
+impl From<ApiError> for ChatError {
+    fn from(error: ApiError) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for ChatError {
+    fn into_response(self) -> Response {
+        respond(self.0, |param| if param == "prompt" { "messages".into() } else { param })
+    }
 }

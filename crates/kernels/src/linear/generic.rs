@@ -12,11 +12,12 @@
 //! 2. A step waits for the one before it (4 cycles), so a tile always has several chains: few rows take many panels, many rows few.
 //! 3. Weights are read once for up to 6 rows; a group of panels stays in the second-level cache while all rows pass over it,
 //!    and while they do, the next group is fetched.
-//! 4. 3 or 5 rows run as 4 or 6 with the last row twice: cheaper than reading the weights twice, and less code.
+//! 4. FP8 weights are widened in registers for few rows, and once for many.
+//! 5. 3 or 5 rows run as 4 or 6 with the last row twice: cheaper than reading the weights twice, and less code.
 
 use std::ops::Range;
 
-use super::panels::{Packed, Weight};
+use super::panels::{View, Weight};
 use crate::pool::Shared;
 use crate::simd::{Kernel, LANES, Simd};
 
@@ -32,7 +33,7 @@ pub(crate) struct Place<'a> {
 
 /// One task: every row of `rows` with every panel of `panels`. Writes those columns of those rows of `y`.
 pub(crate) struct Tiles<'a, W: Weight> {
-    pub weights: &'a Packed<W>,
+    pub weights: View<'a, W>,
     pub x: &'a [W::X],
     pub y: Shared<'a, f32>,
     pub place: Place<'a>,
@@ -41,35 +42,34 @@ pub(crate) struct Tiles<'a, W: Weight> {
 }
 
 const ROWS_MAX: usize = 6;
+/// Rows for which weights that widen are widened once, into a scratch that stays in the second-level cache.
+const WIDEN_ROWS_MIN: usize = 18;
 
 impl<W: Weight> Kernel for Tiles<'_, W> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let group = if S::WIDE { 8 } else { 4 };
+        let widens = W::WIDENS && self.rows.len() >= WIDEN_ROWS_MIN;
+        let group = if S::WIDE && !widens { 8 } else { 4 };
+        let mut wide = W::take_wide();
         for first in self.panels.clone().step_by(group) {
             let panels = first..self.panels.end.min(first + group);
-            let mut next = self.weights.panels_slice(panels.end..self.panels.end.min(panels.end + group));
-            let mut row = self.rows.start;
-            while row < self.rows.end {
-                let rows = rows_of_tile(self.rows.end - row);
-                let strips = (self.rows.end - row).div_ceil(ROWS_MAX);
-                let ahead = next.split_off(..next.len() / strips).unwrap_or_default();
-                let strip = Strip { row, live: rows, panels: panels.clone(), ahead, is_first: row == self.rows.start };
-                match (rows, S::WIDE) {
-                    (1, true) => self.strip::<S, 1, 8>(s, strip),
-                    (1, false) => self.strip::<S, 1, 4>(s, strip),
-                    (2, true) => self.strip::<S, 2, 4>(s, strip),
-                    (2, false) => self.strip::<S, 2, 2>(s, strip),
-                    (3..=4, true) => self.strip::<S, 4, 4>(s, strip),
-                    (3..=4, false) => self.strip::<S, 4, 1>(s, strip),
-                    (_, true) => self.strip::<S, 6, 4>(s, strip),
-                    (_, false) => self.strip::<S, 6, 1>(s, strip),
-                }
-                row += rows;
+            if !widens {
+                let next = panels.end..self.panels.end.min(panels.end + group);
+                self.pass(s, panels, self.weights.panels(next));
+                continue;
             }
+            let narrow = self.weights.panels(panels.clone());
+            wide.clear();
+            for narrow in narrow {
+                wide.push(narrow.widen(s));
+            }
+            let Self { weights, x, y, place, ref rows, .. } = self;
+            let weights = weights.of(&wide, first);
+            Tiles { weights, x, y, place, rows: rows.clone(), panels: panels.clone() }.pass(s, panels, &[]);
         }
+        W::give_back_wide(wide);
     }
 }
 
@@ -90,6 +90,29 @@ struct Strip<'a, W> {
 }
 
 impl<W: Weight> Tiles<'_, W> {
+    /// All rows pass over a group of panels; meanwhile the `next` is fetched.
+    #[inline(always)]
+    fn pass<S: Simd>(&self, s: S, panels: Range<usize>, mut next: &[W]) {
+        let mut row = self.rows.start;
+        while row < self.rows.end {
+            let rows = rows_of_tile(self.rows.end - row);
+            let strips = (self.rows.end - row).div_ceil(ROWS_MAX);
+            let ahead = next.split_off(..next.len() / strips).unwrap_or_default();
+            let strip = Strip { row, live: rows, panels: panels.clone(), ahead, is_first: row == self.rows.start };
+            match (rows, S::WIDE) {
+                (1, true) => self.strip::<S, 1, 8>(s, strip),
+                (1, false) => self.strip::<S, 1, 4>(s, strip),
+                (2, true) => self.strip::<S, 2, 4>(s, strip),
+                (2, false) => self.strip::<S, 2, 2>(s, strip),
+                (3..=4, true) => self.strip::<S, 4, 4>(s, strip),
+                (3..=4, false) => self.strip::<S, 4, 1>(s, strip),
+                (_, true) => self.strip::<S, 6, 4>(s, strip),
+                (_, false) => self.strip::<S, 6, 1>(s, strip),
+            }
+            row += rows;
+        }
+    }
+
     #[inline(always)]
     fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_, W>) {
         let Strip { row, live, mut panels, mut ahead, is_first } = strip;

@@ -7,6 +7,7 @@
 //! ```
 //! A forward pass then reads each panel from its first byte to its last.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use bytemuck::Zeroable;
@@ -26,18 +27,69 @@ pub(crate) trait Weight: Zeroable + Copy + Send + Sync {
     type Open<S: Simd>: Copy;
     /// Values of k in a step.
     const PER_STEP: usize;
+    /// The same weights opened once and for all, where opening costs as much as multiplying (else Self). They take the same
+    /// x and give the same bits.
+    type Wide: Weight<X = Self::X>;
+    const WIDENS: bool;
 
     /// One output's weights of this step: PER_STEP of them.
     fn set(&mut self, lane: usize, w: &[Self::Element]);
     fn open<S: Simd>(&self, s: S) -> Self::Open<S>;
     fn step<S: Simd>(s: S, x: Self::X, w: Self::Open<S>, acc: S::F) -> S::F;
+    fn widen<S: Simd>(&self, s: S) -> Self::Wide;
+    /// A thread's scratch of any content, to be given back. (No closure: it would not be compiled for the instruction set.)
+    fn take_wide() -> Vec<Self::Wide>;
+    fn give_back_wide(scratch: Vec<Self::Wide>);
+}
+
+thread_local! {
+    static WIDE_LANES: Cell<Vec<F32Lanes>> = const { Cell::new(Vec::new()) };
+    static WIDE_PAIRS: Cell<Vec<Bf16Pairs>> = const { Cell::new(Vec::new()) };
+}
+
+/// Opening is cheap: it stays as it is.
+macro_rules! as_it_is {
+    () => {
+        type Wide = Self;
+        const WIDENS: bool = false;
+
+        #[inline(always)]
+        fn widen<S: Simd>(&self, _: S) -> Self {
+            *self
+        }
+        fn take_wide() -> Vec<Self> {
+            Vec::new()
+        }
+        fn give_back_wide(_: Vec<Self>) {}
+    };
+}
+
+/// Opened into `$wide`, with `$store`.
+macro_rules! widens {
+    ($wide:ident, $store:ident, $scratch:ident) => {
+        type Wide = $wide;
+        const WIDENS: bool = true;
+
+        #[inline(always)]
+        fn widen<S: Simd>(&self, s: S) -> $wide {
+            let mut wide = $wide::default();
+            s.$store(self.open(s), &mut wide.0);
+            wide
+        }
+        fn take_wide() -> Vec<$wide> {
+            $scratch.take()
+        }
+        fn give_back_wide(scratch: Vec<$wide>) {
+            $scratch.set(scratch);
+        }
+    };
 }
 
 /// A weight whose step is one k, widened to f32.
 macro_rules! widened {
-    ($(#[$align:meta])* $name:ident, $element:ty, $load:ident) => {
+    ($(#[$align:meta])* $name:ident, $element:ty, $load:ident, $($wide:tt)*) => {
         $(#[$align])*
-        #[derive(Clone, Copy, Zeroable)]
+        #[derive(Clone, Copy, Default, Zeroable)]
         pub(crate) struct $name([$element; LANES]);
 
         impl Weight for $name {
@@ -58,15 +110,16 @@ macro_rules! widened {
             fn step<S: Simd>(s: S, x: f32, w: S::F, acc: S::F) -> S::F {
                 s.fma(s.splat(x), w, acc)
             }
+            $($wide)*
         }
     };
 }
 
 /// A weight whose step is a pair of k, multiplied as bf16.
 macro_rules! paired {
-    ($(#[$align:meta])* $name:ident, $element:ty, $store:ty, $len:expr, $set:expr, $load:ident) => {
+    ($(#[$align:meta])* $name:ident, $element:ty, $store:ty, $len:expr, $set:expr, $load:ident, $($wide:tt)*) => {
         $(#[$align])*
-        #[derive(Clone, Copy, Zeroable)]
+        #[derive(Clone, Copy, Default, Zeroable)]
         pub(crate) struct $name([$store; $len]);
 
         impl Weight for $name {
@@ -88,6 +141,7 @@ macro_rules! paired {
             fn step<S: Simd>(s: S, x: u32, w: S::Pairs, acc: S::F) -> S::F {
                 s.dot_pairs(x, w, acc)
             }
+            $($wide)*
         }
     };
 }
@@ -96,19 +150,22 @@ widened!(
     #[repr(align(64))]
     F32Lanes,
     f32,
-    load
+    load,
+    as_it_is!();
 );
 widened!(
     #[repr(align(32))]
     Bf16Lanes,
     u16,
-    widen_bf16
+    widen_bf16,
+    as_it_is!();
 );
 widened!(
     #[repr(align(16))]
     E4m3Lanes,
     u8,
-    widen_e4m3
+    widen_e4m3,
+    widens!(F32Lanes, store, WIDE_LANES);
 );
 paired!(
     #[repr(align(64))]
@@ -117,7 +174,8 @@ paired!(
     u32,
     LANES,
     |to, lane, first, second| to[lane] = u32::from(first) << 16 | u32::from(second),
-    pairs_bf16
+    pairs_bf16,
+    as_it_is!();
 );
 paired!(
     #[repr(align(32))]
@@ -126,7 +184,8 @@ paired!(
     u8,
     2 * LANES,
     |to, lane, first, second| (to[2 * lane + 1], to[2 * lane]) = (first, second),
-    pairs_e4m3
+    pairs_e4m3,
+    widens!(Bf16Pairs, store_pairs, WIDE_PAIRS);
 );
 
 /// All panels of a matrix.
@@ -182,25 +241,58 @@ impl<W: Weight> Packed<W> {
         self.outputs.div_ceil(LANES)
     }
 
-    #[inline(always)]
-    pub fn panel(&self, panel: usize) -> &[W] {
-        &self.lanes[panel * self.steps..][..self.steps]
-    }
-
-    /// Some panels, one after the other.
-    pub fn panels_slice(&self, panels: Range<usize>) -> &[W] {
-        &self.lanes[panels.start * self.steps..panels.end.max(panels.start) * self.steps]
-    }
-
-    /// The factors of each block of a panel; empty where weights have no scales.
-    #[inline(always)]
-    pub fn scales(&self, panel: usize) -> &[F32Lanes] {
-        let blocks = if self.scales.is_empty() { 0 } else { self.steps.div_ceil(self.block_steps) };
-        &self.scales[panel * blocks..][..blocks]
+    pub fn view(&self) -> View<'_, W> {
+        let Self { lanes, scales, outputs, steps, block_steps } = self;
+        View { lanes, first: 0, scales, outputs: *outputs, steps: *steps, block_steps: *block_steps }
     }
 
     pub fn bytes(&self) -> usize {
         size_of_val(&self.lanes[..]) + size_of_val(&self.scales[..])
+    }
+}
+
+/// Panels from `first` on, as a kernel reads them.
+pub(crate) struct View<'a, W> {
+    lanes: &'a [W],
+    first: usize,
+    /// Of all panels.
+    scales: &'a [F32Lanes],
+    pub outputs: usize,
+    pub steps: usize,
+    pub block_steps: usize,
+}
+
+impl<W> Clone for View<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W> Copy for View<'_, W> {}
+
+impl<'a, W> View<'a, W> {
+    /// Panels from `first` on in another form.
+    pub fn of<V>(self, lanes: &'a [V], first: usize) -> View<'a, V> {
+        let Self { scales, outputs, steps, block_steps, .. } = self;
+        View { lanes, first, scales, outputs, steps, block_steps }
+    }
+
+    #[inline(always)]
+    pub fn panel(&self, panel: usize) -> &'a [W] {
+        &self.lanes[(panel - self.first) * self.steps..][..self.steps]
+    }
+
+    /// Some panels, one after the other.
+    pub fn panels(&self, panels: Range<usize>) -> &'a [W] {
+        let start = panels.start - self.first;
+        &self.lanes[start * self.steps..(start + panels.len()) * self.steps]
+    }
+
+    /// The factors of each block of a panel; empty where weights have no scales.
+    #[inline(always)]
+    pub fn scales(&self, panel: usize) -> &'a [F32Lanes] {
+        let blocks = if self.scales.is_empty() { 0 } else { self.steps.div_ceil(self.block_steps) };
+        &self.scales[panel * blocks..][..blocks]
     }
 }
 

@@ -120,6 +120,10 @@ impl Simd for Portable {
         *x
     }
     #[inline(always)]
+    fn store_pairs(self, v: [u32; LANES], to: &mut [u32; LANES]) {
+        *to = v;
+    }
+    #[inline(always)]
     fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> [u32; LANES] {
         // A widened e4m3 has at most 4 significant bits, so the upper half of the f32 is all of it.
         std::array::from_fn(|i| e4m3_to_f32(x[2 * i + 1]).to_bits() | e4m3_to_f32(x[2 * i]).to_bits() >> 16)

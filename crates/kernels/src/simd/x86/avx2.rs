@@ -185,6 +185,15 @@ impl Simd for Avx2 {
         [flush([high(x[0]), high(x[1])]), flush([low(x[0]), low(x[1])])]
     }
     #[inline(always)]
+    fn store_pairs(self, v: [F; 2], to: &mut [u32; LANES]) {
+        let (mut high, mut low) = ([0.0; LANES], [0.0; LANES]);
+        self.store(v[0], &mut high);
+        self.store(v[1], &mut low);
+        for (to, (high, low)) in to.iter_mut().zip(high.iter().zip(&low)) {
+            *to = high.to_bits() | low.to_bits() >> 16;
+        }
+    }
+    #[inline(always)]
     fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> [F; 2] {
         // SAFETY: 32 bytes are there to be read.
         let half = |i: usize| unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(16 * i).cast())) };

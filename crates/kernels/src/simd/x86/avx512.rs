@@ -173,6 +173,11 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
     }
     #[inline(always)]
+    fn store_pairs(self, v: __m512i, to: &mut [u32; LANES]) {
+        // SAFETY: `self` proves the features; 16 values are there to be written.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) };
+    }
+    #[inline(always)]
     fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> __m512i {
         // SAFETY: `self` proves the features; 32 bytes of `x` and four times 64 bytes of the table are there to be read.
         unsafe {
