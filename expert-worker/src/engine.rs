@@ -182,8 +182,8 @@ impl ExpertHost for Engine {
 
     fn answer(&self, frame: RequestFrame, reply: ReplySender) {
         let idle = self.scratch.try_lock().ok().filter(|_| self.inbox().is_idle());
-        match (idle, self.check(&frame)) {
-            (Some(mut scratch), Ok(())) => self.compute(vec![Job { frame, reply }], &mut scratch),
+        match idle {
+            Some(mut scratch) if self.check(&frame).is_ok() => self.compute(vec![Job { frame, reply }], &mut scratch),
             _ => self.submit(frame, reply),
         }
     }
