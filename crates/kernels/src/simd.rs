@@ -113,6 +113,9 @@ pub(crate) trait Simd: Copy {
     /// Whether there are 32 registers of a whole vector (else 16 of half a vector).
     const WIDE: bool;
 
+    /// Runs a kernel as a function of its own. The compiler does better with a small hot loop than with one in the middle of a large function.
+    fn apart<K: Kernel>(self, kernel: K) -> K::Out;
+
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
     fn store(self, v: Self::F, to: &mut [f32; LANES]);

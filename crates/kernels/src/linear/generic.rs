@@ -114,7 +114,10 @@ impl<W: Weight> Tiles<'_, W> {
     }
 
     #[inline(always)]
-    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_, W>) {
+    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_, W>)
+    where
+        Tile: Sums<R, P> + Sums<R, 4> + Sums<R, 1>,
+    {
         let Strip { row, live, mut panels, mut ahead, is_first } = strip;
         let mut x: [&[W::X]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
@@ -124,69 +127,16 @@ impl<W: Weight> Tiles<'_, W> {
             let tiles = panels.len() / P;
             let part = ahead.split_off(..ahead.len() / tiles).unwrap_or_default();
             let fetch = Fetch { own: is_first, ahead: part };
-            self.tile::<S, R, P>(s, x, (row, live), panels.start, fetch);
+            s.apart(TileOf::<W, R, P> { tiles: self, x, row, live, panel: panels.start, fetch });
             panels.start += P;
         }
         if P > 4 && panels.len() >= 4 {
-            self.tile::<S, R, 4>(s, x, (row, live), panels.start, Fetch::nothing());
+            s.apart(TileOf::<W, R, 4> { tiles: self, x, row, live, panel: panels.start, fetch: Fetch::nothing() });
             panels.start += 4;
         }
         for panel in panels {
-            self.tile::<S, R, 1>(s, x, (row, live), panel, Fetch::nothing());
+            s.apart(TileOf::<W, R, 1> { tiles: self, x, row, live, panel, fetch: Fetch::nothing() });
         }
-    }
-
-    #[inline(always)]
-    fn tile<S: Simd, const R: usize, const P: usize>(
-        &self,
-        s: S,
-        x: [&[W::X]; R],
-        (row, live): (usize, usize),
-        panel: usize,
-        fetch: Fetch<'_, W>,
-    ) {
-        let mut panels: [&[W]; P] = [&[]; P];
-        for (p, w) in panels.iter_mut().enumerate() {
-            *w = self.weights.panel(panel + p);
-        }
-        let acc = if self.weights.scales(panel).is_empty() {
-            chain::<S, W, R, P>(s, x, panels, 0..self.weights.steps, fetch)
-        } else {
-            self.scaled::<S, R, P>(s, x, panels, panel, fetch)
-        };
-        for (r, acc) in acc.iter().enumerate().take(live) {
-            for (p, sum) in acc.iter().enumerate() {
-                self.store(s, row + r, panel + p, *sum);
-            }
-        }
-    }
-
-    /// A chain for each block of K, then one chain over the blocks.
-    #[inline(always)]
-    fn scaled<S: Simd, const R: usize, const P: usize>(
-        &self,
-        s: S,
-        x: [&[W::X]; R],
-        panels: [&[W]; P],
-        panel: usize,
-        mut fetch: Fetch<'_, W>,
-    ) -> [[S::F; P]; R] {
-        let steps = self.weights.steps;
-        let mut acc = [[s.splat(0.0); P]; R];
-        let blocks = self.weights.scales(panel).len();
-        for block in 0..blocks {
-            let first = block * self.weights.block_steps;
-            let ahead = fetch.ahead.split_off(..fetch.ahead.len() / (blocks - block)).unwrap_or_default();
-            let now = Fetch { ahead, ..fetch };
-            let part = chain::<S, W, R, P>(s, x, panels, first..steps.min(first + self.weights.block_steps), now);
-            for p in 0..P {
-                let scale = self.weights.scales(panel + p)[block].open(s);
-                for r in 0..R {
-                    acc[r][p] = s.fma(part[r][p], scale, acc[r][p]);
-                }
-            }
-        }
-        acc
     }
 
     #[inline(always)]
@@ -208,6 +158,72 @@ impl<W: Weight> Tiles<'_, W> {
             s.store(sum, &mut lanes);
             y.copy_from_slice(&lanes[..live]);
         }
+    }
+}
+
+/// `live` rows from `row`, with P panels from `panel`.
+struct TileOf<'a, W: Weight, const R: usize, const P: usize> {
+    tiles: &'a Tiles<'a, W>,
+    /// The last of `live` rows again where there are fewer than R.
+    x: [&'a [W::X]; R],
+    row: usize,
+    live: usize,
+    panel: usize,
+    fetch: Fetch<'a, W>,
+}
+
+impl<W: Weight, const R: usize, const P: usize> Kernel for TileOf<'_, W, R, P>
+where
+    Tile: Sums<R, P>,
+{
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let weights = self.tiles.weights;
+        let mut panels: [&[W]; P] = [&[]; P];
+        for (p, w) in panels.iter_mut().enumerate() {
+            *w = weights.panel(self.panel + p);
+        }
+        let acc = if weights.scales(self.panel).is_empty() {
+            chain::<S, W, R, P>(s, self.x, panels, 0..weights.steps, self.fetch)
+        } else {
+            self.scaled(s, panels)
+        };
+        // Every index is known to the compiler: sums that are indexed by anything else live in memory.
+        for r in 0..R {
+            for p in 0..P {
+                self.tiles.store(s, self.row + r.min(self.live - 1), self.panel + p, acc[r][p]);
+            }
+        }
+    }
+}
+
+impl<W: Weight, const R: usize, const P: usize> TileOf<'_, W, R, P>
+where
+    Tile: Sums<R, P>,
+{
+    /// A chain for each block of K, then one chain over the blocks.
+    #[inline(always)]
+    fn scaled<S: Simd>(&self, s: S, panels: [&[W]; P]) -> [[S::F; P]; R] {
+        let weights = self.tiles.weights;
+        let mut ahead = self.fetch.ahead;
+        let mut acc = [[s.splat(0.0); P]; R];
+        let blocks = weights.scales(self.panel).len();
+        for block in 0..blocks {
+            let first = block * weights.block_steps;
+            let now = ahead.split_off(..ahead.len() / (blocks - block)).unwrap_or_default();
+            let fetch = Fetch { ahead: now, ..self.fetch };
+            let steps = first..weights.steps.min(first + weights.block_steps);
+            let part = chain::<S, W, R, P>(s, self.x, panels, steps, fetch);
+            for p in 0..P {
+                let scale = weights.scales(self.panel + p)[block].open(s);
+                for r in 0..R {
+                    acc[r][p] = s.fma(part[r][p], scale, acc[r][p]);
+                }
+            }
+        }
+        acc
     }
 }
 
@@ -237,54 +253,82 @@ fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
     panels: [&[W]; P],
     steps: Range<usize>,
     fetch: Fetch<'_, W>,
-) -> [[S::F; P]; R] {
+) -> [[S::F; P]; R]
+where
+    Tile: Sums<R, P>,
+{
     assert!(x.iter().all(|x| steps.end <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
-    let mut ahead = fetch.ahead.iter();
-    // Few rows wait for memory as it is.
     if fetch.own {
-        steps_of(s, x, panels, steps, |k| {
-            for panel in panels {
-                if let Some(line) = panel.get(k + OWN_STEPS) {
-                    s.prefetch(line);
-                }
-            }
-        })
-    } else if R > 2 {
-        steps_of(s, x, panels, steps, |_| {
-            if let Some(line) = ahead.next() {
-                s.prefetch(line);
-            }
-        })
+        Tile::sums::<S, W, true>(s, x, panels, steps, fetch.ahead)
     } else {
-        steps_of(s, x, panels, steps, |_| {})
+        Tile::sums::<S, W, false>(s, x, panels, steps, fetch.ahead)
     }
 }
 
-/// `steps` are within every row and panel.
-#[inline(always)]
-fn steps_of<S: Simd, W: Weight, const R: usize, const P: usize>(
-    s: S,
-    x: [&[W::X]; R],
-    panels: [&[W]; P],
-    steps: Range<usize>,
-    mut fetch: impl FnMut(usize),
-) -> [[S::F; P]; R] {
-    let mut acc = [[s.splat(0.0); P]; R];
-    for k in steps {
-        fetch(k);
-        // SAFETY: `k` is below every length, as `chain` has asserted.
-        let mut w = [unsafe { panels[0].get_unchecked(k) }.open(s); P];
-        for p in 1..P {
-            // SAFETY: as above.
-            w[p] = unsafe { panels[p].get_unchecked(k) }.open(s);
-        }
-        for r in 0..R {
-            // SAFETY: as above.
-            let x = unsafe { *x[r].get_unchecked(k) };
-            for p in 0..P {
-                acc[r][p] = W::step(s, x, w[p], acc[r][p]);
+/// The sums of a tile of R rows and P panels. Written out for each shape: a compiler that meets an index before it has unrolled
+/// the loop around it keeps all sums in memory.
+trait Sums<const R: usize, const P: usize> {
+    /// Over `steps`, which are within every row and panel, from zero.
+    fn sums<S: Simd, W: Weight, const FETCH_OWN: bool>(
+        s: S,
+        x: [&[W::X]; R],
+        panels: [&[W]; P],
+        steps: Range<usize>,
+        ahead: &[W],
+    ) -> [[S::F; P]; R];
+}
+
+/// See [`Sums`].
+struct Tile;
+
+macro_rules! tile {
+    ($R:literal: $rows:tt, $($P:literal: $panels:tt),*) => {
+        $(tile!(@shape $R, $rows, $P, $panels);)*
+    };
+    (@shape $R:literal, [$($r:literal)*], $P:literal, $panels:tt) => {
+        impl Sums<$R, $P> for Tile {
+            #[inline(always)]
+            fn sums<S: Simd, W: Weight, const FETCH_OWN: bool>(
+                s: S,
+                x: [&[W::X]; $R],
+                panels: [&[W]; $P],
+                steps: Range<usize>,
+                ahead: &[W],
+            ) -> [[S::F; $P]; $R] {
+                let mut ahead = ahead.iter();
+                let mut acc = [[s.splat(0.0); $P]; $R];
+                for k in steps {
+                    tile!(@fetch s, panels, k, ahead, $R, FETCH_OWN, $panels);
+                    // SAFETY: `k` is below the length of every row and panel.
+                    let w = unsafe { tile!(@open s, panels, k, $panels) };
+                    $(
+                        // SAFETY: as above.
+                        let value = unsafe { *x[$r].get_unchecked(k) };
+                        tile!(@step s, value, w, acc, $r, $panels);
+                    )*
+                }
+                acc
             }
         }
-    }
-    acc
+    };
+    (@fetch $s:ident, $w:ident, $k:ident, $ahead:ident, $R:literal, $own:ident, [$($p:literal)*]) => {
+        if $own {
+            $(if let Some(line) = $w[$p].get($k + OWN_STEPS) {
+                $s.prefetch(line);
+            })*
+        } else if $R > 2 && let Some(line) = $ahead.next() {
+            $s.prefetch(line);
+        }
+    };
+    (@open $s:ident, $w:ident, $k:ident, [$($p:literal)*]) => {
+        [$($w[$p].get_unchecked($k).open($s)),*]
+    };
+    (@step $s:ident, $x:ident, $w:ident, $acc:ident, $r:literal, [$($p:literal)*]) => {
+        $($acc[$r][$p] = W::step($s, $x, $w[$p], $acc[$r][$p]);)*
+    };
 }
+
+tile!(1: [0], 1: [0], 4: [0 1 2 3], 8: [0 1 2 3 4 5 6 7]);
+tile!(2: [0 1], 1: [0], 2: [0 1], 4: [0 1 2 3]);
+tile!(4: [0 1 2 3], 1: [0], 4: [0 1 2 3]);
+tile!(6: [0 1 2 3 4 5], 1: [0], 4: [0 1 2 3]);

@@ -1,10 +1,13 @@
 //! Linears against the plain loop: every storage, numerics and instruction set, rows alone and together, on pools of several sizes.
 
+use std::time::Instant;
+
 use half::bf16;
 use proptest::prelude::*;
 
 use super::*;
 use crate::reference;
+use crate::roof::Roof;
 use crate::samples::{Samples, Stored, StoredMatrix, any_magnitude, any_stored, assert_bits, on_all_numerics, pools};
 use crate::simd::Isa;
 
@@ -294,4 +297,33 @@ fn rows_have_to_be_there() {
 fn rows_have_to_be_whole() {
     let linear = Linear::pack_f32(2, 3, &[0.0; 6], Numerics::portable(Dtype::F32));
     linear.forward(&pools()[0], RowsRef::F32(&[0.0; 3]), &mut [0.0; 3]);
+}
+
+/// How fast is a matter of what the compiler makes of a tile, which small changes have halved before. The best of many short
+/// rounds counts, so that other work on the machine does not.
+#[test]
+fn many_rows_are_computed_at_half_of_the_roof_at_least() {
+    const ROWS: usize = 96;
+    const OUT: usize = 64;
+    const IN: usize = 512;
+    let pool = Pool::new(1);
+    let roof = Roof::measure(&pool);
+    let x = vec![0.5; ROWS * IN];
+    let mut y = vec![0.0; ROWS * OUT];
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let n = Numerics::detect(dtype);
+        let linear = Linear::pack_f32(OUT, IN, &[0.25; OUT * IN], n);
+        let best = (0..500)
+            .map(|_| {
+                let start = Instant::now();
+                linear.forward(&pool, RowsRef::F32(&x), &mut y);
+                start.elapsed()
+            })
+            .min()
+            .unwrap();
+        let rate = (ROWS * OUT * IN) as f64 / best.as_secs_f64();
+        let roof = if n.by_pairs() { roof.pairs } else { roof.fma };
+        assert!(rate >= 0.5 * roof, "{n:?}: {:.0} % of the roof", 100.0 * rate / roof);
+        assert!(y.iter().all(|y| *y == 0.125 * IN as f32));
+    }
 }

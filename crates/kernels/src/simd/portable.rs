@@ -1,6 +1,6 @@
 //! The vector as an array: what each operation of [`Simd`] means, and the fall-back for every processor.
 
-use super::{LANES, LIFT, LIFTED_MIN, Simd};
+use super::{Kernel, LANES, LIFT, LIFTED_MIN, Simd};
 use crate::fp8::e4m3_to_f32;
 
 #[derive(Clone, Copy)]
@@ -49,6 +49,10 @@ impl Simd for Portable {
     type Pairs = [u32; LANES];
     const WIDE: bool = false;
 
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) -> K::Out {
+        kernel.run(self)
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> F {
         [x; LANES]

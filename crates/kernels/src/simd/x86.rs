@@ -9,6 +9,7 @@ use avx512::Avx512;
 
 /// # Safety
 /// * The processor must have AVX2 and FMA.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Out {
     // SAFETY: the caller found the features.
@@ -17,6 +18,7 @@ pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Out {
 
 /// # Safety
 /// * The processor must have AVX2, FMA, AVX512F and AVX512BW.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw")]
 pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Out {
     // SAFETY: the caller found the features.
@@ -25,6 +27,7 @@ pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Out {
 
 /// # Safety
 /// * The processor must have AVX2, FMA, AVX512F, AVX512BW and AVX512BF16.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512bf16")]
 pub(super) unsafe fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Out {
     // SAFETY: the caller found the features.

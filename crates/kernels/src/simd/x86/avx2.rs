@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{LANES, LIFT, LIFTED_MIN, Simd};
+use crate::simd::{Kernel, LANES, LIFT, LIFTED_MIN, Simd};
 
 /// Proof that AVX2 and FMA are there.
 #[derive(Clone, Copy)]
@@ -79,6 +79,11 @@ impl Simd for Avx2 {
     type Pairs = [F; 2];
     const WIDE: bool = false;
 
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) -> K::Out {
+        // SAFETY: `self` proves the features.
+        unsafe { super::run_avx2(kernel) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> F {
         // SAFETY: as in `each`.

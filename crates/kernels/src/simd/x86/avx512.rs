@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{LANES, LIFT, LIFTED_MIN, Simd};
+use crate::simd::{Kernel, LANES, LIFT, LIFTED_MIN, Simd};
 
 /// Proof that AVX512F and AVX512BW (and AVX512BF16 with `DOT`) are there.
 #[derive(Clone, Copy)]
@@ -76,6 +76,11 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     type Pairs = __m512i;
     const WIDE: bool = true;
 
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) -> K::Out {
+        // SAFETY: `self` proves the features.
+        unsafe { if DOT { super::run_avx512_bf16(kernel) } else { super::run_avx512(kernel) } }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: `self` proves the features.
