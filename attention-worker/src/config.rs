@@ -39,8 +39,10 @@ pub struct Config {
     pub cache_tokens: Option<usize>,
     /// Bytes of the latent cache, instead of `cache_tokens`: a number, with or without KiB, MiB, GiB or TiB.
     pub memory: Option<String>,
-    /// Micro-batches in flight at a time.
+    /// Micro-batches in flight at a time, at most.
     pub micro_batches: usize,
+    /// Rows that each should have before there are several.
+    pub micro_batch_rows: usize,
     /// Tokens in a micro-batch.
     pub token_budget: usize,
     /// Tokens of one sequence in a micro-batch.
@@ -68,6 +70,8 @@ impl Default for Config {
             memory: None,
             // One computes while the other waits for its experts.
             micro_batches: 2,
+            // Fewer rows choose few experts twice: reading their weights again costs more than waiting for them.
+            micro_batch_rows: 32,
             // Enough rows for each expert to be worth reading its weights; and what a decoding sequence waits for at
             // worst, per turn.
             token_budget: 512,
@@ -122,10 +126,14 @@ pub struct Flags {
     #[arg(long, value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<String>,
-    /// Micro-batches in flight at a time
+    /// Micro-batches in flight at a time, at most
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batches: Option<usize>,
+    /// Rows that each micro-batch should have before there are several
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_rows: Option<usize>,
     /// Tokens in a micro-batch
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -168,6 +176,7 @@ impl Config {
         let ranges = [
             ("threads", self.threads as u64, 1024),
             ("micro_batches", self.micro_batches as u64, MICRO_BATCHES_MAX as u64),
+            ("micro_batch_rows", self.micro_batch_rows as u64, FRAME_ROWS_MAX as u64),
             ("token_budget", self.token_budget as u64, FRAME_ROWS_MAX as u64),
             ("chunk", self.chunk as u64, FRAME_ROWS_MAX as u64),
             ("waiting_max", self.waiting_max as u64, 1 << 20),
@@ -236,8 +245,9 @@ mod tests {
     #[test]
     fn a_wrong_value_is_named_with_its_bounds() {
         type Change = fn(&mut Config);
-        let table: [(Change, &str); 8] = [
+        let table: [(Change, &str); 9] = [
             (|c| c.micro_batches = 17, "micro_batches is 17; expected 1 to 16"),
+            (|c| c.micro_batch_rows = 0, "micro_batch_rows is 0; expected 1 to 4096"),
             (|c| c.token_budget = 0, "token_budget is 0; expected 1 to 4096"),
             (|c| c.chunk = 5000, "chunk is 5000; expected 1 to 4096"),
             (|c| (c.cache_tokens, c.memory) = (Some(1), Some("1".into())), "are both set"),

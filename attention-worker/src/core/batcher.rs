@@ -29,6 +29,8 @@ pub struct Limits {
     pub token_budget: usize,
     /// Micro-batches in flight at a time, at most.
     pub micro_batches: usize,
+    /// Rows that each should have before there are several: every one reads all the weights that it needs.
+    pub micro_batch_rows: usize,
     /// New sequences that may wait. Those that gave up their pages come on top: at most one a page.
     pub waiting_max: usize,
 }
@@ -61,6 +63,8 @@ pub struct Part {
     pub sequence: SequenceId,
     pub start: usize,
     pub tokens: Vec<u32>,
+    /// Tokens of the sequence that are its prompt; what comes behind was emitted.
+    pub prompt: usize,
     /// The page table, for all positions up to the last row's.
     pub pages: Vec<u32>,
     /// The last row is the last known token: a token is drawn after it.
@@ -122,8 +126,9 @@ impl Sequence {
 
 impl Batcher {
     pub fn new(limits: Limits) -> Self {
-        let Limits { chunk, token_budget, micro_batches, .. } = limits;
-        assert!(chunk > 0 && token_budget > 0 && micro_batches > 0, "limits of 0 let nothing run: {limits:?}");
+        let Limits { chunk, token_budget, micro_batches, micro_batch_rows, .. } = limits;
+        let least = chunk.min(token_budget).min(micro_batches).min(micro_batch_rows);
+        assert!(least > 0, "limits of 0 let nothing run: {limits:?}");
         Self {
             limits,
             pages: Pages::new(limits.pages),
@@ -178,6 +183,13 @@ impl Batcher {
         let Some(sequence) = self.running.remove(&id) else { return self.waiting.remove(&id).is_some() };
         self.pages.give_back(id, sequence.pages);
         true
+    }
+
+    /// How many micro-batches are worth having in flight.
+    pub fn micro_batches(&self) -> usize {
+        let Limits { chunk, micro_batches, micro_batch_rows, .. } = self.limits;
+        let rows: usize = self.running.values().map(|s| (s.tokens.len() - s.cached).min(chunk)).sum();
+        (rows / micro_batch_rows).clamp(1, micro_batches)
     }
 
     /// The next micro-batch, empty if nothing can run now. Decoding sequences are spread over `micro_batches`.
@@ -310,6 +322,7 @@ impl Batcher {
             sequence: id,
             start,
             tokens: sequence.tokens[start..end].to_vec(),
+            prompt: sequence.prompt,
             pages: sequence.pages[..end.div_ceil(PAGE_TOKENS)].to_vec(),
             draws: end == sequence.tokens.len(),
         }

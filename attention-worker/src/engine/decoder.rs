@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use moesaic_dispatch::{DispatchError, Dispatcher, Pending, Route, Rows};
 use moesaic_kernels::{
-    Choice, Dtype, LatentPages, Linear, PAGE_TOKENS, Pool, Query as Row, RowsRef, add, bf16, mla_attend, rms_norm,
-    route,
+    Choice, Dtype, Expand, LatentPages, Linear, PAGE_TOKENS, Pool, Query as Row, RowsRef, Span, add, bf16, mla_attend,
+    mla_attend_expanded, rms_norm, route,
 };
 use moesaic_model::Config;
 use moesaic_proto::{ExpertId, LayerId};
@@ -42,11 +42,13 @@ pub struct Buffers {
     low_normed: Vec<f32>,
     /// [rows, heads, nope + rope]
     q: Vec<f32>,
-    /// [rows, heads, latent + rope]
-    absorbed: Vec<f32>,
-    /// [rows, heads, latent], then [rows, heads, v]
-    o_latent: Vec<f32>,
+    /// [rows, heads, v]
     o: Vec<f32>,
+    /// Of emitted rows only: q as above, absorbed to [rows, heads, latent + rope], attended [rows, heads, latent], o as above.
+    emitted_q: Vec<f32>,
+    absorbed: Vec<f32>,
+    o_latent: Vec<f32>,
+    emitted_o: Vec<f32>,
     gate: Vec<f32>,
     choices: Vec<Choice>,
     routes: Vec<Route>,
@@ -66,9 +68,9 @@ impl Decoder {
         Self { weights, dispatcher, pool, profile, cache }
     }
 
-    /// Micro-batches that are worth having in flight, of at most `max`: one where nothing is waited for.
-    pub fn micro_batches(&self, max: usize) -> usize {
-        if self.dispatcher.is_local() { 1 } else { max }
+    /// Whether all experts are called directly.
+    pub fn is_local(&self) -> bool {
+        self.dispatcher.is_local()
     }
 
     pub fn vocabulary(&self) -> usize {
@@ -156,22 +158,59 @@ impl Decoder {
         self.dispatcher.dispatch(LayerId(index as u8), micro_batch, rows, top_k, &b.routes)
     }
 
-    /// MLA in the absorbed form: `b.x` to `b.y`. The rows' latents go to their pages first, so that rows of one prefill
-    /// see each other; each attends to what is not after it.
+    /// MLA, `b.x` to `b.y`. The rows' latents go to their pages first, so that rows of one prefill see each other; each
+    /// attends to what is not after it: tokens of the prompt in the expanded form, emitted ones in the absorbed form.
     fn attention(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
         let c = self.config();
-        let (heads, latent, width) = (c.num_attention_heads, c.kv_lora_rank, c.latent_width());
         self.append(index, mla, parts, b);
         self.queries(mla, parts, b);
-        let queries: Vec<Row<'_>> = positions(parts)
-            .zip(b.absorbed.chunks_exact(heads * width))
-            .map(|((part, position), q)| Row { q, pages: &part.pages, context: position + 1 })
-            .collect();
-        let o_latent = sized(&mut b.o_latent, queries.len() * heads * latent);
-        mla_attend(&self.pool, &self.cache.borrow(), index, &queries, heads, c.softmax_scale(), o_latent);
-        let o = sized(&mut b.o, queries.len() * heads * c.v_head_dim);
-        mla.value_up.forward(&self.pool, &b.o_latent, latent, o, c.v_head_dim);
+        sized(&mut b.o, b.q.len() / (c.qk_nope_head_dim + c.qk_rope_head_dim) * c.v_head_dim);
+        self.attend_prompts(index, mla, parts, b);
+        self.attend_emitted(index, mla, parts, b);
         self.linear(&mla.o, &b.o, &mut b.y);
+    }
+
+    fn attend_prompts(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
+        let mut spans = Vec::with_capacity(parts.len());
+        let mut row = 0;
+        for part in parts {
+            let prompt = part.prompt.saturating_sub(part.start).min(part.tokens.len());
+            if prompt > 0 {
+                spans.push(Span { rows: row..row + prompt, start: part.start, pages: &part.pages });
+            }
+            row += part.tokens.len();
+        }
+        let (expand, cache) = (Expand { key: &mla.key_up, value: &mla.value_up }, self.cache.borrow());
+        let scale = self.config().softmax_scale();
+        mla_attend_expanded(&self.pool, &cache, index, &spans, expand, &b.q, scale, &mut b.o);
+    }
+
+    fn attend_emitted(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
+        let c = self.config();
+        let (heads, latent, rope, v) = (c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.v_head_dim);
+        let (width, q_width) = (latent + rope, c.qk_nope_head_dim + rope);
+        let all = positions(parts).enumerate();
+        let emitted: Vec<_> = all.filter(|(_, (part, position))| *position >= part.prompt).collect();
+
+        let q = sized(&mut b.emitted_q, emitted.len() * heads * q_width);
+        for ((row, _), to) in emitted.iter().zip(q.chunks_exact_mut(heads * q_width)) {
+            to.copy_from_slice(&b.q[row * heads * q_width..][..heads * q_width]);
+        }
+        let absorbed = sized(&mut b.absorbed, emitted.len() * heads * width);
+        mla.absorb.forward(&self.pool, q, q_width, absorbed, width);
+        for (q, absorbed) in q.chunks_exact(q_width).zip(absorbed.chunks_exact_mut(width)) {
+            absorbed[latent..].copy_from_slice(&q[q_width - rope..]);
+        }
+        let rows = emitted.iter().zip(absorbed.chunks_exact(heads * width));
+        let queries: Vec<Row<'_>> =
+            rows.map(|((_, (part, position)), q)| Row { q, pages: &part.pages, context: position + 1 }).collect();
+        let o_latent = sized(&mut b.o_latent, emitted.len() * heads * latent);
+        mla_attend(&self.pool, &self.cache.borrow(), index, &queries, heads, c.softmax_scale(), o_latent);
+        let o = sized(&mut b.emitted_o, emitted.len() * heads * v);
+        mla.value_up.forward(&self.pool, o_latent, latent, o, v);
+        for ((row, _), o) in emitted.iter().zip(o.chunks_exact(heads * v)) {
+            b.o[row * heads * v..][..heads * v].copy_from_slice(o);
+        }
     }
 
     /// Writes the rows' normed latents and rotated keys to their pages.
@@ -188,10 +227,10 @@ impl Decoder {
         }
     }
 
-    /// `b.absorbed`: of each head the absorbed part, then the rotated part.
+    /// `b.q`, of each head the last part rotated.
     fn queries(&self, mla: &Mla, parts: &[Part], b: &mut Buffers) {
         let c = self.config();
-        let (latent, rope, nope) = (c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim);
+        let (rope, nope) = (c.qk_rope_head_dim, c.qk_nope_head_dim);
         match &mla.q {
             Query::Direct(q) => self.linear(q, &b.x, &mut b.q),
             Query::LowRank { a, norm, b: up } => {
@@ -200,14 +239,10 @@ impl Decoder {
                 self.linear(up, &b.low_normed, &mut b.q);
             }
         }
-        let absorbed = sized(&mut b.absorbed, b.q.len() / (nope + rope) * (latent + rope));
-        mla.key_up.forward(&self.pool, &b.q, nope + rope, absorbed, latent + rope);
-        let heads = c.num_attention_heads;
-        let rows = b.q.chunks_exact(heads * (nope + rope)).zip(absorbed.chunks_exact_mut(heads * (latent + rope)));
-        for ((_, position), (q, absorbed)) in positions(parts).zip(rows) {
-            for (q, absorbed) in q.chunks_exact(nope + rope).zip(absorbed.chunks_exact_mut(latent + rope)) {
-                absorbed[latent..].copy_from_slice(&q[nope..]);
-                self.weights.rope.apply(position, &mut absorbed[latent..]);
+        let rows = b.q.chunks_exact_mut(c.num_attention_heads * (nope + rope));
+        for ((_, position), q) in positions(parts).zip(rows) {
+            for q in q.chunks_exact_mut(nope + rope) {
+                self.weights.rope.apply(position, &mut q[nope..]);
             }
         }
     }

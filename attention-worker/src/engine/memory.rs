@@ -83,12 +83,12 @@ fn weight_bytes(checkpoint: &Checkpoint, n: Numerics) -> Result<u64, ModelError>
         None => matrix(stored, heads * c.qk_head_dim(), c.hidden_size),
         Some(rank) => matrix(stored, rank, c.hidden_size) + matrix(stored, heads * c.qk_head_dim(), rank),
     };
-    let computed = dtype_bytes(n);
-    let absorbed =
-        matrix(computed, c.kv_lora_rank, c.qk_nope_head_dim) + matrix(computed, c.v_head_dim, c.kv_lora_rank);
+    let computed = |out: usize, inputs: usize| matrix(dtype_bytes(n), out, inputs);
+    let (latent, nope) = (c.kv_lora_rank, c.qk_nope_head_dim);
+    let head = computed(nope, latent) + computed(latent, nope) + computed(c.v_head_dim, latent);
     let attention = query
         + matrix(stored, c.latent_width(), c.hidden_size)
-        + heads as u64 * absorbed
+        + heads as u64 * head
         + matrix(stored, c.hidden_size, heads * c.v_head_dim);
     let mlp = |layer| match (c.is_moe(layer), c.n_shared_experts * c.moe_intermediate_size) {
         (false, _) => ffn(c.intermediate_size),

@@ -92,9 +92,10 @@ impl Engine<'_> {
                 }
             }
             self.abort_unheard();
-            let wanted = decoder.micro_batches(micro_batches);
-            while flights.len() < wanted {
-                let parts = self.batcher.form(wanted);
+            loop {
+                // Where nothing is waited for, another micro-batch would only read the weights once more.
+                let wanted = if decoder.is_local() { 1 } else { self.batcher.micro_batches() };
+                let parts = if flights.len() < wanted { self.batcher.form(wanted) } else { Vec::new() };
                 if parts.is_empty() {
                     break;
                 }

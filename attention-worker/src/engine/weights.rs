@@ -28,9 +28,11 @@ pub struct Mla {
     /// [latent + rope, hidden]
     pub kv_a: Linear,
     pub kv_a_norm: Vec<f32>,
-    /// q_abs = q_nope W_UK: [latent, nope] a head
+    /// k_nope = latent W_UKᵀ: [nope, latent] a head. For the expanded form.
     pub key_up: PerHead,
-    /// o = o_latent W_UVᵀ: [v, latent] a head
+    /// q_absorbed = q_nope W_UK: [latent, nope] a head. For the absorbed form.
+    pub absorb: PerHead,
+    /// v = latent W_UVᵀ, o = o_latent W_UVᵀ: [v, latent] a head. For both.
     pub value_up: PerHead,
     /// [hidden, heads * v]
     pub o: Linear,
@@ -117,7 +119,7 @@ impl Layer {
     }
 
     fn bytes(&self) -> usize {
-        let Mla { q, kv_a, key_up, value_up, o, .. } = &self.mla;
+        let Mla { q, kv_a, key_up, absorb, value_up, o, .. } = &self.mla;
         let query = match q {
             Query::Direct(q) => q.bytes(),
             Query::LowRank { a, b, .. } => a.bytes() + b.bytes(),
@@ -126,13 +128,13 @@ impl Layer {
             Mlp::Dense(ffn) => ffn.bytes(),
             Mlp::Moe { gate, shared, .. } => gate.bytes() + shared.as_ref().map_or(0, Ffn::bytes),
         };
-        query + kv_a.bytes() + key_up.bytes() + value_up.bytes() + o.bytes() + mlp
+        query + kv_a.bytes() + key_up.bytes() + absorb.bytes() + value_up.bytes() + o.bytes() + mlp
     }
 }
 
 impl Mla {
     fn pack(c: &Config, block: &MlaBlock<'_>, n: Numerics) -> Self {
-        let (key_up, value_up) = split(c, &block.kv_b);
+        let [key_up, absorb, value_up] = split(c, &block.kv_b);
         let (heads, latent) = (c.num_attention_heads, c.kv_lora_rank);
         Self {
             q: match &block.q {
@@ -143,26 +145,23 @@ impl Mla {
             },
             kv_a: Linear::pack(&block.kv_a, n),
             kv_a_norm: block.kv_a_norm.clone(),
-            key_up: PerHead::pack_f32(heads, latent, c.qk_nope_head_dim, &key_up, n),
+            key_up: PerHead::pack_f32(heads, c.qk_nope_head_dim, latent, &key_up, n),
+            absorb: PerHead::pack_f32(heads, latent, c.qk_nope_head_dim, &absorb, n),
             value_up: PerHead::pack_f32(heads, c.v_head_dim, latent, &value_up, n),
             o: Linear::pack(&block.o, n),
         }
     }
 }
 
-/// kv_b [heads * (nope + v), latent] as [heads, latent, nope] (the nope rows, turned) and [heads, v, latent].
-fn split(c: &Config, kv_b: &Matrix<'_>) -> (Vec<f32>, Vec<f32>) {
+/// kv_b [heads * (nope + v), latent] as [heads, nope, latent], the same turned to [heads, latent, nope], and [heads, v, latent].
+fn split(c: &Config, kv_b: &Matrix<'_>) -> [Vec<f32>; 3] {
     let (nope, v, latent) = (c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank);
-    let values = kv_b.to_f32();
-    let mut key_up = vec![0.0; c.num_attention_heads * latent * nope];
-    let mut value_up = Vec::with_capacity(c.num_attention_heads * v * latent);
-    for (head, rows) in values.chunks_exact((nope + v) * latent).enumerate() {
+    let [mut key_up, mut absorb, mut value_up] = [const { Vec::new() }; 3];
+    for rows in kv_b.to_f32().chunks_exact((nope + v) * latent) {
         let (keys, values) = rows.split_at(nope * latent);
-        let turned = &mut key_up[head * latent * nope..][..latent * nope];
-        for (i, key) in keys.chunks_exact(latent).enumerate() {
-            key.iter().enumerate().for_each(|(l, value)| turned[l * nope + i] = *value);
-        }
+        key_up.extend_from_slice(keys);
+        absorb.extend((0..latent * nope).map(|i| keys[i % nope * latent + i / nope]));
         value_up.extend_from_slice(values);
     }
-    (key_up, value_up)
+    [key_up, absorb, value_up]
 }

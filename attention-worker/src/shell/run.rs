@@ -137,6 +137,7 @@ async fn start_engine(
         chunk: config.chunk,
         token_budget: config.token_budget,
         micro_batches: config.micro_batches,
+        micro_batch_rows: config.micro_batch_rows,
         waiting_max: config.waiting_max,
     };
     let checkpoint = checkpoint.clone();

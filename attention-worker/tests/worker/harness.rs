@@ -17,7 +17,8 @@ use moesaic_proto::{Epoch, LayerId, Placement, WorkerId, v1};
 
 use crate::experts::Experts;
 
-pub const LIMITS: Limits = Limits { pages: 64, chunk: 64, token_budget: 128, micro_batches: 2, waiting_max: 64 };
+pub const LIMITS: Limits =
+    Limits { pages: 64, chunk: 64, token_budget: 128, micro_batches: 2, micro_batch_rows: 1, waiting_max: 64 };
 
 pub fn fixture(name: &str) -> PathBuf {
     let folder = if name.starts_with("tiny") { "../crates/moesaic/models" } else { "../tests/fixtures" };

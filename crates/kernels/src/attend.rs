@@ -16,9 +16,12 @@
 //! 2. q is turned to [d][head] once for a task, and o back; a bf16 page is widened once for a task.
 //! 3. Tokens are scored 16 (or 4) at a time, o is updated 16 (or 4) d at a time, so that many chains are on their way.
 
+mod expanded;
 mod pairs;
 
 use std::cell::Cell;
+
+pub use expanded::{Expand, Span, mla_attend_expanded};
 
 use crate::linear::with_scratch;
 use crate::math::exp;

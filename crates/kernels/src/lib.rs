@@ -23,7 +23,7 @@ mod samples;
 mod simd;
 mod softmax;
 
-pub use attend::{Query, mla_attend};
+pub use attend::{Expand, Query, Span, mla_attend, mla_attend_expanded};
 pub use combine::{add, combine_first, combine_next};
 pub use experts::{Ffn, grouped_experts};
 pub use fp8::{e4m3_to_f32, f32_to_e4m3};

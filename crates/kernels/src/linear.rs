@@ -19,13 +19,14 @@ use half::f16;
 
 pub use rows::RowsRef;
 
-pub(crate) use generic::Place;
-pub(crate) use rows::{Form, Ready, bf16_bits, with_rows, with_scratch};
+pub(crate) use generic::{Place, Sums, Tile, rows_of_tile};
+pub(crate) use panels::{Bf16Pairs, F32Lanes, Weight};
+pub(crate) use rows::{Form, Ready, bf16_bits, pair, with_rows, with_scratch};
 
 use crate::pool::{Pool, Shared};
 use crate::{Dtype, Matrix, MatrixData, Numerics};
 use generic::Tiles;
-use panels::{Bf16Lanes, Bf16Pairs, E4m3Lanes, E4m3Pairs, F32Lanes, Packed, Scales};
+use panels::{Bf16Lanes, E4m3Lanes, E4m3Pairs, Packed, Scales};
 
 /// Packed weights of y = x Wᵀ.
 pub struct Linear {

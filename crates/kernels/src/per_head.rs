@@ -3,6 +3,7 @@
 use crate::Numerics;
 use crate::linear::{Form, Job, Linear, Place, RowsRef, with_rows};
 use crate::pool::{Pool, Shared};
+use crate::simd::Isa;
 
 #[derive(Debug)]
 pub struct PerHead {
@@ -24,6 +25,27 @@ impl PerHead {
         self.heads.iter().map(Linear::bytes).sum()
     }
 
+    pub(crate) fn heads(&self) -> usize {
+        self.heads.len()
+    }
+
+    pub(crate) fn head(&self, head: usize) -> &Linear {
+        &self.heads[head]
+    }
+
+    pub(crate) fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    pub(crate) fn isa(&self) -> Isa {
+        self.numerics.kernels()
+    }
+
+    /// The form of its rows of x.
+    pub(crate) fn form(&self) -> Form {
+        self.heads.first().map_or(Form::Full, Linear::form)
+    }
+
     /// x is [rows, heads, x_width], of which the first `in` values of each head are taken; y is [rows, heads, y_width], of
     /// which the first `out` values of each head are written.
     pub fn forward(&self, pool: &Pool, x: &[f32], x_width: usize, y: &mut [f32], y_width: usize) {
@@ -32,9 +54,9 @@ impl PerHead {
         let rows = y.len().checked_div(heads * y_width).unwrap_or(0);
         assert_eq!(x.len(), rows * heads * x_width, "x does not have as many rows as y");
         assert_eq!(y.len(), rows * heads * y_width, "y does not have whole rows");
-        let form = self.heads.first().map_or(Form::Full, Linear::form);
+        let form = self.form();
         // Each head's values are a row of their own.
-        with_rows(pool, self.numerics.kernels(), form, RowsRef::F32(x), x_width, |x| {
+        with_rows(pool, self.isa(), form, RowsRef::F32(x), x_width, |x| {
             let steps = if form == Form::Pairs { x_width.div_ceil(2) } else { x_width };
             let y = Shared::new(y);
             let job = |h: usize| {

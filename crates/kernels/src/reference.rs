@@ -199,6 +199,36 @@ pub(crate) fn attend(n: Numerics, q: &[f32], tokens: &[Vec<f32>], latent: usize,
     o.iter().map(|o| o * (1.0 / sum)).collect()
 }
 
+/// One head of one query in the expanded form, over the tokens of its context; `key` is [nope, latent], `value` [v, latent].
+pub(crate) fn attend_expanded(
+    n: Numerics,
+    q: &[f32],
+    tokens: &[Vec<f32>],
+    [key, value]: [&Matrix<'_>; 2],
+    scale: f32,
+) -> Vec<f32> {
+    let by_pairs = n.name() == "bf16-dp";
+    let operands = |x: Vec<f32>| if by_pairs { x.iter().map(|x| rounded(n, *x)).collect() } else { x };
+    let step = |x: f32, w: f32, acc: f32| if by_pairs { flushing_step(x, w, acc) } else { x.mul_add(w, acc) };
+    let q: Vec<f32> = q.iter().map(|q| rounded(n, *q)).collect();
+    let keys = tokens.iter().map(|kv| [&linear(key, n, &kv[..key.cols])[..], &kv[key.cols..]].concat());
+    let keys: Vec<Vec<f32>> = keys.map(operands).collect();
+    let values: Vec<Vec<f32>> = tokens.iter().map(|kv| operands(linear(value, n, &kv[..key.cols]))).collect();
+    let (mut max, mut sum, mut o) = (f32::NEG_INFINITY, 0.0f32, vec![0.0f32; value.rows]);
+    for (keys, values) in keys.chunks(PAGE_TOKENS).zip(values.chunks(PAGE_TOKENS)) {
+        let scores: Vec<f32> = keys.iter().map(|k| scale * chain(by_pairs, &q, k)).collect();
+        let new = scores.iter().copied().fold(max, f32::max);
+        let factor = exp(max - new);
+        let p = operands(scores.iter().map(|s| exp(s - new)).collect());
+        sum = sum.mul_add(factor, sum_by_16(&p, |p, sum| sum + p));
+        for (d, o) in o.iter_mut().enumerate() {
+            *o = p.iter().zip(values).fold(o.mul_add(factor, 0.0), |acc, (p, v)| step(*p, v[d], acc));
+        }
+        max = new;
+    }
+    o.iter().map(|o| o * (1.0 / sum)).collect()
+}
+
 fn attend_by_pairs(n: Numerics, q: &[f32], tokens: &[Vec<f32>], latent: usize, scale: f32) -> Vec<f32> {
     let odd_first = |x: &[f32]| x.chunks(2).flat_map(|x| [x[1], x[0]]).collect::<Vec<f32>>();
     let q: Vec<f32> = odd_first(q).iter().map(|q| rounded(n, *q)).collect();

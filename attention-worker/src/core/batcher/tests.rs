@@ -6,7 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-const LIMITS: Limits = Limits { pages: 4, chunk: 32, token_budget: 128, micro_batches: 1, waiting_max: 64 };
+const LIMITS: Limits =
+    Limits { pages: 4, chunk: 32, token_budget: 128, micro_batches: 1, micro_batch_rows: 1, waiting_max: 64 };
 
 fn request(prompt: usize, max_tokens: usize) -> Request {
     Request { prompt: (0..prompt as u32).collect(), max_tokens, stop_tokens: vec![] }
@@ -89,6 +90,28 @@ impl Model {
     }
 }
 
+/// One row more or less decides; a chunk counts as its rows; never none, never more than allowed.
+#[test]
+fn there_are_as_many_micro_batches_as_can_be_filled() {
+    let limits = Limits { pages: 64, micro_batches: 3, micro_batch_rows: 10, ..LIMITS };
+    for (prompts, expected) in [
+        (vec![], 1),
+        (vec![1; 19], 1),
+        (vec![1; 20], 2),
+        (vec![1; 29], 2),
+        (vec![1; 50], 3),
+        (vec![500], 3),
+        (vec![9, 9], 1),
+    ] {
+        let mut batcher = Batcher::new(limits);
+        for prompt in &prompts {
+            batcher.submit(request(*prompt, 1)).unwrap();
+        }
+        batcher.admit();
+        assert_eq!(batcher.micro_batches(), expected, "{prompts:?}");
+    }
+}
+
 #[test]
 fn decode_goes_before_prefill_and_the_budget_holds() {
     let mut model = Model::new(Limits { token_budget: 10, chunk: 8, ..LIMITS });
@@ -165,6 +188,7 @@ fn limits() -> impl Strategy<Value = Limits> {
         chunk,
         token_budget,
         micro_batches,
+        micro_batch_rows: 1,
         waiting_max: 1000,
     })
 }

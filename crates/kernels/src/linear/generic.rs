@@ -74,7 +74,7 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
 }
 
 /// 6 while there are many; 7 to 11 are cut into halves, not into 6 and a small rest.
-fn rows_of_tile(left: usize) -> usize {
+pub(crate) fn rows_of_tile(left: usize) -> usize {
     if left > ROWS_MAX && left < 2 * ROWS_MAX { left.div_ceil(2) } else { left.min(ROWS_MAX) }
 }
 
@@ -191,9 +191,9 @@ where
             self.scaled(s, panels)
         };
         // Every index is known to the compiler: sums that are indexed by anything else live in memory.
-        for r in 0..R {
-            for p in 0..P {
-                self.tiles.store(s, self.row + r.min(self.live - 1), self.panel + p, acc[r][p]);
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (p, sum) in acc.into_iter().enumerate() {
+                self.tiles.store(s, self.row + r.min(self.live - 1), self.panel + p, sum);
             }
         }
     }
@@ -257,29 +257,30 @@ fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
 where
     Tile: Sums<R, P>,
 {
-    assert!(x.iter().all(|x| steps.end <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
+    let zero = [[s.splat(0.0); P]; R];
     if fetch.own {
-        Tile::sums::<S, W, true>(s, x, panels, steps, fetch.ahead)
+        Tile::sums::<S, W, true>(s, x, panels, steps, zero, fetch.ahead)
     } else {
-        Tile::sums::<S, W, false>(s, x, panels, steps, fetch.ahead)
+        Tile::sums::<S, W, false>(s, x, panels, steps, zero, fetch.ahead)
     }
 }
 
 /// The sums of a tile of R rows and P panels. Written out for each shape: a compiler that meets an index before it has unrolled
 /// the loop around it keeps all sums in memory.
-trait Sums<const R: usize, const P: usize> {
-    /// Over `steps`, which are within every row and panel, from zero.
+pub(crate) trait Sums<const R: usize, const P: usize> {
+    /// Over `steps`, which must be within every row and panel, from `acc`.
     fn sums<S: Simd, W: Weight, const FETCH_OWN: bool>(
         s: S,
         x: [&[W::X]; R],
         panels: [&[W]; P],
         steps: Range<usize>,
+        acc: [[S::F; P]; R],
         ahead: &[W],
     ) -> [[S::F; P]; R];
 }
 
 /// See [`Sums`].
-struct Tile;
+pub(crate) struct Tile;
 
 macro_rules! tile {
     ($R:literal: $rows:tt, $($P:literal: $panels:tt),*) => {
@@ -293,10 +294,11 @@ macro_rules! tile {
                 x: [&[W::X]; $R],
                 panels: [&[W]; $P],
                 steps: Range<usize>,
+                mut acc: [[S::F; $P]; $R],
                 ahead: &[W],
             ) -> [[S::F; $P]; $R] {
+                assert!(x.iter().all(|x| steps.end <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
                 let mut ahead = ahead.iter();
-                let mut acc = [[s.splat(0.0); $P]; $R];
                 for k in steps {
                     tile!(@fetch s, panels, k, ahead, $R, FETCH_OWN, $panels);
                     // SAFETY: `k` is below the length of every row and panel.

@@ -90,7 +90,7 @@ macro_rules! widened {
     ($(#[$align:meta])* $name:ident, $element:ty, $load:ident, $($wide:tt)*) => {
         $(#[$align])*
         #[derive(Clone, Copy, Default, Zeroable)]
-        pub(crate) struct $name([$element; LANES]);
+        pub(crate) struct $name(pub [$element; LANES]);
 
         impl Weight for $name {
             type Element = $element;
@@ -120,7 +120,7 @@ macro_rules! paired {
     ($(#[$align:meta])* $name:ident, $element:ty, $store:ty, $len:expr, $set:expr, $load:ident, $($wide:tt)*) => {
         $(#[$align])*
         #[derive(Clone, Copy, Default, Zeroable)]
-        pub(crate) struct $name([$store; $len]);
+        pub(crate) struct $name(pub [$store; $len]);
 
         impl Weight for $name {
             type Element = $element;

@@ -169,7 +169,7 @@ impl Kernel for Pair<'_> {
 }
 
 #[inline(always)]
-fn pair<T>(x: &[T], to: &mut [u32], bits: impl Fn(&T) -> u32) {
+pub(crate) fn pair<T>(x: &[T], to: &mut [u32], bits: impl Fn(&T) -> u32) {
     let (whole, rest) = x.as_chunks::<2>();
     for (to, [high, low]) in to.iter_mut().zip(whole) {
         *to = bits(high) << 16 | bits(low);
