@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use moesaic_dispatch::{Hub, Shape, grpc};
 use moesaic_kernels::{Ffn, Numerics, Pool};
+use moesaic_model::packed::Experts;
 use moesaic_model::{Checkpoint, ModelError, load};
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
 use moesaic_node::{Member, Registration, Registry, handshake};
@@ -152,11 +153,10 @@ fn shard_of(
             }
         }
     }
+    let experts = Experts::open(checkpoint, numerics)?;
     let pack = |(layer, expert): (LayerId, ExpertId)| {
-        let block = checkpoint.expert(usize::from(layer.0), usize::from(expert.0))?;
-        let ffn = Ffn::pack(&block.gate, &block.up, &block.down, numerics);
-        checkpoint.release(block.matrices());
-        Ok(((layer, expert, Arc::new(ffn)), block.bytes()))
+        let (ffn, bytes) = experts.get(usize::from(layer.0), usize::from(expert.0))?;
+        Ok(((layer, expert, Arc::new(ffn)), bytes))
     };
     for (layer, expert, ffn) in load::all("experts", missing, pack)? {
         layers.entry(layer).or_default().insert(expert, ffn);

@@ -12,7 +12,9 @@
 
 use std::cell::Cell;
 
-use crate::linear::{Cut, Form, Job, Linear, Place, Ready, RowsRef, with_rows, with_scratch};
+use bytes::Bytes;
+
+use crate::linear::{Cut, Form, Job, Linear, Place, Ready, RowsRef, UnfitBytes, with_rows, with_scratch};
 use crate::math::{load_part, silu, store_part};
 use crate::pool::{Pool, Shared};
 use crate::simd::{Kernel, LANES, Simd};
@@ -29,11 +31,27 @@ pub struct Ffn {
 impl Ffn {
     /// gate and up are [width, in], down is [out, width].
     pub fn pack(gate: &Matrix<'_>, up: &Matrix<'_>, down: &Matrix<'_>, n: Numerics) -> Self {
-        assert_eq!((gate.rows, gate.cols), (up.rows, up.cols), "gate and up differ in shape");
-        assert_eq!(down.cols, gate.rows, "down does not take what gate gives");
-        let ffn = Self { gate: Linear::pack(gate, n), up: Linear::pack(up, n), down: Linear::pack(down, n) };
-        assert_eq!(ffn.gate.form(), ffn.up.form(), "gate and up are stored too differently to read the same rows");
-        ffn
+        Self::of(Linear::pack(gate, n), Linear::pack(up, n), Linear::pack(down, n))
+    }
+
+    /// The same without packing: `packed` is what [`Ffn::packed`] gave for the same matrices and numerics.
+    pub fn mapped([gate, up, down]: [&Matrix<'_>; 3], n: Numerics, packed: [Bytes; 3]) -> Result<Self, UnfitBytes> {
+        let [gate_packed, up_packed, down_packed] = packed;
+        let gate = Linear::mapped(gate, n, gate_packed)?;
+        Ok(Self::of(gate, Linear::mapped(up, n, up_packed)?, Linear::mapped(down, n, down_packed)?))
+    }
+
+    fn of(gate: Linear, up: Linear, down: Linear) -> Self {
+        let shape = |linear: &Linear| [linear.out_features(), linear.in_features()];
+        assert_eq!(shape(&gate), shape(&up), "gate and up differ in shape");
+        assert_eq!(down.in_features(), gate.out_features(), "down does not take what gate gives");
+        assert_eq!(gate.form(), up.form(), "gate and up are stored too differently to read the same rows");
+        Self { gate, up, down }
+    }
+
+    /// The packed weights of gate, up and down, for [`Ffn::mapped`].
+    pub fn packed(&self) -> [&[u8]; 3] {
+        [self.gate.packed(), self.up.packed(), self.down.packed()]
     }
 
     pub fn bytes(&self) -> usize {

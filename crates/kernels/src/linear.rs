@@ -15,8 +15,10 @@ mod tests;
 
 use std::ops::Range;
 
+use bytes::Bytes;
 use half::f16;
 
+pub use panels::UnfitBytes;
 pub use rows::RowsRef;
 
 pub(crate) use generic::{Place, Sums, Tile, rows_of_tile};
@@ -59,35 +61,44 @@ macro_rules! on_panels {
 impl Linear {
     /// `m` is [out, in]. Panics where its data does not have the size that its shape says (`crates/model` checks files).
     pub fn pack(m: &Matrix<'_>, n: Numerics) -> Self {
+        Self::of(m, n, &Source::Matrix).expect("only packed bytes can be unfit")
+    }
+
+    /// The same without packing: `packed` is what [`Linear::packed`] gave for the same matrix and numerics.
+    pub fn mapped(m: &Matrix<'_>, n: Numerics, packed: Bytes) -> Result<Self, UnfitBytes> {
+        Self::of(m, n, &Source::Packed(packed))
+    }
+
+    fn of(m: &Matrix<'_>, n: Numerics, source: &Source) -> Result<Self, UnfitBytes> {
         m.check();
         let (rows, cols) = (m.rows, m.cols);
         let panels = match (&m.data, n.dtype()) {
             (MatrixData::F32(b), Dtype::F32) => {
-                Panels::F32(Packed::new(rows, cols, None, |i, to| read(b, i, to, f32::from_le_bytes)))
+                Panels::F32(source.panels(rows, cols, None, |i, to| read(b, i, to, f32::from_le_bytes))?)
             }
-            (MatrixData::F16(b), Dtype::F32) => {
-                Panels::F32(Packed::new(rows, cols, None, |i, to| read(b, i, to, |b| f16::from_le_bytes(b).to_f32())))
+            (MatrixData::F16(b), Dtype::F32) => Panels::F32(
+                source.panels(rows, cols, None, |i, to| read(b, i, to, |b| f16::from_le_bytes(b).to_f32()))?,
+            ),
+            (MatrixData::F32(b), Dtype::Bf16) => source
+                .bf16_panels(n, rows, cols, |i, to| read(b, i, to, |b| bf16_bits(f32::from_le_bytes(b)) as u16))?,
+            (MatrixData::F16(b), Dtype::Bf16) => source.bf16_panels(n, rows, cols, |i, to| {
+                read(b, i, to, |b| bf16_bits(f16::from_le_bytes(b).to_f32()) as u16)
+            })?,
+            (MatrixData::Bf16(b), _) => {
+                source.bf16_panels(n, rows, cols, |i, to| read(b, i, to, u16::from_le_bytes))?
             }
-            (MatrixData::F32(b), Dtype::Bf16) => {
-                bf16_panels(n, rows, cols, |i, to| read(b, i, to, |b| bf16_bits(f32::from_le_bytes(b)) as u16))
-            }
-            (MatrixData::F16(b), Dtype::Bf16) => {
-                bf16_panels(n, rows, cols, |i, to| read(b, i, to, |b| bf16_bits(f16::from_le_bytes(b).to_f32()) as u16))
-            }
-            (MatrixData::Bf16(b), _) => bf16_panels(n, rows, cols, |i, to| read(b, i, to, u16::from_le_bytes)),
             (MatrixData::Fp8 { q, scales, block }, _) => {
-                let scales = Scales { values: scales, block: *block };
+                let scales = Some(Scales { values: scales, block: *block });
+                let read = |i: usize, to: &mut [u8]| to.copy_from_slice(&q[i..i + to.len()]);
                 if n.by_pairs() && block[1] % 2 == 0 {
-                    Panels::E4m3Pairs(Packed::new(rows, cols, Some(scales), |i, to| {
-                        to.copy_from_slice(&q[i..i + to.len()])
-                    }))
+                    Panels::E4m3Pairs(source.panels(rows, cols, scales, read)?)
                 } else {
                     // A pair cannot lie across two blocks: such a matrix is computed as in `bf16`.
-                    Panels::E4m3(Packed::new(rows, cols, Some(scales), |i, to| to.copy_from_slice(&q[i..i + to.len()])))
+                    Panels::E4m3(source.panels(rows, cols, scales, read)?)
                 }
             }
         };
-        Self { panels, in_features: cols, numerics: n }
+        Ok(Self { panels, in_features: cols, numerics: n })
     }
 
     /// `w` is row-major [rows = out, cols = in].
@@ -103,8 +114,13 @@ impl Linear {
         on_panels!(&self.panels, p => p.outputs)
     }
 
-    /// Bytes of the packed weights.
+    /// Bytes of the packed weights and their scales.
     pub fn bytes(&self) -> usize {
+        on_panels!(&self.panels, p => p.size())
+    }
+
+    /// The packed weights, for [`Linear::mapped`].
+    pub fn packed(&self) -> &[u8] {
         on_panels!(&self.panels, p => p.bytes())
     }
 
@@ -153,11 +169,38 @@ impl std::fmt::Debug for Linear {
     }
 }
 
-fn bf16_panels(n: Numerics, rows: usize, cols: usize, read: impl Fn(usize, &mut [u16])) -> Panels {
-    if n.by_pairs() {
-        Panels::Bf16Pairs(Packed::new(rows, cols, None, read))
-    } else {
-        Panels::Bf16(Packed::new(rows, cols, None, read))
+/// Where a linear's panels come from.
+enum Source {
+    Matrix,
+    Packed(Bytes),
+}
+
+impl Source {
+    fn panels<W: Weight>(
+        &self,
+        rows: usize,
+        cols: usize,
+        scales: Option<Scales<'_>>,
+        read: impl Fn(usize, &mut [W::Element]),
+    ) -> Result<Packed<W>, UnfitBytes> {
+        match self {
+            Self::Matrix => Ok(Packed::new(rows, cols, scales, read)),
+            Self::Packed(bytes) => Packed::mapped(rows, cols, scales, bytes.clone()),
+        }
+    }
+
+    fn bf16_panels(
+        &self,
+        n: Numerics,
+        rows: usize,
+        cols: usize,
+        read: impl Fn(usize, &mut [u16]),
+    ) -> Result<Panels, UnfitBytes> {
+        Ok(if n.by_pairs() {
+            Panels::Bf16Pairs(self.panels(rows, cols, None, read)?)
+        } else {
+            Panels::Bf16(self.panels(rows, cols, None, read)?)
+        })
     }
 }
 

@@ -1,5 +1,5 @@
 //! A checkpoint as data and as a formula. Owns reading `config.json` and safetensors files of the DeepSeek-V2 and -V3
-//! families, the plain reference of the whole model, `quantize`, `synth` and `inspect`. Never talks to a network, and
+//! families, the plain reference of the whole model, `pack`, `quantize`, `synth` and `inspect`. Never talks to a network, and
 //! never trusts a file.
 
 mod blocks;
@@ -12,6 +12,7 @@ pub mod inspect;
 mod json;
 pub mod load;
 mod names;
+pub mod packed;
 pub mod quantize;
 pub mod reference;
 mod safetensors;

@@ -167,7 +167,7 @@ fn is_plain_name(file: &str) -> bool {
 }
 
 #[allow(unsafe_code)]
-fn map(path: &Path) -> Result<Mmap, ModelError> {
+pub(crate) fn map(path: &Path) -> Result<Mmap, ModelError> {
     check_is_file(path)?;
     let file = File::open(path).map_err(|e| ModelError::io(path, e))?;
     // SAFETY: the map is read-only and private to this struct, and its bytes are only read as plain integers, so no value

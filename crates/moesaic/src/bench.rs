@@ -96,8 +96,8 @@ pub async fn run(mut args: Args) -> Result<()> {
     for test in tests(&args) {
         let mut runs = Vec::new();
         for _ in 0..args.runs {
-            let before = Sample::take(&profiles);
-            let measured = test.run(&load).await?;
+            let mut before = Sample::take(&profiles);
+            let measured = test.run(&load, || before = Sample::take(&profiles)).await?;
             runs.push((measured, Sample::take(&profiles).since(&before)));
         }
         runs.sort_by(|a, b| a.0.tokens_per_s.total_cmp(&b.0.tokens_per_s));
@@ -121,10 +121,11 @@ pub enum Test {
 }
 
 impl Test {
-    async fn run(&self, load: &Load) -> Result<Measured> {
+    /// `begin` is called when counting begins, where that is not at once.
+    async fn run(&self, load: &Load, begin: impl FnOnce()) -> Result<Measured> {
         match *self {
             Self::Prefill { tokens } => load.prefill(tokens).await,
-            Self::Decode { batch, context, tokens } => load.decode(batch, context, tokens, slack(batch)).await,
+            Self::Decode { batch, context, tokens } => load.decode(batch, context, tokens, slack(batch), begin).await,
             Self::Serve { streams, input, output } => load.serve(streams, input, output).await,
         }
     }

@@ -1,11 +1,12 @@
-//! `moesaic inspect`, `quantize` and `synth`.
+//! `moesaic inspect`, `pack`, `quantize` and `synth`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use moesaic_kernels::Numerics;
 use moesaic_model::quantize::{Options, to_fp8};
 use moesaic_model::synth::{SHARD_BYTES_MAX, SynthDtype, SynthOptions, synthesize};
-use moesaic_model::{ModelError, inspect as model_inspect};
+use moesaic_model::{Checkpoint, ModelError, inspect as model_inspect, packed};
 
 use crate::cli::say;
 
@@ -20,6 +21,27 @@ pub fn inspect(args: &InspectArgs) -> ExitCode {
     let report = model_inspect::report(&args.dir);
     say(&report.to_string());
     if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[derive(Debug, clap::Args)]
+pub struct PackArgs {
+    /// The checkpoint's folder, which gets one more file as large as its experts
+    dir: PathBuf,
+    /// What the workers will be started with: f32 or bf16
+    #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16"])]
+    dtype: String,
+}
+
+pub fn pack(args: &PackArgs) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(&args.dir)?;
+    let done = packed::write(&checkpoint, Numerics::detect(args.dtype.parse()?))?;
+    let megabytes = done.bytes as f64 / 1e6;
+    say(&format!(
+        "{}: {} experts, {megabytes:.2} MB; workers on processors like this one map it\n",
+        done.path.display(),
+        done.experts
+    ));
+    Ok(())
 }
 
 #[derive(Debug, clap::Args)]

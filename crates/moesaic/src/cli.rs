@@ -35,6 +35,8 @@ enum Command {
     Chat(chat::Args),
     /// Tell what a checkpoint's folder holds and what is wrong with it
     Inspect(checkpoint::InspectArgs),
+    /// Lay a checkpoint's experts out as the kernels read them, so that workers start by mapping them
+    Pack(checkpoint::PackArgs),
     /// Make an FP8 copy of a checkpoint
     Quantize(checkpoint::QuantizeArgs),
     /// Measure how fast this machine serves a model
@@ -100,6 +102,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Up(args) => up::run(args).await?,
         Command::Chat(args) => chat::run(args).await?,
         Command::Inspect(args) => return Ok(checkpoint::inspect(&args)),
+        Command::Pack(args) => checkpoint::pack(&args)?,
         Command::Quantize(args) => checkpoint::quantize(&args)?,
         Command::Synth(args) => checkpoint::synth(&args)?,
         Command::Bench(args) => bench::run(args).await?,

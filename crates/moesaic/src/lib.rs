@@ -1,5 +1,5 @@
-//! The command line: `up` runs a whole cluster, `chat` talks to one, the roles run one node each, `inspect` and
-//! `quantize` work on checkpoints. Owns arguments, what is printed and exit codes; decides nothing of a cluster's work.
+//! The command line: `up` runs a whole cluster, `chat` talks to one, the roles run one node each, `inspect`,
+//! `pack` and `quantize` work on checkpoints. Owns arguments, what is printed and exit codes; decides nothing of a cluster's work.
 //!
 //! Reading order: `cli`, `up` (a cluster's life), `node` (what runs in it), `here` and `processes` (the two ways to run
 //! it), `plan` (what is printed before), `roles`, `chat`, `checkpoint`, `bench`, `etcd`.

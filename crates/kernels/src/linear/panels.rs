@@ -8,9 +8,11 @@
 //! A forward pass then reads each panel from its first byte to its last.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
-use bytemuck::Zeroable;
+use bytemuck::{Pod, Zeroable};
+use bytes::Bytes;
 
 use crate::simd::{LANES, Simd};
 
@@ -18,7 +20,7 @@ use crate::simd::{LANES, Simd};
 const STRETCH: usize = 64;
 
 /// One step's weights of a panel.
-pub(crate) trait Weight: Zeroable + Copy + Send + Sync {
+pub(crate) trait Weight: Pod + Send + Sync {
     /// One weight as it is stored.
     type Element: Copy + Default;
     /// What an activation row is made of: one step's worth of x.
@@ -89,7 +91,7 @@ macro_rules! widens {
 macro_rules! widened {
     ($(#[$align:meta])* $name:ident, $element:ty, $load:ident, $($wide:tt)*) => {
         $(#[$align])*
-        #[derive(Clone, Copy, Default, Zeroable)]
+        #[derive(Clone, Copy, Default, Zeroable, Pod)]
         pub(crate) struct $name(pub [$element; LANES]);
 
         impl Weight for $name {
@@ -119,7 +121,7 @@ macro_rules! widened {
 macro_rules! paired {
     ($(#[$align:meta])* $name:ident, $element:ty, $store:ty, $len:expr, $set:expr, $load:ident, $($wide:tt)*) => {
         $(#[$align])*
-        #[derive(Clone, Copy, Default, Zeroable)]
+        #[derive(Clone, Copy, Default, Zeroable, Pod)]
         pub(crate) struct $name(pub [$store; $len]);
 
         impl Weight for $name {
@@ -147,28 +149,28 @@ macro_rules! paired {
 }
 
 widened!(
-    #[repr(align(64))]
+    #[repr(C, align(64))]
     F32Lanes,
     f32,
     load,
     as_it_is!();
 );
 widened!(
-    #[repr(align(32))]
+    #[repr(C, align(32))]
     Bf16Lanes,
     u16,
     widen_bf16,
     as_it_is!();
 );
 widened!(
-    #[repr(align(16))]
+    #[repr(C, align(16))]
     E4m3Lanes,
     u8,
     widen_e4m3,
     widens!(F32Lanes, store, WIDE_LANES);
 );
 paired!(
-    #[repr(align(64))]
+    #[repr(C, align(64))]
     Bf16Pairs,
     u16,
     u32,
@@ -178,7 +180,7 @@ paired!(
     as_it_is!();
 );
 paired!(
-    #[repr(align(32))]
+    #[repr(C, align(32))]
     E4m3Pairs,
     u8,
     u8,
@@ -190,7 +192,7 @@ paired!(
 
 /// All panels of a matrix.
 pub(crate) struct Packed<W> {
-    lanes: Vec<W>,
+    lanes: Storage<W>,
     /// For each panel and block of K the factor of its 16 outputs; none where weights have no scales.
     scales: Vec<F32Lanes>,
     pub outputs: usize,
@@ -198,6 +200,31 @@ pub(crate) struct Packed<W> {
     pub steps: usize,
     /// Steps that have a chain of their own; all of them where weights have no scales.
     pub block_steps: usize,
+}
+
+/// Packed here, or earlier and now in a mapped file.
+enum Storage<W> {
+    Own(Vec<W>),
+    Mapped(Bytes, PhantomData<W>),
+}
+
+impl<W: Weight> Storage<W> {
+    fn lanes(&self) -> &[W] {
+        match self {
+            Self::Own(lanes) => lanes,
+            Self::Mapped(bytes, _) => bytemuck::cast_slice(bytes),
+        }
+    }
+}
+
+/// What [`Packed::bytes`] gave does not fit the matrix.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{given} packed bytes for a matrix [{rows}, {cols}] of {expected}, or not at a multiple of 64 in memory")]
+pub struct UnfitBytes {
+    given: usize,
+    expected: usize,
+    rows: usize,
+    cols: usize,
 }
 
 /// Block scales of an FP8 matrix: [ceil(rows / block[0]), ceil(cols / block[1])].
@@ -232,6 +259,20 @@ impl<W: Weight> Packed<W> {
                 lanes.extend_from_slice(&tile[..len.div_ceil(W::PER_STEP)]);
             }
         }
+        Self::of(rows, cols, scales, Storage::Own(lanes))
+    }
+
+    /// Of what [`Packed::bytes`] gave for the same matrix.
+    pub fn mapped(rows: usize, cols: usize, scales: Option<Scales<'_>>, bytes: Bytes) -> Result<Self, UnfitBytes> {
+        let expected = rows.div_ceil(LANES) * cols.div_ceil(W::PER_STEP) * size_of::<W>();
+        if bytes.len() != expected || !bytes.as_ptr().addr().is_multiple_of(align_of::<W>()) {
+            return Err(UnfitBytes { given: bytes.len(), expected, rows, cols });
+        }
+        Ok(Self::of(rows, cols, scales, Storage::Mapped(bytes, PhantomData)))
+    }
+
+    fn of(rows: usize, cols: usize, scales: Option<Scales<'_>>, lanes: Storage<W>) -> Self {
+        let steps = cols.div_ceil(W::PER_STEP);
         let block_steps = scales.map_or(steps, |s| s.block[1] / W::PER_STEP).max(1);
         let scales = scales.map_or_else(Vec::new, |s| pack_scales(rows, cols, s));
         Self { lanes, scales, outputs: rows, steps, block_steps }
@@ -243,11 +284,17 @@ impl<W: Weight> Packed<W> {
 
     pub fn view(&self) -> View<'_, W> {
         let Self { lanes, scales, outputs, steps, block_steps } = self;
-        View { lanes, first: 0, scales, outputs: *outputs, steps: *steps, block_steps: *block_steps }
+        View { lanes: lanes.lanes(), first: 0, scales, outputs: *outputs, steps: *steps, block_steps: *block_steps }
     }
 
-    pub fn bytes(&self) -> usize {
-        size_of_val(&self.lanes[..]) + size_of_val(&self.scales[..])
+    /// The panels, without scales.
+    pub fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(self.lanes.lanes())
+    }
+
+    /// In memory, scales too.
+    pub fn size(&self) -> usize {
+        size_of_val(self.lanes.lanes()) + size_of_val(&self.scales[..])
     }
 }
 

@@ -299,6 +299,38 @@ fn rows_have_to_be_whole() {
     linear.forward(&pools()[0], RowsRef::F32(&[0.0; 3]), &mut [0.0; 3]);
 }
 
+/// What was packed once is the same weights again, from memory that is aligned as a file's pages are.
+#[test]
+fn packed_weights_can_be_mapped() {
+    #[repr(align(64))]
+    struct Aligned([u8; 40_000]);
+    impl AsRef<[u8]> for Aligned {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+    let mut s = Samples::new(7);
+    for stored in [Stored::F32, Stored::F16, Stored::Bf16, Stored::Fp8([16, 32]), Stored::Fp8([8, 7])] {
+        let m = s.matrix(37, 75, stored, 1.0);
+        let x = s.values(3 * 75, 1.0);
+        for n in Numerics::all() {
+            let packed = Linear::pack(&m.matrix(), n);
+            let len = packed.packed().len();
+            let mut memory = Aligned([0; 40_000]);
+            memory.0[..len].copy_from_slice(packed.packed());
+            let bytes = Bytes::from_owner(memory);
+            let mapped = Linear::mapped(&m.matrix(), n, bytes.slice(..len)).unwrap();
+            let [expected, y] = [&packed, &mapped].map(|linear| forward(linear, &pools()[0], RowsRef::F32(&x)));
+            assert_bits(&y, &expected, format_args!("{n:?}, {stored:?}"));
+            assert_eq!(packed.bytes(), mapped.bytes());
+            for unfit in [bytes.slice(..len - 1), bytes.slice(..0), bytes.slice(1..len + 1)] {
+                let error = Linear::mapped(&m.matrix(), n, unfit).unwrap_err().to_string();
+                assert!(error.contains("for a matrix [37, 75]"), "{error}");
+            }
+        }
+    }
+}
+
 /// How fast is a matter of what the compiler makes of a tile, which small changes have halved before. The best of many short
 /// rounds counts, so that other work on the machine does not.
 #[test]

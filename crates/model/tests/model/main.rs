@@ -7,6 +7,7 @@ mod config;
 mod hostile;
 mod inspect;
 mod load;
+mod packed;
 mod parity;
 mod quantize;
 mod reading;

@@ -63,8 +63,16 @@ impl Load {
         Ok(Measured::rate(tokens, start.elapsed()))
     }
 
-    /// Tokens of `batch` sequences together, counted from when all of them decode.
-    pub async fn decode(&self, batch: usize, context: usize, tokens: usize, slack: usize) -> Result<Measured> {
+    /// Tokens of `batch` sequences together, counted from when all of them decode: then `begin` is called.
+    pub async fn decode(
+        &self,
+        batch: usize,
+        context: usize,
+        tokens: usize,
+        slack: usize,
+        begin: impl FnOnce(),
+    ) -> Result<Measured> {
+        let mut begin = Some(begin);
         let mut streams = Vec::new();
         for sequence in 0..batch {
             let events = self.start(sequence, context, tokens + slack).await?;
@@ -79,7 +87,10 @@ impl Load {
             }
             begun[sequence] = true;
             match start {
-                None if begun.iter().all(|begun| *begun) => start = Some(Instant::now()),
+                None if begun.iter().all(|begun| *begun) => {
+                    begin.take().into_iter().for_each(|begin| begin());
+                    start = Some(Instant::now());
+                }
                 None => {}
                 Some(start) => {
                     counted += 1;

@@ -46,14 +46,16 @@ impl Roofline {
     pub fn seconds_per_token(&self, test: &Test, counts: &Counts) -> Option<f64> {
         let c = &self.config;
         let head = (c.vocab_size * c.hidden_size) as f64;
-        // A key of one layer and head, in the absorbed form.
-        let key = (c.num_hidden_layers * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)) as f64;
+        // A key: of a prompt in the expanded form, of what is emitted in the absorbed form.
+        let per_head = c.num_hidden_layers * c.num_attention_heads;
+        let prompt_key = (per_head * (c.qk_head_dim() + c.v_head_dim)) as f64;
+        let key = (per_head * (2 * c.kv_lora_rank + c.qk_rope_head_dim)) as f64;
         let experts = if counts.steps == 0 { 0.0 } else { counts.experts as f64 / counts.steps as f64 };
         let (bytes, fma) = match *test {
             Test::Prefill { tokens } => {
                 let n = tokens as f64;
                 let all = self.weights + experts * self.expert;
-                (all / n, self.token + head / n + key * n / 2.0)
+                (all / n, self.token + head / n + prompt_key * n / 2.0)
             }
             Test::Decode { batch, context, tokens } => {
                 let context = (context + tokens / 2) as f64;
