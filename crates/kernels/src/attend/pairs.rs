@@ -10,6 +10,7 @@
 //! 1. Two values of a token are a pair as they lie in the page, so scores read it as it is; that is why the odd one goes
 //!    first.
 //! 2. Two tokens' values are laid side by side once for a page and task.
+//! 3. Pages lie anywhere in memory: the next tokens are fetched while these are scored.
 
 use std::cell::Cell;
 
@@ -70,14 +71,20 @@ impl Kernel for PairHeads<'_> {
         turn(query.q, q);
         o.fill(Lanes::default());
         let (mut max, mut sum) = (s.splat(f32::NEG_INFINITY), Lanes::default());
-        for (i, id) in query.pages.iter().enumerate().take(query.context.div_ceil(PAGE_TOKENS)) {
+        let pages = &query.pages[..query.context.div_ceil(PAGE_TOKENS)];
+        let page = |i: usize| match pages.get(i).map(|id| call.cache.page(call.layer, *id)) {
+            Some(Page::Bf16(kv)) => kv,
+            Some(Page::F32(_)) => unreachable!("pairs are bf16"),
+            None => &[],
+        };
+        for i in 0..pages.len() {
             let live = PAGE_TOKENS.min(query.context - i * PAGE_TOKENS);
-            let Page::Bf16(kv) = call.cache.page(call.layer, *id) else { unreachable!("pairs are bf16") };
+            let (kv, next) = (page(i), page(i + 1));
             let factor;
             if S::WIDE {
-                score::<S, 16>(s, q, kv, &mut scores[..live], call.scale);
+                score::<S, 16>(s, q, kv, next, &mut scores[..live], call.scale);
             } else {
-                score::<S, 4>(s, q, kv, &mut scores[..live], call.scale);
+                score::<S, 4>(s, q, kv, next, &mut scores[..live], call.scale);
             }
             (max, factor) = probabilities(s, &mut scores[..live], max, &mut sum, p);
             side_by_side(kv, width, latent, live, tokens);
@@ -107,11 +114,14 @@ fn turn(rows: &[f32], to: &mut [PairLanes]) {
     }
 }
 
-/// T tokens at a time. A last block that is not whole reads what lies behind in the page, and forgets it.
+/// T tokens at a time; meanwhile those after them are fetched, from the `next` page too. A last block that is not whole
+/// reads what lies behind in the page, and forgets it.
 #[inline(always)]
-fn score<S: Simd, const T: usize>(s: S, q: &[PairLanes], kv: &[u16], scores: &mut [Lanes], scale: f32) {
+fn score<S: Simd, const T: usize>(s: S, q: &[PairLanes], kv: &[u16], next: &[u16], scores: &mut [Lanes], scale: f32) {
     let width = 2 * q.len();
     for (block, scores) in scores.chunks_mut(T).enumerate() {
+        let ahead = kv.get((block + 1) * T * width..).filter(|kv| !kv.is_empty()).unwrap_or(next);
+        let mut ahead = ahead.iter().step_by(2 * T);
         let mut tokens: [&[[u16; 2]]; T] = [&[]; T];
         for (t, token) in tokens.iter_mut().enumerate() {
             *token = kv[(block * T + t) * width..][..width].as_chunks().0;
@@ -119,6 +129,9 @@ fn score<S: Simd, const T: usize>(s: S, q: &[PairLanes], kv: &[u16], scores: &mu
         let mut acc = [s.splat(0.0); T];
         for (i, q) in q.iter().enumerate() {
             let q = s.pairs_bf16(&q.0);
+            if let Some(line) = ahead.next() {
+                s.prefetch(line);
+            }
             for t in 0..T {
                 // SAFETY: i is below q.len(), which is the number of every token's pairs.
                 let [low, high] = unsafe { *tokens[t].get_unchecked(i) };
