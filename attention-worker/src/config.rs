@@ -70,8 +70,8 @@ impl Default for Config {
             memory: None,
             // One computes while the other waits for its experts.
             micro_batches: 2,
-            // Fewer rows choose few experts twice: reading their weights again costs more than waiting for them.
-            micro_batch_rows: 32,
+            // Below, another micro-batch reads most experts' weights once more and computes little with them.
+            micro_batch_rows: 128,
             // Enough rows for each expert to be worth reading its weights; and what a decoding sequence waits for at
             // worst, per turn.
             token_budget: 512,

@@ -244,6 +244,8 @@ impl<W> Fetch<'_, W> {
 
 /// How many steps ahead a tile's own panels are fetched.
 const OWN_STEPS: usize = 24;
+/// How many lines of the next panels are fetched in a step.
+const AHEAD_LINES: usize = 2;
 
 /// Sums of R rows and P panels over `steps`, from zero.
 #[inline(always)]
@@ -318,8 +320,10 @@ macro_rules! tile {
             $(if let Some(line) = $w[$p].get($k + OWN_STEPS) {
                 $s.prefetch(line);
             })*
-        } else if $R > 2 && let Some(line) = $ahead.next() {
-            $s.prefetch(line);
+        } else if $R > 2 {
+            for line in $ahead.by_ref().take(AHEAD_LINES) {
+                $s.prefetch(line);
+            }
         }
     };
     (@open $s:ident, $w:ident, $k:ident, [$($p:literal)*]) => {
