@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::thread;
 
-use moesaic_kernels::{Dtype, UnknownDtype};
+use moesaic_kernels::{Dtype, Pool, UnknownDtype};
 use moesaic_node::config::{InvalidAddress, check_address};
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +25,8 @@ pub struct Config {
     pub dtype: String,
     /// Threads of the kernels.
     pub threads: usize,
+    /// Whether each of them keeps to a core of its own.
+    pub pin: bool,
     /// Frames that may wait to be computed; more are refused as busy.
     pub inbox_frames: usize,
     /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
@@ -43,6 +45,8 @@ impl Default for Config {
             advertise: None,
             dtype: "bf16".into(),
             threads: thread::available_parallelism().map_or(1, usize::from),
+            // Two workers on one machine would share their first cores.
+            pin: false,
             // A few for each of the micro-batches of some dozen attention workers.
             inbox_frames: 256,
             registry: "etcd://127.0.0.1:2379".into(),
@@ -81,6 +85,10 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// Keep each of them to a core of its own, among those that the process may use
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pin: Option<bool>,
     /// Frames that may wait to be computed; more are refused as busy
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -106,6 +114,11 @@ pub enum InvalidConfig {
 }
 
 impl Config {
+    /// The kernels' threads.
+    pub fn pool(&self) -> Pool {
+        if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) }
+    }
+
     /// Checks what the types do not.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         let ranges = [("threads", self.threads, 1024), ("inbox_frames", self.inbox_frames, 1 << 20)];

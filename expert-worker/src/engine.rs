@@ -85,6 +85,7 @@ impl Engine {
         let (alive, ended) = oneshot::channel();
         let worker = engine.clone();
         thread::Builder::new().name("experts".into()).spawn(move || {
+            worker.pool.pin_caller();
             worker.run();
             drop(alive);
         })?;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use anyhow::ensure;
 use clap::Parser;
 use moesaic_expert_worker::{Config, Context, Flags, run};
-use moesaic_kernels::Pool;
 use moesaic_model::Checkpoint;
 use moesaic_node::telemetry::LogFormat;
 use moesaic_node::{config, registry, stop, telemetry};
@@ -37,7 +36,7 @@ async fn main() -> anyhow::Result<()> {
         checkpoint: Arc::new(Checkpoint::open(&config.model)?),
         registry: registry::open(&config.registry, &config.cluster).await?,
         hub: None,
-        pool: Pool::new(config.threads),
+        pool: config.pool(),
         profile: Arc::default(),
     };
     run(config, context, stop).await

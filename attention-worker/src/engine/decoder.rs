@@ -51,6 +51,8 @@ pub struct Buffers {
     emitted_o: Vec<f32>,
     gate: Vec<f32>,
     choices: Vec<Choice>,
+    /// Of each expert, whether any row has it.
+    chosen: Vec<bool>,
     routes: Vec<Route>,
 }
 
@@ -144,9 +146,10 @@ impl Decoder {
         }
         b.routes.clear();
         b.routes.extend(b.choices.iter().map(|c| Route { expert: ExpertId(c.expert), weight: c.weight }));
-        let mut seen = vec![false; gate.out_features()];
-        b.choices.iter().for_each(|choice| seen[usize::from(choice.expert)] = true);
-        self.profile.count_experts(seen.iter().filter(|seen| **seen).count());
+        b.chosen.clear();
+        b.chosen.resize(gate.out_features(), false);
+        b.choices.iter().for_each(|choice| b.chosen[usize::from(choice.expert)] = true);
+        self.profile.count_experts(b.chosen.iter().filter(|chosen| **chosen).count());
     }
 
     fn dispatch(&self, micro_batch: u8, index: usize, b: &Buffers) -> Result<Pending, DispatchError> {

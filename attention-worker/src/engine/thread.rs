@@ -39,6 +39,7 @@ pub fn start(
     let (alive, ended) = oneshot::channel();
     let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
     thread::Builder::new().name("engine".into()).spawn(move || {
+        pool.pin_caller();
         let decoder = Decoder::new(weights, dispatcher, pool, limits.pages, profile);
         let engine = Engine { decoder: &decoder, batcher: Batcher::new(limits), streams: BTreeMap::new() };
         runtime.block_on(engine.run(inbox, limits.micro_batches));

@@ -20,6 +20,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use core_affinity::CoreId;
+
 /// Multiply-adds below which a call stays on its thread: waking others costs about as much (some 5 µs).
 const PARALLEL_WORK_MIN: usize = 1 << 17;
 /// How long a helper watches for the next call: longer than the gaps within a layer, then than those between tokens.
@@ -31,13 +33,30 @@ const YIELD: Duration = Duration::from_micros(200);
 pub struct Pool {
     /// None: everything on the calling thread.
     helpers: Option<Arc<Helpers>>,
+    /// The core of the thread that calls, if threads keep to theirs.
+    callers_core: Option<CoreId>,
 }
 
 impl Pool {
     /// `threads` counts the calling thread. If the system gives fewer, the pool has fewer; `threads()` tells.
     pub fn new(threads: usize) -> Self {
-        let helpers = Helpers::start(threads.saturating_sub(1));
-        Self { helpers: (!helpers.threads.is_empty()).then(|| Arc::new(helpers)) }
+        Self::on(threads, &[])
+    }
+
+    /// The same, each thread on a core of its own among those that this process may use (in turn, if they are fewer): the
+    /// calling thread on the first, once it has called `pin_caller`. For a machine, or a set of cores, with nothing else on it.
+    pub fn pinned(threads: usize) -> Self {
+        Self::on(threads, &core_affinity::get_core_ids().unwrap_or_default())
+    }
+
+    fn on(threads: usize, cores: &[CoreId]) -> Self {
+        let helpers = Helpers::start(threads.saturating_sub(1), cores);
+        Self { helpers: (!helpers.threads.is_empty()).then(|| Arc::new(helpers)), callers_core: cores.first().copied() }
+    }
+
+    /// Keeps this thread, from which the pool will be called, to its core if the pool is pinned.
+    pub fn pin_caller(&self) {
+        self.callers_core.into_iter().for_each(pin);
     }
 
     pub fn threads(&self) -> usize {
@@ -115,7 +134,7 @@ impl std::fmt::Debug for Board {
 }
 
 impl Helpers {
-    fn start(count: usize) -> Self {
+    fn start(count: usize, cores: &[CoreId]) -> Self {
         let nothing: &'static (dyn Fn(usize) + Sync) = &|_| {};
         let shared = Arc::new(Board {
             taken: AtomicBool::new(false),
@@ -130,7 +149,12 @@ impl Helpers {
         });
         let helper = |i| {
             let board = shared.clone();
-            std::thread::Builder::new().name(format!("kernel-{i}")).spawn(move || board.help()).ok()
+            let core = cores.get(i % cores.len().max(1)).copied();
+            let help = move || {
+                core.into_iter().for_each(pin);
+                board.help();
+            };
+            std::thread::Builder::new().name(format!("kernel-{i}")).spawn(help).ok()
         };
         let threads = (1..=count).map_while(helper).collect();
         Self { shared, threads }
@@ -261,6 +285,11 @@ impl Board {
         drop(self.asleep.lock().unwrap_or_else(PoisonError::into_inner));
         self.wake.notify_all();
     }
+}
+
+/// Where the system refuses, the thread runs wherever it is put.
+fn pin(core: CoreId) {
+    core_affinity::set_for_current(core);
 }
 
 /// A moment's wait, by the time it has been: spinning, then leaving the core to others. False: it has been long.

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use moesaic_kernels::Pool;
 use moesaic_model::Checkpoint;
 use moesaic_node::{config, registry, stop};
 use tokio_util::sync::CancellationToken;
@@ -44,7 +43,7 @@ pub async fn attention_worker(args: RoleArgs<moesaic_attention_worker::Flags>) -
         checkpoint: open(&config.model)?,
         registry: registry::open(&config.registry, &config.cluster).await?,
         hub: None,
-        pool: Pool::new(config.threads),
+        pool: config.pool(),
         profile: Arc::default(),
     };
     moesaic_attention_worker::run(config, context, stop).await
@@ -58,7 +57,7 @@ pub async fn expert_worker(args: RoleArgs<moesaic_expert_worker::Flags>) -> Resu
         checkpoint: open(&config.model)?,
         registry: registry::open(&config.registry, &config.cluster).await?,
         hub: None,
-        pool: Pool::new(config.threads),
+        pool: config.pool(),
         profile: Arc::default(),
     };
     moesaic_expert_worker::run(config, context, stop).await

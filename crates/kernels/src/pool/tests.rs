@@ -133,3 +133,38 @@ fn parts_do_not_reach_outside() {
         assert!(part.is_err(), "{len} values from {offset} of 10");
     }
 }
+
+/// Each thread may run on one core, and no two on the same; without pinning, on all.
+#[cfg(target_os = "linux")]
+#[test]
+fn pinned_threads_keep_to_cores_of_their_own() {
+    use std::sync::Barrier;
+
+    let cores = |pool: &Pool, threads: usize| {
+        let allowed = Mutex::new(Vec::new());
+        // Each thread takes one task, since none ends before all have begun.
+        let begun = Barrier::new(threads);
+        pool.each(threads, usize::MAX, |_| {
+            begun.wait();
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+            allowed.lock().unwrap().push(list.to_owned());
+        });
+        let mut allowed = allowed.into_inner().unwrap();
+        allowed.sort();
+        allowed
+    };
+    let available = core_affinity::get_core_ids().unwrap();
+    let threads = available.len().min(2);
+    let caller = move || {
+        let pool = Pool::pinned(threads);
+        pool.pin_caller();
+        cores(&pool, threads)
+    };
+    let mut expected: Vec<String> = available.iter().take(threads).map(|core| core.id.to_string()).collect();
+    expected.sort();
+    assert_eq!(std::thread::spawn(caller).join().unwrap(), expected);
+
+    let free = cores(&Pool::new(threads), threads);
+    assert!(available.len() == 1 || free.iter().all(|list| list.parse::<usize>().is_err()), "{free:?}");
+}

@@ -21,6 +21,8 @@ fn errors_name_what_is_wrong() {
         ("up --registry etcd://127.0.0.1:1", 1, "127.0.0.1:1"),
         ("inspect /nonexistent", 1, ""),
         ("quantize /nonexistent --out /nonexistent-copy", 1, "/nonexistent"),
+        ("pack /nonexistent", 1, "/nonexistent"),
+        ("pack /nonexistent --dtype f64", 2, "f64"),
         ("chat --server http://127.0.0.1:1 hello", 1, "http://127.0.0.1:1"),
         ("chat --server : hello", 2, "--server"),
         ("expert-worker --registry embedded", 2, "--model"),

@@ -88,3 +88,32 @@ fn a_child_that_dies_is_named() {
     let errors = up.errors();
     assert!(errors.contains("expert worker e1 failed: signal: 9"), "{errors:?}");
 }
+
+/// Packed experts change no answer; a packed file that does not fit stops the start with its name and the fix.
+#[test]
+fn packed_experts_are_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-r1");
+    for entry in std::fs::read_dir(demo).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let model = dir.path().to_str().unwrap();
+    let serve = || {
+        let mut up = Running::start(&["up", "--listen", "127.0.0.1:0", "--cache-tokens", "4096", "--model", model]);
+        let message = ask(&up.url())["choices"][0]["message"].clone();
+        stops_well(&mut up);
+        message
+    };
+    let before = serve();
+    let (code, said, errors) = finish(moesaic().args(["pack", model]));
+    assert_eq!(code, Some(0), "{errors}");
+    let packed = said.split(": ").next().unwrap();
+    assert!(said.contains("128 experts") && std::fs::metadata(packed).unwrap().len() > 4096, "{said}");
+    assert_eq!(serve(), before);
+
+    std::fs::write(packed, b"short").unwrap();
+    let (code, _, errors) = finish(moesaic().args(["up", "--listen", "127.0.0.1:0", "--model", model]));
+    assert_eq!(code, Some(1), "{errors}");
+    assert!(errors.contains(packed) && errors.contains("moesaic pack"), "{errors}");
+}
