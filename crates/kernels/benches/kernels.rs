@@ -7,8 +7,8 @@
 use std::time::Instant;
 
 use moesaic_kernels::{
-    Dtype, Ffn, LatentPages, Linear, Matrix, MatrixData, Numerics, PAGE_TOKENS, Pool, Query, Roof, RowsRef,
-    grouped_experts, mla_attend,
+    Dtype, Expand, Ffn, LatentPages, Linear, Matrix, MatrixData, Numerics, PAGE_TOKENS, PerHead, Pool, Query, Roof,
+    RowsRef, Span, grouped_experts, mla_attend, mla_attend_expanded,
 };
 
 /// Weights that a test passes over before it meets the first again.
@@ -138,7 +138,19 @@ fn experts(bench: &Bench) {
     }
 }
 
-/// 16 heads over a latent of 256 + 32.
+/// A cache of one layer with one sequence in it, and its page table.
+fn cached(n: Numerics, context: usize, latent: usize, rope: usize) -> (LatentPages, Vec<u32>) {
+    let pages = context.div_ceil(PAGE_TOKENS);
+    let mut cache = LatentPages::new(n, 1, pages, latent, rope);
+    for t in 0..context {
+        let token = values(latent + rope, t as u64);
+        let (page, slot) = ((t / PAGE_TOKENS) as u32, t % PAGE_TOKENS);
+        cache.write(0, page, slot, &token[..latent], &token[latent..]);
+    }
+    (cache, (0..pages as u32).collect())
+}
+
+/// Emitted tokens: 16 heads over a latent of 256 + 32.
 fn attention(bench: &Bench) {
     if !bench.wants("attention") {
         return;
@@ -146,14 +158,7 @@ fn attention(bench: &Bench) {
     let (heads, latent, rope) = (16, 256, 32);
     let n = Numerics::detect(Dtype::Bf16);
     for (rows, context) in [(1usize, 512usize), (1, 4096), (64, 512), (256, 1024)] {
-        let pages = context.div_ceil(PAGE_TOKENS);
-        let mut cache = LatentPages::new(n, 1, pages, latent, rope);
-        for t in 0..context {
-            let token = values(latent + rope, t as u64);
-            let (page, slot) = ((t / PAGE_TOKENS) as u32, t % PAGE_TOKENS);
-            cache.write(0, page, slot, &token[..latent], &token[latent..]);
-        }
-        let table: Vec<u32> = (0..pages as u32).collect();
+        let (cache, table) = cached(n, context, latent, rope);
         let q = values(rows * heads * (latent + rope), 9);
         let queries: Vec<Query<'_>> =
             q.chunks_exact(heads * (latent + rope)).map(|q| Query { q, pages: &table, context }).collect();
@@ -167,6 +172,38 @@ fn attention(bench: &Bench) {
         };
         bench.time(&format!("attention {rows} rows at {context}, 16 heads"), 4, work, |_| {
             mla_attend(&bench.pool, &cache, 0, &queries, heads, 0.1, &mut out);
+        });
+    }
+}
+
+/// Rows of a prompt behind what is cached already: 16 heads of 64 + 32 and 64, made of a latent of 256.
+fn prompt_attention(bench: &Bench) {
+    if !bench.wants("prompt attention") {
+        return;
+    }
+    let (heads, latent, rope, nope, v, rows) = (16, 256, 32, 64, 64, 512);
+    let n = Numerics::detect(Dtype::Bf16);
+    let per_head = |out: usize, seed| PerHead::pack_f32(heads, out, latent, &values(heads * out * latent, seed), n);
+    let (key, value) = (per_head(nope, 1), per_head(v, 2));
+    let expand = Expand { key: &key, value: &value };
+    for start in [0usize, 1536] {
+        let (cache, pages) = cached(n, start + rows, latent, rope);
+        let q = values(rows * heads * (nope + rope), 9);
+        let mut out = vec![0.0; rows * heads * v];
+        let mut attend = |rows: std::ops::Range<usize>| {
+            let span = Span { start: start + rows.start, rows, pages: &pages };
+            mla_attend_expanded(&bench.pool, &cache, 0, &[span], expand, &q, 0.1, &mut out);
+            bits(&out[(out.len() - heads * v)..])
+        };
+        let alone = attend(rows - 1..rows);
+        assert_eq!(alone, attend(0..rows));
+        let keys: usize = (0..rows).map(|row| start + row + 1).sum();
+        let work = Work {
+            bytes: ((start + rows) * (latent + rope) * 2) as f64,
+            fma: (heads * (keys * (nope + rope + v) + (start + rows) * latent * (nope + v))) as f64,
+        };
+        bench.time(&format!("prompt attention {rows} rows behind {start}"), 4, work, |_| {
+            attend(0..rows);
         });
     }
 }
@@ -189,4 +226,5 @@ fn main() {
     linear(&bench, true);
     experts(&bench);
     attention(&bench);
+    prompt_attention(&bench);
 }
