@@ -96,9 +96,11 @@ impl<W: Weight> Tiles<'_, W> {
         let mut row = self.rows.start;
         while row < self.rows.end {
             let rows = rows_of_tile(self.rows.end - row);
-            let strips = (self.rows.end - row).div_ceil(ROWS_MAX);
-            let ahead = next.split_off(..next.len() / strips).unwrap_or_default();
-            let strip = Strip { row, live: rows, panels: panels.clone(), ahead, is_first: row == self.rows.start };
+            let is_first = row == self.rows.start;
+            // The first rows fetch their own.
+            let share = if is_first { 0 } else { next.len() / (self.rows.end - row).div_ceil(ROWS_MAX) };
+            let ahead = next.split_off(..share).unwrap_or_default();
+            let strip = Strip { row, live: rows, panels: panels.clone(), ahead, is_first };
             match (rows, S::WIDE) {
                 (1, true) => self.strip::<S, 1, 8>(s, strip),
                 (1, false) => self.strip::<S, 1, 4>(s, strip),
@@ -244,8 +246,8 @@ impl<W> Fetch<'_, W> {
 
 /// How many steps ahead a tile's own panels are fetched.
 const OWN_STEPS: usize = 24;
-/// How many lines of the next panels are fetched in a step.
-const AHEAD_LINES: usize = 2;
+/// How many lines of the next panels are fetched in a step: all of them while the second of two strips is computed.
+const AHEAD_LINES: usize = 4;
 
 /// Sums of R rows and P panels over `steps`, from zero.
 #[inline(always)]
