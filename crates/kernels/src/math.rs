@@ -76,27 +76,26 @@ pub(crate) fn sum_lanes<S: Simd>(s: S, v: S::F) -> f32 {
     sum_16(lanes)
 }
 
-/// The largest lane (`Simd::max`); NaN are passed over, unless there is nothing else.
+#[inline(always)]
+pub(crate) fn sum_16(lanes: [f32; LANES]) -> f32 {
+    fold_16(lanes, |a, b| a + b)
+}
+
+/// The largest lane, by `Simd::max`.
 #[inline(always)]
 pub(crate) fn max_lanes<S: Simd>(s: S, v: S::F) -> f32 {
     let mut lanes = [0.0; LANES];
     s.store(v, &mut lanes);
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] = if lanes[i] > lanes[i + half] { lanes[i] } else { lanes[i + half] };
-        }
-        half /= 2;
-    }
-    lanes[0]
+    fold_16(lanes, |a, b| if a > b { a } else { b })
 }
 
+/// Halves onto halves.
 #[inline(always)]
-pub(crate) fn sum_16(mut lanes: [f32; LANES]) -> f32 {
+fn fold_16(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
-            lanes[i] += lanes[i + half];
+            lanes[i] = join(lanes[i], lanes[i + half]);
         }
         half /= 2;
     }

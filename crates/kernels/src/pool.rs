@@ -56,7 +56,9 @@ impl Pool {
 
     /// Keeps this thread, from which the pool will be called, to its core if the pool is pinned.
     pub fn pin_caller(&self) {
-        self.callers_core.into_iter().for_each(pin);
+        if let Some(core) = self.callers_core {
+            pin(core);
+        }
     }
 
     pub fn threads(&self) -> usize {
@@ -151,7 +153,9 @@ impl Helpers {
             let board = shared.clone();
             let core = cores.get(i % cores.len().max(1)).copied();
             let help = move || {
-                core.into_iter().for_each(pin);
+                if let Some(core) = core {
+                    pin(core);
+                }
                 board.help();
             };
             std::thread::Builder::new().name(format!("kernel-{i}")).spawn(help).ok()

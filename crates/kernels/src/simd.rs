@@ -113,7 +113,7 @@ pub(crate) trait Simd: Copy {
     /// Whether there are 32 registers of a whole vector (else 16 of half a vector).
     const WIDE: bool;
 
-    /// Runs a kernel as a function of its own. The compiler does better with a small hot loop than with one in the middle of a large function.
+    /// Runs a kernel, on x86 as a function of its own: the compiler does better with a small hot loop than with one in the middle of a large function.
     fn apart<K: Kernel>(self, kernel: K) -> K::Out;
 
     fn splat(self, x: f32) -> Self::F;

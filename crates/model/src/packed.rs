@@ -87,12 +87,8 @@ fn path(checkpoint: &Checkpoint, numerics: Numerics) -> PathBuf {
 
 /// An expert's place among all of them.
 fn index(checkpoint: &Checkpoint, layer: usize, expert: usize) -> usize {
-    let before = (0..layer).filter(|layer| checkpoint.config().is_moe(*layer)).count();
+    let before = checkpoint.config().moe_layers().into_iter().filter(|moe| *moe < layer).count();
     before * checkpoint.config().n_routed_experts + expert
-}
-
-fn count(checkpoint: &Checkpoint) -> usize {
-    index(checkpoint, checkpoint.config().num_hidden_layers, 0)
 }
 
 fn stale(path: PathBuf, detail: impl std::fmt::Display) -> ModelError {
@@ -103,12 +99,11 @@ fn read(checkpoint: &Checkpoint, numerics: Numerics, path: &Path) -> Result<(Hea
     let bytes = Bytes::from_owner(map(path)?);
     let stale = |detail: String| stale(path.to_owned(), detail);
     let header = bytes.get(..HEADER_BYTES).ok_or_else(|| stale(format!("has {} bytes and no header", bytes.len())))?;
-    let mut values = serde_json::Deserializer::from_slice(header).into_iter::<Header>();
-    let header = match values.next() {
-        Some(Ok(header)) => header,
-        Some(Err(e)) => return Err(stale(format!("header: {e}"))),
-        None => return Err(stale("header is empty".into())),
-    };
+    let header = header.trim_ascii_end();
+    if header.is_empty() {
+        return Err(stale("header is empty".into()));
+    }
+    let header: Header = serde_json::from_slice(header).map_err(|e| stale(format!("header: {e}")))?;
     let expected = [VERSION.to_string(), checkpoint.fingerprint().to_owned(), numerics.name().to_owned()];
     let found = [header.version.to_string(), header.fingerprint.clone(), header.numerics.clone()];
     for ((field, found), expected) in ["version", "fingerprint", "numerics"].iter().zip(found).zip(expected) {
@@ -119,7 +114,8 @@ fn read(checkpoint: &Checkpoint, numerics: Numerics, path: &Path) -> Result<(Hea
     if let Some(part) = header.bytes.iter().find(|part| **part > bytes.len()) {
         return Err(stale(format!("header: an expert with a matrix of {part} bytes, more than the file has")));
     }
-    let expected = HEADER_BYTES + count(checkpoint) * header.places()[3];
+    let experts = checkpoint.config().moe_layers().len() * checkpoint.config().n_routed_experts;
+    let expected = HEADER_BYTES + experts * header.places()[3];
     if bytes.len() != expected {
         return Err(stale(format!("has {} bytes, expected {expected}", bytes.len())));
     }
@@ -136,10 +132,9 @@ pub struct Written {
 
 /// Packs all experts into the file that [`Experts::open`] looks for. It appears under its name when it is whole.
 pub fn write(checkpoint: &Checkpoint, numerics: Numerics) -> Result<Written, ModelError> {
-    let experts: Vec<(usize, usize)> = (0..checkpoint.config().num_hidden_layers)
-        .filter(|layer| checkpoint.config().is_moe(*layer))
-        .flat_map(|layer| (0..checkpoint.config().n_routed_experts).map(move |expert| (layer, expert)))
-        .collect();
+    let config = checkpoint.config();
+    let of_layer = |layer| (0..config.n_routed_experts).map(move |expert| (layer, expert));
+    let experts: Vec<(usize, usize)> = config.moe_layers().into_iter().flat_map(of_layer).collect();
     let from_matrices = Experts { checkpoint, numerics, packed: None };
     let Some(&(layer, expert)) = experts.first() else {
         return Err(ModelError::file(checkpoint.dir(), "has no routed experts, so there is nothing to pack"));
@@ -151,27 +146,29 @@ pub fn write(checkpoint: &Checkpoint, numerics: Numerics) -> Result<Written, Mod
         bytes: from_matrices.get(layer, expert)?.0.packed().map(<[u8]>::len),
     };
     let path = path(checkpoint, numerics);
-    let partial = path.with_extension("partial");
-    let places = header.places();
-    let bytes = (HEADER_BYTES + experts.len() * places[3]) as u64;
-    let failed = |e: std::io::Error| {
-        let _ = fs::remove_file(&partial);
+    let bytes = (HEADER_BYTES + experts.len() * header.places()[3]) as u64;
+    let unwritten = |e: std::io::Error| {
         ModelError::file(&path, format!("cannot be written: {e}; it takes {bytes} bytes on the disk"))
     };
-    let file = File::create(&partial).map_err(failed)?;
-    let mut page = serde_json::to_vec(&header).expect("numbers and strings");
-    page.resize(HEADER_BYTES, b' ');
-    file.set_len(bytes).and_then(|()| file.write_all_at(&page, 0)).map_err(failed)?;
-    experts.par_iter().try_for_each(|&(layer, expert)| {
-        let (ffn, _) = from_matrices.get(layer, expert)?;
-        if ffn.packed().map(<[u8]>::len) != header.bytes {
-            let detail = format!("layer {layer}, expert {expert} is stored unlike the first, expected all alike");
-            return Err(ModelError::file(checkpoint.dir(), detail));
-        }
-        let begin = HEADER_BYTES + index(checkpoint, layer, expert) * places[3];
-        let mut parts = ffn.packed().into_iter().zip(places);
-        parts.try_for_each(|(part, place)| file.write_all_at(part, (begin + place) as u64)).map_err(failed)
-    })?;
-    file.sync_all().and_then(|()| fs::rename(&partial, &path)).map_err(failed)?;
+    let partial = path.with_extension("partial");
+    let fill = || {
+        let file = File::create(&partial).map_err(unwritten)?;
+        let mut page = serde_json::to_vec(&header).expect("numbers and strings");
+        page.resize(HEADER_BYTES, b' ');
+        file.set_len(bytes).and_then(|()| file.write_all_at(&page, 0)).map_err(unwritten)?;
+        let places = header.places();
+        experts.par_iter().enumerate().try_for_each(|(index, &(layer, expert))| {
+            let (ffn, _) = from_matrices.get(layer, expert)?;
+            if ffn.packed().map(<[u8]>::len) != header.bytes {
+                let detail = format!("layer {layer}, expert {expert} is stored unlike the first, expected all alike");
+                return Err(ModelError::file(checkpoint.dir(), detail));
+            }
+            let begin = HEADER_BYTES + index * places[3];
+            let mut parts = ffn.packed().into_iter().zip(places);
+            parts.try_for_each(|(part, place)| file.write_all_at(part, (begin + place) as u64)).map_err(unwritten)
+        })?;
+        file.sync_all().and_then(|()| fs::rename(&partial, &path)).map_err(unwritten)
+    };
+    fill().inspect_err(|_| drop(fs::remove_file(&partial)))?;
     Ok(Written { path, experts: experts.len(), bytes })
 }

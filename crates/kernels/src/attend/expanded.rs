@@ -77,6 +77,10 @@ pub fn mla_attend_expanded(
         assert!(span.rows.start < span.rows.end && span.rows.end <= rows, "rows {:?} of {rows}", span.rows);
         assert!(end <= span.pages.len() * PAGE_TOKENS, "context {end} of {} pages", span.pages.len());
     }
+    if spans.is_empty() {
+        // Else q, of whose rows none is wanted, would be brought into the kernel's form.
+        return;
+    }
     let out = Shared::new(out);
     let scores: usize = spans.iter().map(|span| span.rows.len() * (span.start + span.rows.len())).sum();
     with_rows(pool, key.isa(), key.form(), RowsRef::F32(q), k_width, |q| {

@@ -234,7 +234,7 @@ where
 struct Fetch<'a, W> {
     /// The tile's own panels, some steps ahead: for the first rows, which find them in memory.
     own: bool,
-    /// Up to a line each step.
+    /// Up to AHEAD_LINES each step.
     ahead: &'a [W],
 }
 

@@ -3,15 +3,16 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moesaic_kernels::{Dtype, Numerics, Pool, RowsRef};
+use moesaic_kernels::{Numerics, Pool, RowsRef};
 use moesaic_model::Checkpoint;
 use moesaic_model::packed::{Experts, write};
+use safetensors::tensor::Dtype;
 use tempfile::TempDir;
 
 use crate::support::{copy, edit_tensors};
 
 fn numerics() -> [Numerics; 2] {
-    [Dtype::F32, Dtype::Bf16].map(Numerics::detect)
+    [moesaic_kernels::Dtype::F32, moesaic_kernels::Dtype::Bf16].map(Numerics::detect)
 }
 
 /// All experts' outputs for the same rows.
@@ -125,4 +126,19 @@ fn another_checkpoints_file_is_refused() {
     });
     let error = open_error(dir.path());
     assert!(error.contains("fingerprint is ") && error.contains("moesaic pack"), "{error}");
+}
+
+#[test]
+fn what_cannot_be_packed_leaves_nothing_behind() {
+    let dir = copy("tiny-r1");
+    edit_tensors(dir.path(), |tensors| {
+        let odd = tensors.iter_mut().find(|t| t.name.contains("mlp.experts.7.gate_proj")).unwrap();
+        assert_eq!(odd.dtype, Dtype::BF16);
+        odd.bytes = odd.bytes.chunks_exact(2).flat_map(|x| [0, 0, x[0], x[1]]).collect();
+        odd.dtype = Dtype::F32;
+    });
+    let error = write(&Checkpoint::open(dir.path()).unwrap(), numerics()[0]).unwrap_err().to_string();
+    assert!(error.contains("expert 7 is stored unlike the first"), "{error}");
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("experts-")), "{left:?}");
 }

@@ -88,7 +88,9 @@ impl Load {
             begun[sequence] = true;
             match start {
                 None if begun.iter().all(|begun| *begun) => {
-                    begin.take().into_iter().for_each(|begin| begin());
+                    if let Some(begin) = begin.take() {
+                        begin();
+                    }
                     start = Some(Instant::now());
                 }
                 None => {}
