@@ -59,7 +59,6 @@ fn little_work_stays_on_the_thread_and_much_is_cut() {
         elsewhere.into_inner() == 0
     };
     assert!(all_here(one, 20, MUCH) && all_here(two, 20, LITTLE) && all_here(two, 1, MUCH));
-    assert!(!all_here(two, 20, MUCH));
 }
 
 /// As many tasks as threads, each of which waits until all have begun.
