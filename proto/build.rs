@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["inference", "attention", "experts", "cluster"].map(|name| format!("moesaic/v1/{name}.proto"));
+    let files =
+        ["inference", "attention", "experts", "cluster", "admin"].map(|name| format!("moesaic/v1/{name}.proto"));
     println!("cargo::rerun-if-changed=moesaic");
     let descriptors = protox::compile(files, ["."])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);

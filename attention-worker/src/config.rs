@@ -51,9 +51,13 @@ pub struct Config {
     pub chunk: usize,
     /// Requests that may wait for pages; more are refused.
     pub waiting_max: usize,
-    /// How long the experts of a layer may take.
+    /// How long the experts of a layer may take, all their holders tried and waited for; then the rows' requests fail.
     pub layer_deadline_ms: u64,
-    /// How long running sequences may go on after a stop.
+    /// What the worker stands on and may fail with. Its own id if unset.
+    pub node: Option<String>,
+    /// How long a sequence whose coordinator is gone is kept for another one to resume.
+    pub orphan_seconds: u64,
+    /// How long running sequences may go on after a stop; those that are left then go on elsewhere.
     pub drain_seconds: u64,
 }
 
@@ -81,9 +85,12 @@ impl Default for Config {
             token_budget: 512,
             chunk: 512,
             waiting_max: 256,
-            // A CPU's slowest layer of a full micro-batch, with room.
-            layer_deadline_ms: 10_000,
-            drain_seconds: 30,
+            // Lost experts are loaded elsewhere by then.
+            layer_deadline_ms: 30_000,
+            node: None,
+            // Clients come back within seconds, and latents are memory that others wait for.
+            orphan_seconds: 10,
+            drain_seconds: 20,
         }
     }
 }
@@ -154,10 +161,18 @@ pub struct Flags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waiting_max: Option<usize>,
-    /// How long the experts of a layer may take
+    /// How long the experts of a layer may take, all their holders tried
     #[arg(long, value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layer_deadline_ms: Option<u64>,
+    /// What it stands on and may fail with (a host, a rack); its own id if not given
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// How long a sequence whose coordinator is gone is kept for another one to resume
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub orphan_seconds: Option<u64>,
     /// How long running sequences may go on after a stop
     #[arg(long, value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -10,9 +10,12 @@ use std::time::Duration;
 
 use moesaic_attention_worker::core::batcher::{Part, SequenceId};
 use moesaic_attention_worker::engine::decoder::{Buffers, Decoder};
+use moesaic_attention_worker::engine::expert_counts::ExpertCounts;
 use moesaic_attention_worker::engine::profile::Profile;
 use moesaic_attention_worker::engine::weights::Weights;
-use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, ExpertHost, Hub, ReplySender, RequestFrame, Shape};
+use moesaic_dispatch::{
+    CombineOps, DispatchConfig, Dispatcher, ExpertHost, Holder, Hub, ReplySender, RequestFrame, Shape,
+};
 use moesaic_kernels::{Dtype, Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId, v1};
@@ -56,9 +59,11 @@ fn decoder() -> Decoder {
         },
         Some(hub),
     );
-    dispatcher.set_view(placement, &BTreeMap::from([(worker, "here:1".into())]));
+    dispatcher
+        .set_view(placement, &BTreeMap::from([(worker, Holder { address: "here:1".into(), epoch_loaded: Epoch(1) })]));
     let weights = Arc::new(Weights::load(checkpoint, Numerics::detect(Dtype::Bf16)).unwrap());
-    Decoder::new(weights, dispatcher, Pool::new(2), 64, Arc::new(Profile::default()))
+    let experts = Arc::new(ExpertCounts::new(weights.config()));
+    Decoder::new(weights, dispatcher, Pool::new(2), 64, Arc::new(Profile::default()), experts)
 }
 
 /// So many sequences that decode, each on a page of its own.

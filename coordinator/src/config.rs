@@ -20,8 +20,13 @@ pub struct Config {
     pub listen: SocketAddr,
     /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
     pub registry: String,
+    /// "host:port" that other coordinators can reach; `listen` if unset.
+    pub advertise: Option<String>,
     /// Expert workers to wait for before the first placement is made.
     pub expert_workers: usize,
+    /// Workers that should hold each expert: all but one may die without a pause. Fewer where there are fewer workers, or
+    /// no room.
+    pub replicas: usize,
     /// Sequences that may run or wait at a time, each choice of a request counted; more are refused with 429.
     pub sequences_max: usize,
     /// Bytes of one HTTP request.
@@ -41,7 +46,9 @@ impl Default for Config {
             cluster: "moesaic".into(),
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             registry: "etcd://127.0.0.1:2379".into(),
+            advertise: None,
             expert_workers: 1,
+            replicas: 2,
             sequences_max: 1024,
             // A prompt of DeepSeek-V3's whole context, as text or as ids.
             body_bytes_max: 4 << 20,
@@ -77,6 +84,14 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// The address that other coordinators can reach, if it is not the one to listen on
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// Workers that should hold each expert
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<usize>,
     /// Expert workers to wait for before the first placement is made
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -115,6 +130,7 @@ impl Config {
         }
         let positive = [
             ("expert_workers", self.expert_workers),
+            ("replicas", self.replicas),
             ("sequences_max", self.sequences_max),
             ("body_bytes_max", self.body_bytes_max),
             ("connections_max", self.connections_max),

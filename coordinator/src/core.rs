@@ -3,6 +3,9 @@
 
 pub mod admission;
 pub mod error;
+pub mod expert_load;
+pub mod journal;
+pub mod leader;
 pub mod output;
 pub mod placement;
 pub mod request;

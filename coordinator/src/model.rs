@@ -33,8 +33,13 @@ pub struct Model {
     /// Layers with routed experts, and how many each has.
     pub moe_layers: Vec<LayerId>,
     pub experts: usize,
+    /// Groups in which a layer's experts are summed: the gate's, or fixed blocks.
+    pub groups: usize,
     pub defaults: Defaults,
 }
+
+/// A layer's experts are summed in so many blocks where the gate has no groups (ARCHITECTURE.md, rule 1).
+const UNGROUPED_BLOCKS: u64 = 8;
 
 /// Sampling where the request says nothing: from `generation_config.json`, else temperature 1 and no filter.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +56,8 @@ struct ConfigFile {
     num_hidden_layers: u64,
     #[serde(default)]
     n_routed_experts: Option<u64>,
+    #[serde(default)]
+    n_group: Option<u64>,
     #[serde(default)]
     first_k_dense_replace: u64,
     #[serde(default = "one")]
@@ -118,6 +125,8 @@ impl Model {
             eos,
             moe_layers: (0..layers).filter(is_moe).map(|layer| LayerId(layer as u8)).collect(),
             experts: experts as usize,
+            groups: config.n_group.filter(|groups| *groups > 1).unwrap_or(UNGROUPED_BLOCKS).min(experts.max(1))
+                as usize,
             defaults,
         })
     }

@@ -1,8 +1,10 @@
 //! Tasks, sockets and services around the core.
 
+pub mod admin;
 pub mod generation;
 pub mod grpc;
 pub mod http;
+pub mod leader;
 pub mod run;
 pub mod server;
 pub mod service;

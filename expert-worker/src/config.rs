@@ -31,7 +31,14 @@ pub struct Config {
     pub inbox_frames: usize,
     /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
     pub registry: String,
-    /// How long frames in hand may take after a stop.
+    /// What the worker stands on and may fail with: copies of an expert go to different nodes. Its own id if unset.
+    pub node: Option<String>,
+    /// Experts that it can hold, over all layers; 0 for as many as it is given.
+    pub expert_slots: u32,
+    /// MiB of experts that are loaded in a second while others are served; 0 for no bound. Lost experts are loaded
+    /// without one.
+    pub load_mib_per_second: u64,
+    /// How long, after a stop, others may take to load what this worker alone has, and then frames in hand.
     pub drain_seconds: u64,
 }
 
@@ -50,7 +57,11 @@ impl Default for Config {
             // A few for each of the micro-batches of some dozen attention workers.
             inbox_frames: 256,
             registry: "etcd://127.0.0.1:2379".into(),
-            drain_seconds: 30,
+            node: None,
+            expert_slots: 0,
+            // A part of what a disk and one core give: serving keeps the rest.
+            load_mib_per_second: 512,
+            drain_seconds: 20,
         }
     }
 }
@@ -97,7 +108,19 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
-    /// How long frames in hand may take after a stop
+    /// What it stands on and may fail with (a host, a rack); its own id if not given
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Experts that it can hold, over all layers; 0 for as many as it is given
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_slots: Option<u32>,
+    /// MiB of experts that are loaded in a second while others are served; 0 for no bound
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_mib_per_second: Option<u64>,
+    /// How long others may take to load what this worker alone has, after a stop
     #[arg(long, value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain_seconds: Option<u64>,

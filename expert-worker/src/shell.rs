@@ -1,4 +1,4 @@
-//! A worker's life: register, load what the placement gives it, serve, stop.
+//! A worker's life: register, load what the placement gives it, serve, hand over, stop.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,9 +10,10 @@ use moesaic_kernels::{Ffn, Numerics, Pool};
 use moesaic_model::packed::Experts;
 use moesaic_model::{Checkpoint, ModelError, load};
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::{Member, Registration, Registry, handshake};
+use moesaic_node::{Member, Registration, Registry, View, handshake};
 use moesaic_proto::v1::Role;
-use moesaic_proto::{Epoch, ExpertId, LayerId, Placement};
+use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
@@ -23,6 +24,14 @@ use crate::shard::Shard;
 
 /// The service's name in health checks.
 pub const NAME: &str = "moesaic.v1.Experts";
+
+/// Between two tries to load a placement's experts.
+const LOAD_RETRY_MIN: Duration = Duration::from_secs(1);
+const LOAD_RETRY_MAX: Duration = Duration::from_secs(30);
+/// How often it is asked whether the old epoch is over.
+const RETIRE_INTERVAL: Duration = Duration::from_secs(2);
+/// From a placement that this worker is not needed for to the last rows that were sent under the one before.
+const MOVED_ON: Duration = Duration::from_millis(500);
 
 /// What the worker shares with the process that it runs in.
 pub struct Context {
@@ -35,7 +44,8 @@ pub struct Context {
     pub profile: Arc<Profile>,
 }
 
-/// Serves until `stop`; then leaves, answers what it has in hand within the bound, and ends.
+/// Serves until `stop`; then waits until others have what it alone had, leaves, answers what it has in hand, all within
+/// the bound, and ends.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
     let Context { registry, hub, pool, checkpoint, profile } = context;
@@ -57,14 +67,34 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         hub.insert(id.clone(), engine.clone());
     }
 
-    let member = Member { hello, id: id.clone(), address: address.clone(), epoch_loaded: Epoch(0) };
+    let member = Member {
+        hello,
+        id: id.clone(),
+        address: address.clone(),
+        epoch_loaded: Epoch(0),
+        node: config.node.clone().unwrap_or_else(|| id.as_str().to_owned()),
+        expert_slots: config.expert_slots,
+        draining: false,
+    };
     let registration = registry.register(member.clone()).await?;
     tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "expert worker serves");
-    let follower = Follower { member, numerics, checkpoint, engine: engine.clone(), reporter: reporter.clone() };
+    let follower = Follower {
+        member,
+        numerics,
+        checkpoint,
+        engine: engine.clone(),
+        reporter: reporter.clone(),
+        bytes_per_second: config.load_mib_per_second << 20,
+    };
+    let drain = Duration::from_secs(config.drain_seconds);
     let live = async {
         tokio::select! {
             failed = follower.follow(&*registry, &registration) => return failed,
             () = stop.cancelled() => {}
+        }
+        let handed_over = timeout(drain, follower.hand_over(&*registry, &registration)).await;
+        if handed_over.is_err() {
+            tracing::warn!(seconds = drain.as_secs(), "nobody else has loaded what this worker alone holds");
         }
         set_serving(&reporter, NAME, false).await;
         // Before anything is refused, so that attention workers send no more.
@@ -99,48 +129,102 @@ struct Follower {
     checkpoint: Arc<Checkpoint>,
     engine: Arc<Engine>,
     reporter: HealthReporter,
+    /// While others are served; 0 for no bound.
+    bytes_per_second: u64,
 }
 
 impl Follower {
-    /// Ends with an error alone: experts that cannot be loaded, or a registry that is gone.
+    /// Ends with an error alone: experts that cannot be loaded at first, or a registry that is gone.
     async fn follow(&self, registry: &dyn Registry, registration: &Registration) -> anyhow::Result<()> {
         let mut view = registry.view();
         let mut loaded = Epoch(0);
+        let mut retry = LOAD_RETRY_MIN;
         loop {
             let placement = view.borrow_and_update().placement.clone();
             if let Some(placement) = placement.filter(|placement| placement.epoch() > loaded) {
-                loaded = placement.epoch();
-                if placement.is_for(&self.checkpoint.config().moe_layers(), self.checkpoint.config().n_routed_experts) {
-                    self.load(placement).await?;
-                    registration.update(Member { epoch_loaded: loaded, ..self.member.clone() });
-                    set_serving(&self.reporter, NAME, true).await;
-                } else {
-                    tracing::error!(epoch = %loaded, "a placement of another model's experts");
+                match self.load(&placement).await {
+                    Ok(()) => {
+                        (loaded, retry) = (placement.epoch(), LOAD_RETRY_MIN);
+                        registration.update(Member { epoch_loaded: loaded, ..self.member.clone() });
+                        set_serving(&self.reporter, NAME, true).await;
+                    }
+                    Err(error) if loaded == Epoch(0) => return Err(error),
+                    Err(error) => {
+                        tracing::error!(epoch = %placement.epoch(), %loaded, "still serving the old placement: {error:#}");
+                        sleep(retry).await;
+                        retry = (retry * 2).min(LOAD_RETRY_MAX);
+                        continue;
+                    }
                 }
             }
-            view.changed().await.context("the registry has ended")?;
+            tokio::select! {
+                changed = view.changed() => changed.context("the registry has ended")?,
+                () = sleep(RETIRE_INTERVAL) => if let Some(epoch) = self.engine.shards().retire() {
+                    tracing::info!(%epoch, "a placement is over");
+                },
+            }
         }
     }
 
     /// Serves the placement's epoch from now on. Experts that are in memory already stay where they are.
-    async fn load(&self, placement: Arc<Placement>) -> anyhow::Result<()> {
+    async fn load(&self, placement: &Arc<Placement>) -> anyhow::Result<()> {
+        let (epoch, model) = (placement.epoch(), self.checkpoint.config());
+        if !placement.is_for(&model.moe_layers(), model.n_routed_experts) {
+            anyhow::bail!("the placement of epoch {epoch} is of another model's experts");
+        }
         let (checkpoint, numerics, held) = (self.checkpoint.clone(), self.numerics, self.engine.shards().newest());
-        let (shard, epoch) = (placement.shard(&self.member.id), placement.epoch());
-        let load = move || shard_of(&checkpoint, numerics, shard, held.as_deref());
+        let shard = placement.shard(&self.member.id);
+        // Nobody is served yet, or somebody waits for just these.
+        let is_hurried = held.is_none() || placement.is_urgent();
+        let bytes_per_second = if is_hurried { 0 } else { self.bytes_per_second };
+        let load = move || shard_of(&checkpoint, numerics, shard, held.as_deref(), bytes_per_second);
         let shard = tokio::task::spawn_blocking(load).await?.context("loading the experts")?;
         let (experts, bytes) = (shard.expert_count(), shard.bytes());
         self.engine.shards().install(epoch, shard);
         tracing::info!(%epoch, experts, bytes, "experts are loaded");
         Ok(())
     }
+
+    /// Says that this worker is about to stop, and waits until nobody needs it: every expert that it holds has another
+    /// holder. At once where nobody leads, or nobody else is there.
+    async fn hand_over(&self, registry: &dyn Registry, registration: &Registration) {
+        let epoch_loaded = self.engine.shards().newest_epoch();
+        registration.update(Member { epoch_loaded, draining: true, ..self.member.clone() });
+        let mut view = registry.view();
+        let id = &self.member.id;
+        let is_alone = |view: &View| {
+            view.leader.is_none() || view.of_role(Role::ExpertWorker).all(|member| member.id == *id || member.draining)
+        };
+        let was_covered = is_covered(&view.borrow_and_update(), id);
+        // The registry has ended where this fails: there is nobody to wait for.
+        let _ = view.wait_for(|view| is_alone(view) || is_covered(view, id)).await;
+        if !was_covered {
+            // Attention workers are about to use the new placement.
+            sleep(MOVED_ON).await;
+        }
+    }
 }
 
-/// Loads what `held` does not have, in parallel.
+/// Whether every expert that a worker holds in the placement in force has another holder that has loaded it.
+fn is_covered(view: &View, id: &WorkerId) -> bool {
+    let Some(placement) = &view.placement else { return true };
+    let has_loaded = |worker: &WorkerId| {
+        let member = view.members.get(&(Role::ExpertWorker, worker.clone()));
+        worker != id && member.is_some_and(|member| member.epoch_loaded >= placement.epoch())
+    };
+    let loaded: Vec<bool> = placement.workers().iter().map(has_loaded).collect();
+    let experts = (0..placement.experts()).map(|e| ExpertId(e as u16));
+    let has_holder = |layer, expert| placement.holders(layer, expert).iter().any(|&w| loaded[w as usize]);
+    placement.layers().all(|layer| experts.clone().all(|expert| has_holder(layer, expert)))
+}
+
+/// Loads what `held` does not have: in parallel, or one after the other at a bounded rate.
 fn shard_of(
     checkpoint: &Checkpoint,
     numerics: Numerics,
     shard: BTreeMap<LayerId, Vec<ExpertId>>,
     held: Option<&Shard>,
+    bytes_per_second: u64,
 ) -> Result<Shard, ModelError> {
     let mut layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Ffn>>> =
         checkpoint.config().moe_layers().into_iter().map(|layer| (LayerId(layer as u8), BTreeMap::new())).collect();
@@ -158,8 +242,26 @@ fn shard_of(
         let (ffn, bytes) = experts.get(usize::from(layer.0), usize::from(expert.0))?;
         Ok(((layer, expert, Arc::new(ffn)), bytes))
     };
-    for (layer, expert, ffn) in load::all("experts", missing, pack)? {
+    let loaded = match bytes_per_second {
+        0 => load::all("experts", missing, pack)?,
+        _ => at_rate(bytes_per_second, missing.into_iter().map(pack))?,
+    };
+    for (layer, expert, ffn) in loaded {
         layers.entry(layer).or_default().insert(expert, ffn);
     }
     Ok(Shard::new(layers))
+}
+
+/// Takes items, each with its size, no faster than so many bytes a second.
+fn at_rate<T, E>(bytes_per_second: u64, items: impl Iterator<Item = Result<(T, u64), E>>) -> Result<Vec<T>, E> {
+    let (start, mut bytes) = (Instant::now(), 0);
+    let mut taken = Vec::new();
+    for item in items {
+        let (item, size) = item?;
+        taken.push(item);
+        bytes += size;
+        let due = Duration::from_secs_f64(bytes as f64 / bytes_per_second as f64);
+        std::thread::sleep(due.saturating_sub(start.elapsed()));
+    }
+    Ok(taken)
 }

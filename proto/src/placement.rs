@@ -10,6 +10,10 @@ use crate::{Epoch, ExpertId, LayerId, WorkerId, v1};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
     epoch: Epoch,
+    /// Of the leader that wrote it; 0 where there is none.
+    term: u64,
+    /// Rows wait for some of these experts.
+    urgent: bool,
     workers: Vec<WorkerId>,
     /// layer -> expert -> indices into `workers`
     layers: BTreeMap<LayerId, Vec<Vec<u32>>>,
@@ -41,13 +45,31 @@ impl Placement {
         workers: Vec<WorkerId>,
         layers: BTreeMap<LayerId, Vec<Vec<u32>>>,
     ) -> Result<Self, PlacementError> {
-        let placement = Self { epoch, workers, layers };
+        let placement = Self { epoch, term: 0, urgent: false, workers, layers };
         // One set of checks, whether it was planned here or came over the wire.
         Self::try_from(&placement.to_proto())
     }
 
     pub fn epoch(&self) -> Epoch {
         self.epoch
+    }
+
+    /// The same, written by the leader of this term.
+    pub fn with_term(self, term: u64) -> Self {
+        Self { term, ..self }
+    }
+
+    /// The same, to be loaded as fast as may be, or in the background.
+    pub fn with_urgency(self, urgent: bool) -> Self {
+        Self { urgent, ..self }
+    }
+
+    pub fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+
+    pub fn term(&self) -> u64 {
+        self.term
     }
 
     pub fn workers(&self) -> &[WorkerId] {
@@ -93,6 +115,8 @@ impl Placement {
             epoch: self.epoch.0,
             workers: self.workers.iter().map(|w| w.as_str().to_owned()).collect(),
             layers: self.layers.iter().map(layer).collect(),
+            term: self.term,
+            urgent: self.urgent,
         }
     }
 }
@@ -120,7 +144,8 @@ impl TryFrom<&v1::Placement> for Placement {
             }
             layers.insert(LayerId(layer.layer as u8), experts_of(layer, expected, workers.len())?);
         }
-        Ok(Self { epoch: Epoch(message.epoch), workers, layers })
+        let (term, urgent) = (message.term, message.urgent);
+        Ok(Self { epoch: Epoch(message.epoch), term, urgent, workers, layers })
     }
 }
 
@@ -152,6 +177,8 @@ mod tests {
             epoch: 1,
             workers: vec!["a".into(), "b".into()],
             layers: vec![v1::LayerPlacement { layer: 3, experts }],
+            term: 7,
+            urgent: true,
         }
     }
 

@@ -44,6 +44,8 @@ pub struct Options {
     pub micro_batches: usize,
     pub cache_tokens: usize,
     pub sequences_max: usize,
+    /// Workers that hold each expert.
+    pub replicas: usize,
 }
 
 impl Options {
@@ -60,6 +62,7 @@ impl Options {
             micro_batches: 2,
             cache_tokens: 16_384,
             sequences_max: 1024,
+            replicas: 1,
         }
     }
 }
@@ -119,6 +122,7 @@ impl Cluster {
             cluster: "test".into(),
             listen: ([127, 0, 0, 1], 0).into(),
             expert_workers: options.expert_workers,
+            replicas: options.replicas,
             sequences_max: options.sequences_max,
             ..Default::default()
         };

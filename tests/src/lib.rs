@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod cluster;
+pub mod faults;
 pub mod fixtures;
 pub mod processes;
 pub mod requests;

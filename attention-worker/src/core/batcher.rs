@@ -39,7 +39,9 @@ pub struct Limits {
 pub struct Request {
     /// Not empty.
     pub prompt: Vec<u32>,
-    /// At least 1.
+    /// Generated elsewhere: fewer than `max_tokens`, no stop token among them.
+    pub emitted: Vec<u32>,
+    /// At least 1, emitted tokens counted.
     pub max_tokens: usize,
     /// Tokens that end the sequence.
     pub stop_tokens: Vec<u32>,
@@ -141,8 +143,8 @@ impl Batcher {
     }
 
     pub fn submit(&mut self, request: Request) -> Result<SequenceId, Refused> {
-        let Request { prompt, max_tokens, stop_tokens } = request;
-        assert!(!prompt.is_empty() && max_tokens > 0, "an empty request");
+        let Request { prompt, emitted, max_tokens, stop_tokens } = request;
+        assert!(!prompt.is_empty() && emitted.len() < max_tokens, "nothing to generate");
         let capacity = self.pages.total() * PAGE_TOKENS;
         if prompt.len().saturating_add(max_tokens) > capacity {
             return Err(Refused::TooLarge { prompt: prompt.len(), max_tokens, capacity });
@@ -154,7 +156,7 @@ impl Batcher {
         self.next_id += 1;
         let sequence = Sequence {
             prompt: prompt.len(),
-            tokens: prompt,
+            tokens: [prompt, emitted].concat(),
             max_tokens,
             stop_tokens,
             pages: Vec::new(),

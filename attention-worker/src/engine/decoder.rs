@@ -14,6 +14,7 @@ use moesaic_kernels::{
 use moesaic_model::Config;
 use moesaic_proto::{ExpertId, LayerId};
 
+use super::expert_counts::ExpertCounts;
 use super::profile::{Part as Time, Profile};
 use super::weights::{Layer, Mla, Mlp, Query, Weights};
 use crate::core::batcher::Part;
@@ -23,6 +24,7 @@ pub struct Decoder {
     dispatcher: Dispatcher,
     pool: Pool,
     profile: Arc<Profile>,
+    experts: Arc<ExpertCounts>,
     /// Borrowed between two awaits only.
     cache: RefCell<LatentPages>,
 }
@@ -63,11 +65,18 @@ fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 impl Decoder {
-    pub fn new(weights: Arc<Weights>, dispatcher: Dispatcher, pool: Pool, pages: u32, profile: Arc<Profile>) -> Self {
+    pub fn new(
+        weights: Arc<Weights>,
+        dispatcher: Dispatcher,
+        pool: Pool,
+        pages: u32,
+        profile: Arc<Profile>,
+        experts: Arc<ExpertCounts>,
+    ) -> Self {
         let c = weights.config();
         let (layers, latent, rope) = (c.num_hidden_layers, c.kv_lora_rank, c.qk_rope_head_dim);
         let cache = RefCell::new(LatentPages::new(weights.numerics, layers, pages as usize, latent, rope));
-        Self { weights, dispatcher, pool, profile, cache }
+        Self { weights, dispatcher, pool, profile, experts, cache }
     }
 
     /// Whether all experts are called directly.
@@ -120,7 +129,7 @@ impl Decoder {
                 self.profile.time(Time::Dense, || ffn.forward(&self.pool, RowsRef::F32(&b.x), &mut b.y));
             }
             Mlp::Moe { gate, bias, shared } => {
-                self.profile.time(Time::Gate, || self.choose(gate, bias.as_deref(), b));
+                self.profile.time(Time::Gate, || self.choose(index, gate, bias.as_deref(), b));
                 let away = self.profile.time(Time::Dispatch, || self.dispatch(micro_batch, index, b))?;
                 if let Some(ffn) = shared {
                     let y = sized(&mut b.shared, b.x.len());
@@ -138,7 +147,7 @@ impl Decoder {
     }
 
     /// The experts that each row goes to.
-    fn choose(&self, gate: &Linear, bias: Option<&[f32]>, b: &mut Buffers) {
+    fn choose(&self, index: usize, gate: &Linear, bias: Option<&[f32]>, b: &mut Buffers) {
         self.linear(gate, &b.x, &mut b.gate);
         b.choices.clear();
         for logits in b.gate.chunks_exact(gate.out_features()) {
@@ -149,6 +158,7 @@ impl Decoder {
         b.chosen.clear();
         b.chosen.resize(gate.out_features(), false);
         b.choices.iter().for_each(|choice| b.chosen[usize::from(choice.expert)] = true);
+        self.experts.add(index, b.choices.iter().map(|choice| choice.expert));
         self.profile.count_experts(b.chosen.iter().filter(|chosen| **chosen).count());
     }
 

@@ -1,9 +1,12 @@
 //! The engine as the rest of the process sees it: requests in, events out. Usable without any network.
 
-use moesaic_dispatch::DispatchError;
-use tokio::sync::{mpsc, oneshot};
+use std::sync::Arc;
 
-use crate::core::batcher::{Counts, Finish, Refused, Request, SequenceId};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::events::Reader;
+use super::expert_counts::ExpertCounts;
+use crate::core::batcher::{Counts, Refused, Request, SequenceId};
 use crate::core::sampler::{Logprobs, Sampling};
 
 /// Commands that may wait for the engine, which takes all of them between two steps of its work. Past it callers wait.
@@ -15,6 +18,8 @@ pub(super) const COMMANDS_MAX: usize = 256;
 pub struct Submit {
     pub request: Request,
     pub sampling: Sampling,
+    /// What was generated elsewhere of this sequence: `request.emitted`, with log-probabilities.
+    pub emitted: Vec<Token>,
     /// Log-probabilities of generated tokens, with that many alternatives.
     pub logprobs: Option<usize>,
     /// The same for prompt tokens after the first.
@@ -27,29 +32,12 @@ pub struct Token {
     pub logprobs: Option<Logprobs>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    Token {
-        /// Counted from the first generated token.
-        index: usize,
-        token: Token,
-        /// With the first token, if asked for: the prompt's tokens after the first.
-        prompt: Vec<Token>,
-        /// The last event.
-        finish: Option<Finish>,
-    },
-    /// The last event.
-    Aborted,
-    /// The last event.
-    Failed(DispatchError),
-}
-
-/// A running sequence. Dropping it aborts the sequence at the engine's next step.
+/// A running sequence. When nobody holds its events any more the sequence is aborted at the engine's next step.
 #[derive(Debug)]
 pub struct Running {
     pub id: SequenceId,
-    /// Has room for every event there can be, so that the engine never waits for who reads: max_tokens and a last word.
-    pub events: mpsc::Receiver<Event>,
+    /// From the first token that is generated here.
+    pub events: Reader,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -63,13 +51,15 @@ pub enum SubmitError {
 pub(super) enum Command {
     Submit(Box<Submit>, oneshot::Sender<Result<Running, Refused>>),
     Abort(SequenceId),
-    Load(oneshot::Sender<Counts>),
 }
 
 /// Clones share the engine, which ends when the last one is dropped.
 #[derive(Clone)]
 pub struct EngineHandle {
     pub(super) commands: mpsc::Sender<Command>,
+    /// As of the engine's last step.
+    pub(super) counts: watch::Receiver<Counts>,
+    pub(super) experts: Arc<ExpertCounts>,
 }
 
 impl EngineHandle {
@@ -86,10 +76,12 @@ impl EngineHandle {
         let _ = self.commands.send(Command::Abort(id)).await;
     }
 
-    /// `None` if the engine has stopped.
-    pub async fn load(&self) -> Option<Counts> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Load(reply)).await.ok()?;
-        answer.await.ok()
+    /// As of the engine's last step, however long the present one takes; `None` if the engine has stopped.
+    pub fn load(&self) -> Option<Counts> {
+        self.counts.has_changed().is_ok().then(|| *self.counts.borrow())
+    }
+
+    pub fn experts(&self) -> &ExpertCounts {
+        &self.experts
     }
 }

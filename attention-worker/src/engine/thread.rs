@@ -12,13 +12,15 @@ use futures::{FutureExt, StreamExt};
 use moesaic_dispatch::{DispatchError, Dispatcher};
 use moesaic_kernels::Pool;
 use tokio::runtime;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::decoder::{Buffers, Decoder};
-use super::handle::{COMMANDS_MAX, Command, EngineHandle, Event, Running, Submit, Token};
+use super::events::{Event, Events, Speaker};
+use super::expert_counts::ExpertCounts;
+use super::handle::{COMMANDS_MAX, Command, EngineHandle, Running, Submit, Token};
 use super::profile::{Part as Time, Profile};
 use super::weights::Weights;
-use crate::core::batcher::{Batcher, Finish, Limits, Part, Refused, SequenceId};
+use crate::core::batcher::{Batcher, Counts, Finish, Limits, Part, Refused, SequenceId};
 use crate::core::sampler::{Sampling, logprobs, sample};
 
 /// Logits in memory at a time, at most: the head's weights are read once for so many.
@@ -37,33 +39,38 @@ pub fn start(
 ) -> std::io::Result<(EngineHandle, Ended)> {
     let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
     let (alive, ended) = oneshot::channel();
+    let batcher = Batcher::new(limits);
+    let (counts, published) = watch::channel(batcher.counts());
+    let experts = Arc::new(ExpertCounts::new(weights.config()));
+    let chosen = experts.clone();
     let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
     thread::Builder::new().name("engine".into()).spawn(move || {
         pool.pin_caller();
-        let decoder = Decoder::new(weights, dispatcher, pool, limits.pages, profile);
-        let engine = Engine { decoder: &decoder, batcher: Batcher::new(limits), streams: BTreeMap::new() };
+        let decoder = Decoder::new(weights, dispatcher, pool, limits.pages, profile, chosen);
+        let engine = Engine { decoder: &decoder, batcher, streams: BTreeMap::new(), counts };
         runtime.block_on(engine.run(inbox, limits.micro_batches));
         drop(alive);
     })?;
-    Ok((EngineHandle { commands }, ended))
+    Ok((EngineHandle { commands, counts: published, experts }, ended))
 }
 
 struct Engine<'a> {
     decoder: &'a Decoder,
     batcher: Batcher,
     streams: BTreeMap<SequenceId, Stream>,
+    counts: watch::Sender<Counts>,
 }
 
 /// What the engine knows of a sequence beyond its tokens.
 struct Stream {
-    events: mpsc::Sender<Event>,
+    events: Speaker,
     sampling: Sampling,
     logprobs: Option<usize>,
     prompt_logprobs: Option<usize>,
     /// Of the prompt's tokens after the first, as far as they have been computed. Empty again once sent.
     prompt: Vec<Token>,
-    /// Tokens sent.
-    sent: usize,
+    /// Tokens said, here and elsewhere before.
+    said: usize,
 }
 
 /// A micro-batch that is back.
@@ -106,6 +113,7 @@ impl Engine<'_> {
                     Landed { slot, parts, result }
                 });
             }
+            self.counts.send_replace(self.batcher.counts());
             tokio::select! {
                 Some(landed) = flights.next() => {
                     slots.push(self.land(landed));
@@ -125,19 +133,20 @@ impl Engine<'_> {
                 let _ = reply.send(self.submit(*submit));
             }
             Command::Abort(id) => self.abort(id),
-            Command::Load(reply) => {
-                let _ = reply.send(self.batcher.counts());
-            }
         }
     }
 
     fn submit(&mut self, submit: Submit) -> Result<Running, Refused> {
-        let Submit { request, sampling, logprobs, prompt_logprobs } = submit;
-        let events_max = request.max_tokens + 1;
+        let Submit { request, emitted, sampling, logprobs, prompt_logprobs } = submit;
         let id = self.batcher.submit(request)?;
-        let (events, receiver) = mpsc::channel(events_max);
-        self.streams.insert(id, Stream { events, sampling, logprobs, prompt_logprobs, prompt: Vec::new(), sent: 0 });
-        Ok(Running { id, events: receiver })
+        let (events, said) = (Arc::new(Events::default()), emitted.len());
+        for (index, token) in emitted.into_iter().enumerate() {
+            events.push(Event::Token { index, token, prompt: Vec::new(), finish: None });
+        }
+        let reader = events.reader(said);
+        let (events, prompt) = (Speaker(events), Vec::new());
+        self.streams.insert(id, Stream { events, sampling, logprobs, prompt_logprobs, prompt, said });
+        Ok(Running { id, events: reader })
     }
 
     fn abort(&mut self, id: SequenceId) {
@@ -148,7 +157,7 @@ impl Engine<'_> {
 
     /// Nobody reads these any more.
     fn abort_unheard(&mut self) {
-        let is_unheard = |(id, stream): (&SequenceId, &Stream)| stream.events.is_closed().then_some(*id);
+        let is_unheard = |(id, stream): (&SequenceId, &Stream)| stream.events.is_unheard().then_some(*id);
         let unheard: Vec<SequenceId> = self.streams.iter().filter_map(is_unheard).collect();
         for id in unheard {
             self.abort(id);
@@ -157,7 +166,7 @@ impl Engine<'_> {
 
     fn end(&mut self, id: SequenceId, last: Event) {
         if let Some(stream) = self.streams.remove(&id) {
-            stream.send(last);
+            stream.events.0.push(last);
         }
     }
 
@@ -219,7 +228,7 @@ impl Engine<'_> {
             let end = part.start + part.tokens.len();
             if let Some(stream) = self.streams.get(&part.sequence).filter(|_| !self.batcher.is_aborted(part.sequence)) {
                 let (prompt, _) = self.batcher.tokens(part.sequence).expect("a sequence in flight is not removed");
-                if stream.prompt_logprobs.is_some() && stream.sent == 0 {
+                if stream.prompt_logprobs.is_some() && stream.said == 0 {
                     for position in part.start.max(stream.prompt.len())..end.min(prompt.len() - 1) {
                         let row = first + position - part.start;
                         wanted.push(Want { part: index, row, prompt: Some(position + 1) });
@@ -241,11 +250,11 @@ impl Engine<'_> {
         }
         let Some(token) = token else { return };
         let stream = self.streams.get_mut(&id).expect("a sequence has a stream until it ends");
-        let (index, prompt) = (stream.sent, std::mem::take(&mut stream.prompt));
-        stream.sent += 1;
+        let (index, prompt) = (stream.said, std::mem::take(&mut stream.prompt));
+        stream.said += 1;
         let event = Event::Token { index, token, prompt, finish };
         match finish {
-            None => stream.send(event),
+            None => stream.events.0.push(event),
             Some(_) => self.end(id, event),
         }
     }
@@ -257,14 +266,6 @@ struct Want {
     row: usize,
     /// For this token of the prompt; `None`: to draw the next one.
     prompt: Option<usize>,
-}
-
-impl Stream {
-    fn send(&self, event: Event) {
-        // It has room for every event there can be. A receiver that is gone is noticed at the next step.
-        let sent = self.events.try_send(event);
-        debug_assert!(!matches!(sent, Err(mpsc::error::TrySendError::Full(_))), "more events than max_tokens + 1");
-    }
 }
 
 fn token(logits: &[f32], token: u32, alternatives: Option<usize>) -> Token {

@@ -2,11 +2,11 @@
 
 use moesaic_model::Config;
 use moesaic_proto::limits::{LOGIT_BIAS_MAX, LOGPROBS_MAX, REQUEST_ID_LEN_MAX, STOP_TOKENS_MAX};
-use moesaic_proto::v1::{RunRequest, SamplingParams};
+use moesaic_proto::v1::{RunRequest, SamplingParams, TokenInfo};
 
 use crate::core::batcher::Request;
-use crate::core::sampler::Sampling;
-use crate::engine::handle::Submit;
+use crate::core::sampler::{Logprobs, Sampling};
+use crate::engine::handle::{Submit, Token};
 
 /// A coordinator adds a number to a request's id, and the model's own end tokens to its stop tokens.
 const ID_LEN_MAX: usize = REQUEST_ID_LEN_MAX + 16;
@@ -44,8 +44,11 @@ pub fn check(run: RunRequest, config: &Config) -> Result<Submit, Invalid> {
         return Err(invalid("stop_token_ids", run.stop_token_ids.len(), format!("at most {STOPS_MAX}")));
     }
     check_tokens("stop_token_ids", &run.stop_token_ids, config)?;
+    let emitted: Vec<u32> = run.emitted.iter().map(|info| info.token).collect();
+    check_emitted(&emitted, &run.stop_token_ids, max_tokens, config)?;
     Ok(Submit {
-        request: Request { prompt: run.prompt, max_tokens, stop_tokens: run.stop_token_ids },
+        request: Request { prompt: run.prompt, emitted, max_tokens, stop_tokens: run.stop_token_ids },
+        emitted: run.emitted.into_iter().map(token).collect(),
         sampling: sampling(run.sampling.unwrap_or_default(), config)?,
         logprobs: logprobs("logprobs", run.logprobs)?,
         prompt_logprobs: logprobs("prompt_logprobs", run.prompt_logprobs)?,
@@ -59,6 +62,27 @@ fn check_id(id: &str) -> Result<(), Invalid> {
         return Err(invalid("request_id", given, format!("1 to {ID_LEN_MAX} characters of [A-Za-z0-9._:-]")));
     }
     Ok(())
+}
+
+/// A sequence goes on after them.
+fn check_emitted(emitted: &[u32], stops: &[u32], max_tokens: usize, config: &Config) -> Result<(), Invalid> {
+    check_tokens("emitted", emitted, config)?;
+    if emitted.len() >= max_tokens {
+        return Err(invalid(
+            "emitted",
+            format!("{} tokens", emitted.len()),
+            format!("fewer than max_tokens, {max_tokens}"),
+        ));
+    }
+    match emitted.iter().position(|token| stops.contains(token)) {
+        Some(at) => Err(invalid(format!("emitted[{at}]"), emitted[at], "no stop token: the sequence has ended there")),
+        None => Ok(()),
+    }
+}
+
+fn token(info: TokenInfo) -> Token {
+    let top = info.top.into_iter().map(|top| (top.token, top.logprob)).collect();
+    Token { token: info.token, logprobs: info.logprob.map(|logprob| Logprobs { logprob, top }) }
 }
 
 fn check_tokens(field: &str, tokens: &[u32], config: &Config) -> Result<(), Invalid> {

@@ -6,20 +6,21 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::FutureExt;
-use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Hub};
+use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
 use moesaic_node::{Member, Registry, View, handshake};
 use moesaic_proto::v1::{Hello, Role};
-use moesaic_proto::{Epoch, Placement, WorkerId};
+use moesaic_proto::{Epoch, WorkerId};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 
-use super::service::{NAME, Requests, Service};
+use super::requests::Requests;
+use super::service::{NAME, Service};
 use crate::config::Config;
 use crate::core::batcher::Limits;
 use crate::engine::handle::EngineHandle;
@@ -30,6 +31,9 @@ use crate::engine::weights::Weights;
 
 /// How often the edges to expert workers are looked at: what a change of health is late by.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How often it is asked which sequences nobody has resumed in time.
+const SWEEP_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A step is over by then.
 const ENGINE_END: Duration = Duration::from_secs(2);
@@ -58,6 +62,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
 
     let bound = server::bind(config.listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
+    let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
     let service = Service {
         hello: hello.clone(),
         checkpoint: checkpoint.clone(),
@@ -65,7 +70,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         dispatcher: dispatcher.clone(),
         waiting_max: config.waiting_max,
         stop: stop.clone(),
-        requests: Requests::default(),
+        requests: requests.clone(),
     };
     let (routes, reporter) = with_health_and_reflection(Routes::new(service.server()), NAME).await;
     let serve = bound.serve(routes, stop.clone(), Duration::from_secs(config.drain_seconds));
@@ -74,7 +79,16 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let mut tasks = JoinSet::new();
     tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
     tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
-    let member = Member { hello, id: id.clone(), address: address.clone(), epoch_loaded: Epoch(0) };
+    tasks.spawn(sweep(requests));
+    let member = Member {
+        hello,
+        id: id.clone(),
+        address: address.clone(),
+        epoch_loaded: Epoch(0),
+        node: config.node.clone().unwrap_or_else(|| id.as_str().to_owned()),
+        expert_slots: 0,
+        draining: false,
+    };
     let registration = registry.register(member).await?;
     tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "attention worker serves");
     let leave = async {
@@ -153,7 +167,7 @@ async fn follow(mut view: watch::Receiver<Arc<View>>, checkpoint: Arc<Checkpoint
         if let Some(placement) = &now.placement {
             let model = checkpoint.config();
             match placement.is_for(&model.moe_layers(), model.n_routed_experts) {
-                true => dispatcher.set_view(placement.clone(), &loaded(&now, placement)),
+                true => dispatcher.set_view(placement.clone(), &holders(&now)),
                 false => tracing::error!(epoch = placement.epoch().0, "a placement of another model's experts"),
             }
         }
@@ -163,10 +177,17 @@ async fn follow(mut view: watch::Receiver<Arc<View>>, checkpoint: Arc<Checkpoint
     }
 }
 
-/// Expert workers that have the placement's experts in memory.
-fn loaded(view: &View, placement: &Placement) -> BTreeMap<WorkerId, String> {
-    let experts = view.of_role(Role::ExpertWorker).filter(|member| member.epoch_loaded >= placement.epoch());
-    experts.map(|member| (member.id.clone(), member.address.clone())).collect()
+/// The expert workers that are registered.
+fn holders(view: &View) -> BTreeMap<WorkerId, Holder> {
+    let holder = |member: &Member| Holder { address: member.address.clone(), epoch_loaded: member.epoch_loaded };
+    view.of_role(Role::ExpertWorker).map(|member| (member.id.clone(), holder(member))).collect()
+}
+
+async fn sweep(requests: Requests) {
+    loop {
+        tokio::time::sleep(SWEEP_INTERVAL).await;
+        requests.sweep();
+    }
 }
 
 /// Serving means that a token could be produced.

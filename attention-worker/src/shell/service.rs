@@ -1,12 +1,11 @@
-//! The gRPC service for coordinators: Run, Abort, Load.
+//! The gRPC service for coordinators: Run, Abort, Load, ExpertLoad.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use futures::stream::BoxStream;
 use futures::{StreamExt, stream};
 use moesaic_dispatch::Dispatcher;
+use moesaic_dispatch::tracker::Counts;
 use moesaic_kernels::PAGE_TOKENS;
 use moesaic_model::Checkpoint;
 use moesaic_node::handshake;
@@ -17,8 +16,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::request::check;
-use crate::core::batcher::{Finish, SequenceId};
-use crate::engine::handle::{EngineHandle, Event, Running, SubmitError, Token};
+use super::requests::{Requests, Ticket};
+use crate::core::batcher::Finish;
+use crate::engine::events::{Event, Reader};
+use crate::engine::handle::{EngineHandle, SubmitError, Token};
 
 /// The service's name in health checks.
 pub const NAME: &str = "moesaic.v1.AttentionWorker";
@@ -32,16 +33,6 @@ pub struct Service {
     /// Refuses new sequences once cancelled.
     pub stop: CancellationToken,
     pub requests: Requests,
-}
-
-/// Running requests by id; `None` until the engine has taken the sequence.
-#[derive(Clone, Default)]
-pub struct Requests(Arc<Mutex<HashMap<String, Option<SequenceId>>>>);
-
-/// Keeps a request's id taken.
-struct Ticket {
-    requests: Requests,
-    id: String,
 }
 
 impl Service {
@@ -66,23 +57,27 @@ impl AttentionWorker for Service {
         let hello = run.hello.as_ref().ok_or_else(|| Status::failed_precondition("hello is not set"))?;
         let matches = handshake::check(&self.hello, hello, Role::Coordinator);
         matches.map_err(|mismatch| Status::failed_precondition(mismatch.to_string()))?;
+        if run.resume {
+            let (ticket, reader) = self.requests.resume(&run)?;
+            return Ok(Response::new(events(reader, ticket, 0).boxed()));
+        }
         if self.stop.is_cancelled() {
             return Err(Status::unavailable("this worker is stopping"));
         }
-        let id = run.request_id.clone();
-        let submit =
-            check(run, self.checkpoint.config()).map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
-        let ticket = self.requests.take(id)?;
+        let position = run.emitted.len() as u32;
+        let submit = check(run.clone(), self.checkpoint.config())
+            .map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
+        let ticket = self.requests.take(&run)?;
         let running = self.engine.submit(submit).await.map_err(|error| match error {
             SubmitError::Refused(refused) => Status::resource_exhausted(refused.to_string()),
             SubmitError::Stopped => Status::unavailable(error.to_string()),
         })?;
-        ticket.set(running.id);
-        Ok(Response::new(events(running, ticket).boxed()))
+        ticket.set(&running);
+        Ok(Response::new(events(running.events, ticket, position).boxed()))
     }
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
-        let sequence = self.requests.lock().get(&request.into_inner().request_id).copied().flatten();
+        let sequence = self.requests.remove(&request.into_inner().request_id);
         if let Some(id) = sequence {
             self.engine.abort(id).await;
         }
@@ -90,7 +85,7 @@ impl AttentionWorker for Service {
     }
 
     async fn load(&self, _: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
-        let counts = self.engine.load().await.ok_or_else(|| Status::unavailable("the engine has stopped"))?;
+        let counts = self.engine.load().ok_or_else(|| Status::unavailable("the engine has stopped"))?;
         Ok(Response::new(v1::LoadResponse {
             pages_total: counts.pages_total as u32,
             pages_free: counts.pages_free as u32,
@@ -100,58 +95,51 @@ impl AttentionWorker for Service {
             waiting_max: self.waiting_max as u32,
             preemptions: counts.preemptions,
             experts_reachable: Self::is_reachable(&self.checkpoint, &self.dispatcher),
+            draining: self.stop.is_cancelled(),
+            epoch: self.dispatcher.epoch().map_or(0, |epoch| epoch.0),
+            orphans: self.requests.orphans() as u32,
+            edges: self.dispatcher.edges(),
+            dispatch: Some(dispatch_counts(&self.dispatcher)),
         }))
     }
-}
 
-impl Requests {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<SequenceId>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take(&self, id: String) -> Result<Ticket, Status> {
-        match self.lock().entry(id.clone()) {
-            Entry::Occupied(_) => return Err(Status::already_exists(format!("request_id {id} is running"))),
-            Entry::Vacant(entry) => entry.insert(None),
-        };
-        Ok(Ticket { requests: self.clone(), id })
+    async fn expert_load(&self, _: Request<v1::ExpertLoadRequest>) -> Result<Response<v1::ExpertLoadResponse>, Status> {
+        let layers = self.engine.experts().read().map(|(layer, rows)| v1::LayerLoad { layer: layer as u32, rows });
+        let (layers, incarnation) = (layers.collect(), self.hello.incarnation);
+        Ok(Response::new(v1::ExpertLoadResponse { layers, incarnation }))
     }
 }
 
-impl Ticket {
-    fn set(&self, sequence: SequenceId) {
-        self.requests.lock().insert(self.id.clone(), Some(sequence));
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        self.requests.lock().remove(&self.id);
-    }
-}
-
-/// A sequence's events. Dropping the stream drops the sequence and gives its id back.
-fn events(running: Running, ticket: Ticket) -> impl stream::Stream<Item = Result<RunEvent, Status>> {
-    stream::unfold(Some((running, ticket, 0)), |state| async move {
-        let (mut running, ticket, position) = state?;
-        Some(match running.events.recv().await {
-            None => (Err(Status::unavailable("the engine has stopped")), None),
-            Some(Event::Failed(error)) => (Err(Status::unavailable(error.to_string())), None),
-            Some(Event::Aborted) => {
+/// A sequence's events. Dropping the stream leaves the sequence to be resumed.
+fn events(reader: Reader, ticket: Ticket, position: u32) -> impl stream::Stream<Item = Result<RunEvent, Status>> {
+    stream::unfold(Some((reader, ticket, position)), |state| async move {
+        let (mut reader, ticket, position) = state?;
+        let next = ticket.taken_over.run_until_cancelled(reader.next()).await;
+        Some(match next {
+            None => (Err(Status::aborted("the sequence was resumed by another call")), None),
+            Some(None) => (Err(Status::unavailable("the engine has stopped")), None),
+            // Sending it elsewhere cannot help: its experts were waited for.
+            Some(Some(Event::Failed(error))) => (Err(Status::deadline_exceeded(error.to_string())), None),
+            Some(Some(Event::Aborted)) => {
                 let finish = Some(v1::FinishReason::Aborted.into());
                 (Ok(RunEvent { position, finish, ..Default::default() }), None)
             }
-            Some(Event::Token { index, token, prompt, finish }) => {
+            Some(Some(Event::Token { index, token, prompt, finish })) => {
                 let event = RunEvent {
                     position: index as u32,
                     token: Some(info(token)),
                     prompt: prompt.into_iter().map(info).collect(),
                     finish: finish.map(|finish| reason(finish).into()),
                 };
-                (Ok(event), finish.is_none().then_some((running, ticket, index as u32 + 1)))
+                (Ok(event), finish.is_none().then_some((reader, ticket, index as u32 + 1)))
             }
         })
     })
+}
+
+fn dispatch_counts(dispatcher: &Dispatcher) -> v1::DispatchCounts {
+    let Counts { sent, resent, hedged, terms, terms_hedged, unmatched, misdirected, rejected } = dispatcher.counts();
+    v1::DispatchCounts { sent, resent, hedged, terms, terms_hedged, unmatched, misdirected, rejected }
 }
 
 fn info(token: Token) -> TokenInfo {

@@ -1,31 +1,18 @@
 //! Aborts, clients that go away, experts that cannot be reached: nothing is kept, and nobody else notices.
 
-use std::time::Duration;
-
-use moesaic_attention_worker::core::batcher::{Finish, Limits, Refused};
-use moesaic_attention_worker::engine::handle::{EngineHandle, Event, SubmitError};
+use moesaic_attention_worker::core::batcher::{Finish, Limits, Refused, Request};
+use moesaic_attention_worker::core::sampler::Sampling;
+use moesaic_attention_worker::engine::events::Event;
+use moesaic_attention_worker::engine::handle::{Submit, SubmitError};
 use moesaic_attention_worker::engine::memory::{CacheSize, MemoryPlan};
 use moesaic_dispatch::DispatchError;
 use moesaic_kernels::{Dtype, Numerics};
 use moesaic_model::Checkpoint;
 
-use crate::harness::{LIMITS, Model, answer, fixture, greedy, run};
+use crate::harness::{LIMITS, Model, answer, fixture, greedy, run, wait_until_idle};
 
 fn model() -> Model {
     Model::open("v3", Numerics::detect(Dtype::F32), 2)
-}
-
-async fn wait_until_idle(engine: &EngineHandle) {
-    let idle = async {
-        loop {
-            let counts = engine.load().await.unwrap();
-            if (counts.running, counts.waiting, counts.pages_free) == (0, 0, counts.pages_total) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(1), idle).await.expect("all pages come back within a second");
 }
 
 #[tokio::test]
@@ -38,7 +25,7 @@ async fn streams_that_are_dropped_midway_free_their_pages_and_change_no_other() 
         if i % 2 == 0 { kept.push(running) } else { dropped.push(running) }
     }
     for mut running in dropped {
-        assert!(matches!(running.events.recv().await, Some(Event::Token { index: 0, .. })));
+        assert!(matches!(running.events.next().await, Some(Event::Token { index: 0, .. })));
     }
     for running in kept {
         assert_eq!(answer(running).await, expected);
@@ -50,14 +37,40 @@ async fn streams_that_are_dropped_midway_free_their_pages_and_change_no_other() 
 async fn an_abort_ends_the_stream_and_frees_everything() {
     let engine = model().engine(LIMITS);
     let mut running = engine.submit(greedy(&[5; 40], 200)).await.unwrap();
-    assert!(matches!(running.events.recv().await, Some(Event::Token { index: 0, .. })));
+    assert!(matches!(running.events.next().await, Some(Event::Token { index: 0, .. })));
     engine.abort(running.id).await;
     let mut last = None;
-    while let Some(event) = running.events.recv().await {
+    while let Some(event) = running.events.next().await {
         last = Some(event);
     }
     assert_eq!(last, Some(Event::Aborted));
     wait_until_idle(&engine).await;
+}
+
+/// Rule 1: a sequence that goes on on another worker, after any of its tokens, goes on with the same bits.
+#[tokio::test]
+async fn a_sequence_that_goes_on_elsewhere_has_the_same_tokens_and_log_probabilities() {
+    for numerics in [Dtype::F32, Dtype::Bf16].map(Numerics::detect) {
+        let sampling = Sampling {
+            temperature: 0.9,
+            repetition_penalty: 1.2,
+            presence_penalty: 0.3,
+            frequency_penalty: 0.2,
+            seed: 11,
+            ..Sampling::default()
+        };
+        let submit = Submit { sampling, ..greedy(&[5, 9, 6, 5, 5, 17], 70) };
+        let whole = run(&Model::open("v3", numerics, 2).engine(LIMITS), submit.clone()).await;
+        // Another cut of the experts, smaller chunks and other batches.
+        let other = Model::open("v3", numerics, 3).engine(Limits { chunk: 5, token_budget: 7, ..LIMITS });
+        for position in [1, 2, 30, 58, 59, 69] {
+            let emitted = whole.tokens[..position].to_vec();
+            let ids = emitted.iter().map(|token| token.token).collect();
+            let request = Request { emitted: ids, ..submit.request.clone() };
+            let rest = run(&other, Submit { request, emitted, ..submit.clone() }).await;
+            assert_eq!((&rest.tokens[..], rest.finish), (&whole.tokens[position..], whole.finish), "{position}");
+        }
+    }
 }
 
 #[tokio::test]
@@ -91,13 +104,13 @@ async fn unreachable_experts_fail_the_request_with_a_clear_error() {
     let model = model();
     let engine = model.engine_alone(LIMITS);
     let mut running = engine.submit(greedy(&[5; 4], 8)).await.unwrap();
-    match running.events.recv().await {
+    match running.events.next().await {
         Some(Event::Failed(error @ DispatchError::NoPlacement { .. })) => {
             assert!(error.to_string().contains("layer 1"))
         }
         other => panic!("{other:?}"),
     }
-    assert!(running.events.recv().await.is_none());
+    assert!(running.events.next().await.is_none());
     wait_until_idle(&engine).await;
 }
 

@@ -51,6 +51,7 @@ impl Worker {
             dtype: "f32".into(),
             cache_tokens: Some(cache_tokens),
             waiting_max: 2,
+            orphan_seconds: 1,
             ..Config::default()
         };
         let hello = |role, id: &str, numerics| {
@@ -59,7 +60,15 @@ impl Worker {
         let mut experts = Vec::new();
         for id in model.placement().workers() {
             let hello = hello(Role::ExpertWorker, id.as_str(), "f32");
-            let member = Member { hello, id: id.clone(), address: "here:1".into(), epoch_loaded: Epoch(1) };
+            let member = Member {
+                hello,
+                id: id.clone(),
+                address: "here:1".into(),
+                epoch_loaded: Epoch(1),
+                node: "n".into(),
+                expert_slots: 0,
+                draining: false,
+            };
             experts.push(registry.register(member).await.unwrap());
         }
         let context = Context {
@@ -187,6 +196,85 @@ async fn abort_ends_a_stream_and_gives_its_id_back() {
     assert!(!worker.client.abort(abort).await.unwrap().into_inner().aborted);
     let again = worker.client.run(RunRequest { max_tokens: 3, ..run }).await.unwrap().into_inner();
     assert_eq!(all(again).await.len(), 3);
+}
+
+#[tokio::test]
+async fn a_sequence_whose_call_has_broken_is_resumed_from_its_first_event() {
+    let model = model();
+    let mut worker = Worker::start(&model, 512).await;
+    worker.place(&model).await;
+    let run = worker.request("r", &[5; 4], 120);
+    let expected =
+        all(worker.client.run(RunRequest { request_id: "all".into(), ..run.clone() }).await.unwrap().into_inner());
+    let expected = expected.await;
+    let resume = RunRequest { resume: true, ..run.clone() };
+    assert_eq!(worker.refusal(resume.clone()).await.code(), Code::NotFound, "it does not run");
+
+    let mut broken = worker.client.run(run.clone()).await.unwrap().into_inner();
+    assert!(broken.message().await.unwrap().is_some());
+    drop(broken);
+    let other = RunRequest { prompt: vec![5; 5], ..resume.clone() };
+    assert_eq!(worker.refusal(other).await.code(), Code::NotFound, "another request");
+    // While it runs, from another coordinator; and one that takes over from that one; and when it has ended.
+    let hello = Hello { id: "c1".into(), ..worker.hello.clone() };
+    let mut first = worker.client.run(RunRequest { hello: Some(hello), ..resume.clone() }).await.unwrap().into_inner();
+    assert_eq!(first.message().await.unwrap().as_ref(), expected.first());
+    let second = worker.client.run(resume.clone()).await.unwrap().into_inner();
+    let taken_over = async {
+        loop {
+            match first.message().await {
+                Ok(Some(_)) => {}
+                other => return other,
+            }
+        }
+    };
+    assert_eq!(taken_over.await.unwrap_err().code(), Code::Aborted);
+    assert_eq!(all(second).await, expected);
+    assert_eq!(all(worker.client.run(resume.clone()).await.unwrap().into_inner()).await, expected);
+
+    // Nobody comes any more.
+    until("the end of what is kept", async || (worker.load().await.orphans == 0).then_some(())).await;
+    assert_eq!(worker.refusal(resume).await.code(), Code::NotFound);
+    assert_eq!(worker.load().await.pages_free, worker.load().await.pages_total);
+}
+
+#[tokio::test]
+async fn a_sequence_that_nobody_resumes_or_that_is_aborted_gives_its_pages_back() {
+    let model = model();
+    let mut worker = Worker::start(&model, 512).await;
+    worker.place(&model).await;
+    for is_aborted in [false, true] {
+        let mut broken = worker.client.run(worker.request("r", &[5; 4], 250)).await.unwrap().into_inner();
+        assert!(broken.message().await.unwrap().is_some());
+        drop(broken);
+        until("the orphan", async || (worker.load().await.orphans == 1).then_some(())).await;
+        assert_eq!(worker.load().await.sequences_running, 1, "it goes on");
+        if is_aborted {
+            let abort = AbortRequest { request_id: "r".into() };
+            assert!(worker.client.abort(abort).await.unwrap().into_inner().aborted);
+        }
+        let pages = async || {
+            let load = worker.load().await;
+            (load.pages_free == load.pages_total && load.orphans == 0).then_some(())
+        };
+        until("all pages", pages).await;
+    }
+}
+
+#[tokio::test]
+async fn what_another_worker_has_generated_counts_and_is_not_said_again() {
+    let model = model();
+    let mut worker = Worker::start(&model, 512).await;
+    worker.place(&model).await;
+    let run = worker.request("r", &[5; 4], 40);
+    let expected = all(worker.client.run(run.clone()).await.unwrap().into_inner()).await;
+    let emitted: Vec<_> = expected[..17].iter().map(|event| event.token.clone().unwrap()).collect();
+    let moved = RunRequest { request_id: "moved".into(), emitted, ..run };
+    let rest = all(worker.client.run(moved.clone()).await.unwrap().into_inner()).await;
+    assert_eq!(rest, expected[17..]);
+    let all_of_it = RunRequest { max_tokens: 17, request_id: "all".into(), ..moved };
+    let refused = worker.refusal(all_of_it).await;
+    assert_eq!(refused.message(), "emitted: 17 tokens; expected fewer than max_tokens, 17");
 }
 
 #[tokio::test]

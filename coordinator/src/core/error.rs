@@ -43,6 +43,11 @@ fn asked(max_tokens: Option<usize>) -> String {
 }
 
 impl ApiError {
+    /// Whether the same request may be taken a little later, or elsewhere.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Full { .. } | Self::Unavailable { .. } | Self::Exists { .. })
+    }
+
     pub fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Invalid { field: field.into(), reason: reason.into() }
     }

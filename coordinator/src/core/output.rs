@@ -17,6 +17,8 @@ pub struct Delta {
     /// In the first one, if asked for: each prompt token after the first.
     pub prompt: Vec<TokenInfo>,
     pub ending: Option<Ending>,
+    /// The client has it from an earlier stream: it counts for what comes after it alone.
+    pub is_known: bool,
 }
 
 /// How a sequence ended.

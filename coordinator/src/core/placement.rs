@@ -1,5 +1,12 @@
 //! The first placement: which expert worker holds which expert, once enough of them are there.
 
+mod balance;
+mod draft;
+pub mod eplb;
+mod fill;
+pub mod planner;
+mod turns;
+
 use std::collections::BTreeMap;
 
 use moesaic_proto::{Epoch, LayerId, Placement, PlacementError, WorkerId};

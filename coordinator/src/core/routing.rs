@@ -25,6 +25,7 @@ pub struct Router {
 struct Worker {
     /// None until the worker has answered, and again when it does not answer any more.
     load: Option<LoadResponse>,
+    is_cordoned: bool,
     /// Tokens of our sequences there: prompts and what they may still become.
     outstanding: u64,
 }
@@ -54,19 +55,39 @@ impl Router {
         }
     }
 
-    /// Takes the least loaded worker that is not in `tried`, and counts the tokens there until `release`.
-    pub fn pick(&mut self, tokens: u64, tried: &[WorkerId]) -> Option<WorkerId> {
-        let ready = self.workers.iter_mut().filter(|(id, worker)| worker.is_ready() && !tried.contains(id));
+    pub fn load(&self, id: &WorkerId) -> Option<&LoadResponse> {
+        self.workers.get(id)?.load.as_ref()
+    }
+
+    /// Workers that get no new sequences.
+    pub fn set_cordoned(&mut self, is_cordoned: impl Fn(&WorkerId) -> bool) {
+        self.workers.iter_mut().for_each(|(id, worker)| worker.is_cordoned = is_cordoned(id));
+    }
+
+    /// Whether any other worker could take a sequence.
+    pub fn is_ready_without(&self, without: &WorkerId) -> bool {
+        self.workers.iter().any(|(id, worker)| id != without && worker.is_ready())
+    }
+
+    /// The least loaded worker that is not in `tried`.
+    pub fn pick(&self, tried: &[WorkerId]) -> Option<WorkerId> {
+        let ready = self.workers.iter().filter(|(id, worker)| worker.is_ready() && !tried.contains(id));
         // Shares of different capacities are compared by cross multiplication: no rounding, ties by id.
-        let (id, worker) = ready.min_by(|(_, a), (_, b)| {
+        let (id, _) = ready.min_by(|(_, a), (_, b)| {
             let (a, b) = ((a.used(), a.capacity()), (b.used(), b.capacity()));
             (u128::from(a.0) * u128::from(b.1)).cmp(&(u128::from(b.0) * u128::from(a.1)))
         })?;
-        worker.outstanding += tokens;
         Some(id.clone())
     }
 
-    /// A sequence that was picked has ended.
+    /// Counts a sequence's tokens on a worker until `release`.
+    pub fn hold(&mut self, id: &WorkerId, tokens: u64) {
+        if let Some(worker) = self.workers.get_mut(id) {
+            worker.outstanding += tokens;
+        }
+    }
+
+    /// A sequence has ended.
     pub fn release(&mut self, id: &WorkerId, tokens: u64) {
         if let Some(worker) = self.workers.get_mut(id) {
             worker.outstanding = worker.outstanding.saturating_sub(tokens);
@@ -94,7 +115,7 @@ impl Router {
 
 impl Worker {
     fn is_ready(&self) -> bool {
-        self.load.as_ref().is_some_and(|load| load.experts_reachable)
+        !self.is_cordoned && self.load.as_ref().is_some_and(|load| load.experts_reachable && !load.draining)
     }
 
     fn capacity(&self) -> u64 {
@@ -103,9 +124,10 @@ impl Worker {
 
     /// Our own count is newer than the worker's; the worker's has other coordinators' sequences too.
     fn used(&self) -> u64 {
-        let load = self.load.unwrap_or_default();
-        let pages = u64::from(load.pages_total.saturating_sub(load.pages_free));
-        self.outstanding.max(pages * u64::from(load.page_tokens))
+        let tokens = |load: &LoadResponse| {
+            u64::from(load.pages_total.saturating_sub(load.pages_free)) * u64::from(load.page_tokens)
+        };
+        self.outstanding.max(self.load.as_ref().map_or(0, tokens))
     }
 }
 
@@ -125,7 +147,7 @@ mod tests {
         let mut router = Router::default();
         for (name, load) in workers {
             router.add(id(name));
-            router.set_load(&id(name), *load);
+            router.set_load(&id(name), load.clone());
         }
         router
     }
@@ -133,18 +155,23 @@ mod tests {
     #[test]
     fn sequences_spread_by_outstanding_tokens_and_come_back() {
         let mut router = router(&[("a", load(10, 10)), ("b", load(10, 10))]);
-        assert_eq!(router.pick(100, &[]), Some(id("a")));
-        assert_eq!(router.pick(10, &[]), Some(id("b")));
-        assert_eq!(router.pick(10, &[]), Some(id("b")));
+        for (tokens, expected) in [(100, "a"), (10, "b"), (10, "b")] {
+            assert_eq!(router.pick(&[]), Some(id(expected)));
+            router.hold(&id(expected), tokens);
+        }
         router.release(&id("a"), 100);
-        assert_eq!(router.pick(10, &[]), Some(id("a")));
-        assert_eq!(router.pick(10, &[id("a"), id("b")]), None);
+        assert_eq!(router.pick(&[]), Some(id("a")));
+        assert_eq!(router.pick(&[id("a"), id("b")]), None);
+        router.set_cordoned(|worker| *worker == id("a"));
+        assert_eq!(router.pick(&[]), Some(id("b")), "a is cordoned");
+        router.set_load(&id("b"), load(10, 10).map(|load| LoadResponse { draining: true, ..load }));
+        assert_eq!(router.pick(&[]), None, "b is draining");
     }
 
     #[test]
     fn the_share_of_the_cache_counts_not_the_tokens() {
-        let mut router = router(&[("large", load(100, 60)), ("small", load(10, 5))]);
-        assert_eq!(router.pick(1, &[]), Some(id("large")), "40 of 100 pages against 5 of 10");
+        let router = router(&[("large", load(100, 60)), ("small", load(10, 5))]);
+        assert_eq!(router.pick(&[]), Some(id("large")), "40 of 100 pages against 5 of 10");
         assert_eq!(router.capacity_max(), Some(6400));
     }
 

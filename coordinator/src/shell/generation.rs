@@ -1,16 +1,28 @@
-//! One running sequence: the worker's events through `core::output`, until its end, an abort or a drop.
+//! One running sequence: a worker's events through `core::output`, until its end, an abort or a drop.
 //!
-//! Dropping a generation drops the worker's call at once, which frees the sequence's pages there.
+//! When the worker is lost the sequence goes on on another one, from the journal: prompt, tokens so far and seed are all
+//! that a token depends on, so nobody sees more of it than a pause. Dropping a generation that has not ended frees at
+//! once what it has on its worker.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::stream::{self, Stream};
-use moesaic_proto::v1::RunEvent;
-use tonic::{Code, Status, Streaming};
+use tokio::time::{Instant, sleep};
+use tonic::Status;
 
 use super::service::Ticket;
-use super::workers::Place;
+use super::workers::{Call, Workers, is_transport};
+use crate::core::journal::{Journal, Place};
 use crate::core::{ApiError, Delta, Output};
+
+/// How long a sequence that has lost its worker waits for another one.
+const RECOVERY_MAX: Duration = Duration::from_secs(30);
+/// Between two tries.
+const RETRY_MIN: Duration = Duration::from_millis(20);
+const RETRY_MAX: Duration = Duration::from_millis(500);
+/// What a client that must wait all the same is told.
+const RETRY_AFTER_S: u64 = 1;
 
 pub struct Generation {
     /// None after the end.
@@ -18,20 +30,35 @@ pub struct Generation {
 }
 
 struct Running {
-    events: Streaming<RunEvent>,
+    workers: Arc<Workers>,
+    call: Call,
+    journal: Journal,
     output: Output,
     ticket: Arc<Ticket>,
-    _place: Place,
+    /// Tokens that the client has from an earlier stream.
+    known: u32,
+    has_ended: bool,
+    /// Set while no token has come since a worker was lost: when that was, and how long the next try waits.
+    stalled: Option<(Instant, Duration)>,
 }
 
 impl Generation {
-    pub(super) fn new(events: Streaming<RunEvent>, output: Output, ticket: Arc<Ticket>, place: Place) -> Self {
-        Self { running: Some(Running { events, output, ticket, _place: place }) }
+    pub(super) fn new(
+        workers: Arc<Workers>,
+        call: Call,
+        journal: Journal,
+        output: Output,
+        ticket: Arc<Ticket>,
+        known: u32,
+    ) -> Self {
+        let (has_ended, stalled) = (false, None);
+        Self { running: Some(Running { workers, call, journal, output, ticket, known, has_ended, stalled }) }
     }
 
     /// The next news; None after the last one or an error.
     pub async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
-        let news = self.running.as_mut()?.next().await;
+        let running = self.running.as_mut()?;
+        let news = running.next().await;
         if !matches!(&news, Ok(delta) if delta.ending.is_none()) {
             self.running = None;
         }
@@ -43,38 +70,105 @@ impl Generation {
     }
 }
 
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.has_ended && !self.ticket.is_superseded() {
+            self.call.place.abort(&self.journal.run().request_id);
+        }
+    }
+}
+
 impl Running {
     async fn next(&mut self) -> Result<Delta, ApiError> {
         loop {
             let event = tokio::select! {
                 biased;
                 () = self.ticket.aborted() => return Ok(self.output.abort()),
-                event = self.events.message() => event,
+                () = self.call.place.lost.cancelled() => {
+                    self.call.place.abort(&self.journal.run().request_id);
+                    self.recover("its worker is silent, or does not reach its experts").await?;
+                    continue;
+                }
+                event = self.call.events.message() => event,
             };
             match event {
-                Ok(Some(event)) => {
-                    if let Some(delta) = self.output.push(event) {
-                        return Ok(delta);
+                Ok(Some(event)) => match self.journal.accept(&event) {
+                    Place::Next => {
+                        (self.has_ended, self.stalled) = (event.finish.is_some(), None);
+                        if let Some(delta) = self.output.push(event) {
+                            return self.marked(delta);
+                        }
                     }
-                }
+                    Place::Known => {}
+                    Place::Gap => self.recover("its worker left a token out").await?,
+                },
                 Ok(None) => {
                     let reason = "the attention worker ended its answer without a finish".to_owned();
                     return Err(ApiError::Failed { reason });
                 }
-                Err(status) => return Err(failure(&status)),
+                Err(status) if is_transport(&status) => self.recover(status.message()).await?,
+                Err(status) => {
+                    self.has_ended = true;
+                    return Err(failure(&status));
+                }
             }
+        }
+    }
+
+    /// Says whether the client has this already.
+    fn marked(&self, delta: Delta) -> Result<Delta, ApiError> {
+        let end = delta.position + delta.tokens.len() as u32;
+        let is_known = self.known > 0 && end <= self.known && delta.ending.is_none();
+        if delta.position < self.known && end > self.known {
+            let reason = format!("is {}, inside of a message; expected {} or {end}", self.known, delta.position);
+            return Err(ApiError::invalid("resume_position", reason));
+        }
+        Ok(Delta { is_known, ..delta })
+    }
+
+    /// Has the sequence go on on another worker, as soon as there is one. Workers that take it and lose it again without
+    /// a token count as none.
+    async fn recover(&mut self, reason: &str) -> Result<(), ApiError> {
+        let request_id = &self.journal.run().request_id;
+        let (worker, position) = (self.call.place.worker.clone(), self.journal.position());
+        tracing::info!(request_id, %worker, position, reason, "a sequence goes on elsewhere");
+        let (begun, mut wait) = self.stalled.unwrap_or((Instant::now(), Duration::ZERO));
+        let mut last = vec![worker];
+        loop {
+            tokio::select! {
+                () = self.ticket.aborted() => return Ok(()),
+                () = sleep(wait) => {}
+            }
+            wait = (wait * 2).clamp(RETRY_MIN, RETRY_MAX);
+            self.stalled = Some((begun, wait));
+            if begun.elapsed() > RECOVERY_MAX {
+                return Err(ApiError::Unavailable { reason: format!("no attention worker went on with it: {reason}") });
+            }
+            let start = self.workers.start(self.journal.run().clone(), RETRY_AFTER_S, &last);
+            let started = tokio::select! {
+                () = self.ticket.aborted() => return Ok(()),
+                started = start => started,
+            };
+            match started {
+                Ok(call) => {
+                    let (worker, ms) = (call.place.worker.clone(), begun.elapsed().as_millis() as u64);
+                    tracing::debug!(request_id, %worker, ms, "a sequence has found another worker");
+                    self.call = call;
+                    return Ok(());
+                }
+                Err(error) if !error.is_passing() => return Err(error),
+                Err(error) => tracing::debug!(request_id, %error, "no worker takes a sequence"),
+            }
+            last.clear();
         }
     }
 }
 
-/// A worker's status after it had accepted, as the client sees it.
+/// A worker's status that is the request's end, as the client sees it.
 fn failure(status: &Status) -> ApiError {
     let reason = status.message().to_owned();
     match status.code() {
-        Code::Unavailable => ApiError::Unavailable { reason },
-        Code::Unknown | Code::Internal | Code::Cancelled if reason.is_empty() || reason.contains("h2") => {
-            ApiError::Unavailable { reason: "the connection to the attention worker broke".into() }
-        }
+        tonic::Code::DeadlineExceeded => ApiError::Unavailable { reason },
         _ => ApiError::Failed { reason },
     }
 }

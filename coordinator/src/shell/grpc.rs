@@ -68,14 +68,21 @@ impl Grpc {
     async fn start(&self, mut message: GenerateRequest) -> Result<<Self as Inference>::GenerateStream, ApiError> {
         let service = &self.0;
         service.check_model(&message.model)?;
-        let prompt = message.prompt.take();
+        let (prompt, known) = (message.prompt.take(), message.resume_position);
         let mut request_id = std::mem::take(&mut message.request_id);
-        if request_id.is_empty() {
-            request_id = draw_id("gen-");
+        match known {
+            Some(_) if request_id.is_empty() => {
+                return Err(ApiError::invalid("request_id", "is empty; resume_position is of a request that has one"));
+            }
+            _ if request_id.is_empty() => request_id = draw_id("gen-"),
+            _ => {}
         }
         let params = params(message);
         params.check(&service.model)?;
-        let ticket = service.admit(request_id.clone(), 1)?;
+        let ticket = match known {
+            Some(_) => service.admit_again(request_id.clone(), 1).await?,
+            None => service.admit(request_id.clone(), 1)?,
+        };
         let prompt = match prompt {
             None => return Err(ApiError::invalid("prompt", "is not set; expected tokens, text or chat")),
             Some(Prompt::Tokens(tokens)) => tokens.ids,
@@ -85,10 +92,13 @@ impl Grpc {
         let request = service.request(&params, prompt)?;
         let prompt_tokens = request.prompt.len() as u32;
         let seed = params.seed.unwrap_or_else(draw_seed);
-        let generation = service.generate(ticket, request, seed, (0, 0)).await?;
+        let generation = service.generate(ticket, request, seed, (0, 0), known).await?;
         let mut first = Some(seed);
-        let answers = generation
-            .into_stream()
+        let news = generation.into_stream().filter(|news| {
+            let is_known = matches!(news, Ok(delta) if delta.is_known);
+            std::future::ready(!is_known)
+        });
+        let answers = news
             .map(move |news| news.map(|delta| answer(&request_id, delta, first.take(), prompt_tokens)).map_err(status));
         Ok(Box::pin(answers))
     }
@@ -148,7 +158,7 @@ fn answer(request_id: &str, delta: Delta, seed: Option<u64>, prompt_tokens: u32)
 }
 
 /// What an error is called in gRPC.
-fn status(error: ApiError) -> Status {
+pub(super) fn status(error: ApiError) -> Status {
     let code = match &error {
         ApiError::Invalid { .. }
         | ApiError::ContextLength { .. }

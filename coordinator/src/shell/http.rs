@@ -6,6 +6,7 @@ mod completions;
 mod error;
 mod fields;
 mod logprobs;
+mod progress;
 mod types;
 
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use super::service::Service;
 use crate::core::ApiError;
 use error::ChatError;
 use fields::Fields;
+use progress::Progress;
 use types::{ModelCard, ModelList, Text, Tokens};
 
 /// Choices of one prompt.
@@ -52,13 +54,15 @@ pub fn router(service: Arc<Service>, body_bytes_max: usize, stop: CancellationTo
 }
 
 async fn chat_completions(State(app): State<App>, request: Request) -> Result<Response, ChatError> {
+    let progress = Progress::of_headers(request.headers())?;
     let fields = app.fields(request).await?;
-    Ok(chat::completions(app.service, fields).await?)
+    Ok(chat::completions(app.service, fields, progress).await?)
 }
 
 async fn text_completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+    let progress = Progress::of_headers(request.headers())?;
     let fields = app.fields(request).await?;
-    completions::completions(app.service, fields).await
+    completions::completions(app.service, fields, progress).await
 }
 
 async fn models(State(app): State<App>) -> Json<ModelList> {

@@ -1,21 +1,26 @@
-//! A coordinator's life: open the folder, take the port, follow the registry, serve, stop.
+//! A coordinator's life: open the folder, take the port, follow the registry, serve, lead if it is its turn, stop.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use moesaic_node::config::check_address;
 use moesaic_node::server::{set_serving, with_health_and_reflection};
-use moesaic_node::{Registry, handshake};
+use moesaic_node::{Member, Registration, Registry, handshake};
+use moesaic_proto::v1::Role;
+use moesaic_proto::{Epoch, WorkerId};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
 
+use super::leader::Leading;
 use super::service::Service;
 use super::workers::Workers;
-use super::{grpc, http, server};
+use super::{admin, grpc, http, server};
 use crate::config::Config;
+use crate::core::leader::Policy;
 use crate::model::Model;
 use crate::text::{ChatTemplate, Tokenizer};
 
@@ -27,6 +32,7 @@ pub struct Context {
 /// A coordinator whose port is taken but not served yet.
 pub struct Coordinator {
     config: Config,
+    id: WorkerId,
     registry: Arc<dyn Registry>,
     service: Arc<Service>,
     listener: TcpListener,
@@ -55,7 +61,7 @@ impl Coordinator {
         let listener =
             TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = listener.local_addr()?;
-        Ok(Self { config, registry, service: Arc::new(service), listener, address })
+        Ok(Self { config, id, registry, service: Arc::new(service), listener, address })
     }
 
     /// With the port that was taken.
@@ -68,14 +74,25 @@ impl Coordinator {
     }
 
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let (workers, registry) = (&self.service.workers, &self.registry);
+        let leading = Arc::new(Leading::new(workers.clone(), registry.clone(), self.policy()));
+        let operators = admin::Operators {
+            id: self.id.clone(),
+            service: self.service.clone(),
+            leading: leading.clone(),
+            registry: registry.clone(),
+        };
         let routes = tonic::service::Routes::new(grpc::server(self.service.clone()));
+        let routes = routes.add_service(admin::server(operators));
         let (routes, reporter) = with_health_and_reflection(routes, grpc::NAME).await;
-        let workers = &self.service.workers;
         // Dropped, and so ended, with this function.
         let mut tasks = JoinSet::new();
         tasks.spawn(workers.clone().follow());
-        tasks.spawn(workers.clone().place(self.registry.clone()));
         tasks.spawn(report_health(workers.clone(), reporter, stop.clone()));
+        let campaign = registry.campaign(self.id.clone());
+        tasks.spawn(leading.clone().run(campaign.term.clone()));
+        tasks.spawn(leading.measure());
+        let registration = self.register().await?;
 
         let limits = server::Limits {
             connections_max: self.config.connections_max,
@@ -83,9 +100,49 @@ impl Coordinator {
         };
         let http = http::router(self.service.clone(), self.config.body_bytes_max, stop.clone());
         tracing::info!(address = %self.address, model = self.service.model.name, "serving gRPC and HTTP");
-        server::serve(self.listener, http, routes.prepare().into_axum_router(), limits, stop).await;
+        let resign = async {
+            stop.cancelled().await;
+            campaign.resign().await;
+            if let Some(registration) = registration {
+                registration.leave().await;
+            }
+        };
+        let serve = server::serve(self.listener, http, routes.prepare().into_axum_router(), limits, stop.clone());
+        tokio::join!(serve, resign);
         tracing::info!("stopped");
         Ok(())
+    }
+}
+
+impl Coordinator {
+    fn policy(&self) -> Policy {
+        let model = &self.service.model;
+        Policy {
+            layers: model.moe_layers.clone(),
+            experts: model.experts,
+            groups: model.groups,
+            replicas: self.config.replicas,
+            workers: self.config.expert_workers,
+        }
+    }
+
+    /// Makes the coordinator known to others, if it has an address that they can reach.
+    async fn register(&self) -> anyhow::Result<Option<Registration>> {
+        let Config { advertise, cluster, .. } = &self.config;
+        if let Err(error) = check_address(self.address, advertise.as_deref()) {
+            tracing::info!(%error, "other coordinators do not know where this one is");
+            return Ok(None);
+        }
+        let member = Member {
+            hello: handshake::hello(cluster, Role::Coordinator, &self.id, "", ""),
+            id: self.id.clone(),
+            address: advertise.clone().unwrap_or_else(|| self.address.to_string()),
+            epoch_loaded: Epoch(0),
+            node: self.id.as_str().to_owned(),
+            expert_slots: 0,
+            draining: false,
+        };
+        Ok(Some(self.registry.register(member).await?))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use moesaic_proto::v1::RunRequest;
 use tokio::sync::Semaphore;
@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::generation::Generation;
 use super::workers::Workers;
+use crate::core::journal::Journal;
 use crate::core::request::{check_request_id, choice_seed};
 use crate::core::{Admission, ApiError, Output, Params, Request};
 use crate::model::Model;
@@ -19,6 +20,9 @@ use crate::text::{ChatTemplate, ReasoningSplitter, Tokenizer};
 /// Longer texts are tokenised away from the threads that serve connections, so many at a time: about 1 ms each here.
 const INLINE_BYTES_MAX: usize = 4 << 10;
 const TOKENISING_MAX: usize = 2;
+/// A stream that its client has left for a new one is gone by then.
+const SUPERSEDED_MAX: Duration = Duration::from_secs(2);
+const SUPERSEDED_POLL: Duration = Duration::from_millis(5);
 
 pub struct Service {
     pub model: Model,
@@ -32,14 +36,22 @@ pub struct Service {
 
 struct Requests {
     admission: Admission,
-    running: HashMap<String, CancellationToken>,
+    running: HashMap<String, Signals>,
+}
+
+/// What a running request may be told.
+#[derive(Clone, Default)]
+struct Signals {
+    abort: CancellationToken,
+    /// The client goes on on another stream: this one ends, and leaves what it runs.
+    superseded: CancellationToken,
 }
 
 /// A request's permit: held by everything that runs for it; its place is free when the last one drops it.
 pub struct Ticket {
     service: Arc<Service>,
     request_id: String,
-    abort: CancellationToken,
+    signals: Signals,
 }
 
 impl Ticket {
@@ -48,7 +60,14 @@ impl Ticket {
     }
 
     pub(super) async fn aborted(&self) {
-        self.abort.cancelled().await;
+        tokio::select! {
+            () = self.signals.abort.cancelled() => {}
+            () = self.signals.superseded.cancelled() => {}
+        }
+    }
+
+    pub(super) fn is_superseded(&self) -> bool {
+        self.signals.superseded.is_cancelled()
     }
 }
 
@@ -94,18 +113,35 @@ impl Service {
         if let Some(reason) = self.workers.not_ready().borrow().clone() {
             return Err(ApiError::Unavailable { reason });
         }
-        let abort = CancellationToken::new();
+        let signals = Signals::default();
         let mut requests = self.lock();
         requests.admission.admit(&request_id, sequences)?;
-        requests.running.insert(request_id.clone(), abort.clone());
+        requests.running.insert(request_id.clone(), signals.clone());
         drop(requests);
-        Ok(Arc::new(Ticket { service: self.clone(), request_id, abort }))
+        Ok(Arc::new(Ticket { service: self.clone(), request_id, signals }))
+    }
+
+    /// The same for a client that goes on with a request: a stream of it that is still here ends.
+    pub async fn admit_again(self: &Arc<Self>, request_id: String, sequences: usize) -> Result<Arc<Ticket>, ApiError> {
+        check_request_id(&request_id)?;
+        let before = self.lock().running.get(&request_id).cloned();
+        if let Some(before) = before {
+            before.superseded.cancel();
+            let gone = async {
+                while self.lock().running.contains_key(&request_id) {
+                    tokio::time::sleep(SUPERSEDED_POLL).await;
+                }
+            };
+            // Whoever does not read cannot be told to go: then the id is refused as in use.
+            let _ = tokio::time::timeout(SUPERSEDED_MAX, gone).await;
+        }
+        self.admit(request_id, sequences)
     }
 
     /// Ends a running request; false if there is none of that id.
     pub fn abort(&self, request_id: &str) -> bool {
-        let token = self.lock().running.get(request_id).cloned();
-        token.inspect(CancellationToken::cancel).is_some()
+        let signals = self.lock().running.get(request_id).cloned();
+        signals.inspect(|signals| signals.abort.cancel()).is_some()
     }
 
     /// Sequences that run or wait.
@@ -125,13 +161,16 @@ impl Service {
         params.request(prompt, &self.model, self.workers.capacity_max())
     }
 
-    /// Runs one sequence of a request. `sequence` counts them, `choice` those of the same prompt.
+    /// Runs one sequence of a request. `sequence` counts them, `choice` those of the same prompt. `known`: the client has
+    /// so many of its tokens from an earlier stream. Then the sequence is taken over where it still runs, and made again
+    /// where it does not: from the same request come the same tokens.
     pub async fn generate(
         &self,
         ticket: Arc<Ticket>,
         request: Request,
         seed: u64,
         (sequence, choice): (u32, u32),
+        known: Option<u32>,
     ) -> Result<Generation, ApiError> {
         let output = Output::new(&request, self.tokenizer.clone());
         let request_id = match sequence {
@@ -149,10 +188,22 @@ impl Service {
             stop_token_ids: request.stop_token_ids.into_iter().chain(request.eos).collect(),
             logprobs: request.logprobs,
             prompt_logprobs: request.prompt_logprobs,
+            emitted: Vec::new(),
+            resume: false,
         };
-        let retry_after_s = self.lock().admission.retry_after_s();
-        let (events, place) = self.workers.start(run, retry_after_s).await?;
-        Ok(Generation::new(events, output, ticket, place))
+        let resumed = match known {
+            Some(_) => self.workers.resume(run.clone()).await,
+            None => None,
+        };
+        let call = match resumed {
+            Some(call) => call,
+            None => {
+                let retry_after_s = self.lock().admission.retry_after_s();
+                self.workers.start(run.clone(), retry_after_s, &[]).await?
+            }
+        };
+        let (workers, journal) = (self.workers.clone(), Journal::new(run));
+        Ok(Generation::new(workers, call, journal, output, ticket, known.unwrap_or(0)))
     }
 
     /// A text's tokens.

@@ -1,38 +1,47 @@
-//! The cluster's workers as the coordinator sees them: a channel to each attention worker, its load, and the first
-//! placement of experts. Follows the registry's view; decides nothing by itself (`core::routing`, `core::placement`).
+//! The cluster's attention workers as the coordinator sees them: a channel to each, its load, and the sequences there.
+//! Follows the registry's view, and what the workers answer: one that has left the registry but answers is there. Which
+//! one gets a sequence is decided in `core::routing`.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use moesaic_node::{Member, Registry, View, handshake};
+use moesaic_proto::WorkerId;
 use moesaic_proto::limits::WORKER_MESSAGE_BYTES_MAX;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
-use moesaic_proto::v1::{Hello, LoadRequest, Role, RunEvent, RunRequest};
-use moesaic_proto::{Epoch, WorkerId};
+use moesaic_proto::v1::{AbortRequest, Hello, LoadRequest, LoadResponse, Role, RunEvent, RunRequest};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 
-use crate::core::placement::first_placement;
 use crate::core::routing::Identity;
 use crate::core::{ApiError, Router};
 use crate::model::Model;
 
 /// How often a worker's load is asked for: soon after it has joined, then at leisure.
 const LOAD_INTERVAL_JOINING: Duration = Duration::from_millis(50);
-const LOAD_INTERVAL: Duration = Duration::from_millis(500);
-/// A worker that does not answer for this long gets no new sequences.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(2);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const LOAD_INTERVAL: Duration = Duration::from_millis(250);
+/// A worker that does not answer for this long gets no new sequences; one that does so again loses those it has.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(1);
+const LOAD_FAILURES_MAX: u32 = 2;
+/// Answers in a row that say that not every expert is reached, before sequences go where they are.
+const UNREACHABLE_MAX: u32 = 4;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A call is refused or accepted within this time.
 const RUN_TIMEOUT: Duration = Duration::from_secs(10);
+/// A sequence to resume is found within this time, or made again.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(1);
+const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A peer that does not answer a ping for this long is gone, and its streams with it.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// After the registry has refused a placement.
-const PUBLISH_RETRY: Duration = Duration::from_secs(1);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub type Client = AttentionWorkerClient<Channel>;
 
@@ -43,8 +52,7 @@ pub struct Workers {
     not_ready: watch::Sender<Option<String>>,
     /// What this coordinator says of itself; the model's fingerprint is added when it is known.
     hello: Hello,
-    moe_layers: Vec<moesaic_proto::LayerId>,
-    experts: usize,
+    has_experts: bool,
     expert_workers: usize,
 }
 
@@ -60,6 +68,13 @@ struct Connected {
     member: Member,
     client: Client,
     polling: AbortHandle,
+    /// It has left the registry; gone for good when it does not answer either.
+    has_left: bool,
+    /// Load calls that failed, and that told of experts out of reach, in a row.
+    failures: u32,
+    unreachable: u32,
+    /// Cancelled when its sequences are better off elsewhere.
+    lost: CancellationToken,
 }
 
 impl Drop for Connected {
@@ -68,16 +83,37 @@ impl Drop for Connected {
     }
 }
 
+/// A running sequence: its events, and its place on a worker.
+pub struct Call {
+    pub events: Streaming<RunEvent>,
+    pub place: Place,
+}
+
 /// A sequence's place on a worker; given back when dropped.
 pub struct Place {
     workers: Arc<Workers>,
-    worker: WorkerId,
+    pub worker: WorkerId,
+    client: Client,
     tokens: u64,
+    /// Cancelled when the sequence is better off elsewhere.
+    pub lost: CancellationToken,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.workers.lock().router.release(&self.worker, self.tokens);
+    }
+}
+
+impl Place {
+    /// Has the worker forget the sequence, in the background: else it would keep it for a while.
+    pub fn abort(&self, request_id: &str) {
+        let (mut client, request) = (self.client.clone(), AbortRequest { request_id: request_id.to_owned() });
+        let abort = async move { drop(timeout(ABORT_TIMEOUT, client.abort(request)).await) };
+        // Without a runtime the process is ending, and the worker will find out.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(abort);
+        }
     }
 }
 
@@ -88,8 +124,7 @@ impl Workers {
             view: registry.view(),
             not_ready: watch::Sender::new(Some("starting".into())),
             hello: handshake::hello(cluster, Role::Coordinator, id, "", ""),
-            moe_layers: model.moe_layers.clone(),
-            experts: model.experts,
+            has_experts: !model.moe_layers.is_empty(),
             expert_workers,
         }
     }
@@ -108,24 +143,32 @@ impl Workers {
         self.lock().router.capacity_max().map(|tokens| tokens as usize)
     }
 
-    /// Starts a sequence on the least loaded worker, or on the next one if that cannot take it.
+    /// Starts a sequence on the least loaded worker, or on the next one if that cannot take it; on one of `last` only if
+    /// there is no other.
     pub async fn start(
         self: &Arc<Self>,
         mut run: RunRequest,
         retry_after_s: u64,
-    ) -> Result<(Streaming<RunEvent>, Place), ApiError> {
+        last: &[WorkerId],
+    ) -> Result<Call, ApiError> {
         let tokens = run.prompt.len() as u64 + u64::from(run.max_tokens);
         run.hello = Some(self.own_hello());
         let mut tried: Vec<WorkerId> = Vec::new();
-        let mut last = None;
-        while let Some((place, mut client)) = self.take(tokens, &tried) {
-            let call = tokio::time::timeout(RUN_TIMEOUT, client.run(run.clone()));
+        let mut refused = None;
+        let next = |tried: &[WorkerId]| {
+            let preferred = self.take(tokens, &[tried, last].concat());
+            preferred.or_else(|| self.take(tokens, tried))
+        };
+        while let Some(mut place) = next(&tried) {
+            let lost = place.lost.clone();
+            let call = lost.run_until_cancelled(timeout(RUN_TIMEOUT, place.client.run(run.clone())));
             let status = match call.await {
-                Ok(Ok(events)) => return Ok((events.into_inner(), place)),
-                Ok(Err(status)) => status,
-                Err(_) => Status::unavailable(format!("attention worker {} does not answer", place.worker)),
+                Some(Ok(Ok(events))) => return Ok(Call { events: events.into_inner(), place }),
+                Some(Ok(Err(status))) => status,
+                _ => Status::unavailable(format!("attention worker {} does not answer", place.worker)),
             };
-            if !matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) {
+            let is_passing = matches!(status.code(), Code::Unavailable | Code::ResourceExhausted | Code::AlreadyExists);
+            if !is_passing && !is_transport(&status) {
                 return Err(refusal(&status, &run.request_id, retry_after_s));
             }
             tracing::debug!(worker = %place.worker, code = ?status.code(), "a worker takes no sequence");
@@ -133,21 +176,43 @@ impl Workers {
                 self.set_load(&place.worker, None);
             }
             tried.push(place.worker.clone());
-            last = Some(status);
+            refused = Some(status);
         }
-        match last {
+        match refused {
             Some(status) => Err(refusal(&status, &run.request_id, retry_after_s)),
             None => Err(ApiError::Unavailable { reason: self.reason().unwrap_or_else(|| "no worker is free".into()) }),
         }
     }
 
-    fn take(self: &Arc<Self>, tokens: u64, tried: &[WorkerId]) -> Option<(Place, Client)> {
+    /// Takes over a sequence that a worker still has, from its first event on.
+    pub async fn resume(self: &Arc<Self>, mut run: RunRequest) -> Option<Call> {
+        (run.hello, run.resume) = (Some(self.own_hello()), true);
+        let tokens = run.prompt.len() as u64 + u64::from(run.max_tokens);
+        let ids: Vec<WorkerId> = self.lock().clients.keys().cloned().collect();
+        let asked = ids.into_iter().filter_map(|id| {
+            let mut place = self.place(id, tokens)?;
+            let run = run.clone();
+            Some(async move {
+                let events = timeout(RESUME_TIMEOUT, place.client.run(run)).await.ok()?.ok()?.into_inner();
+                Some(Call { events, place })
+            })
+        });
+        let mut found = asked.collect::<FuturesUnordered<_>>().filter_map(std::future::ready).boxed();
+        found.next().await
+    }
+
+    fn take(self: &Arc<Self>, tokens: u64, tried: &[WorkerId]) -> Option<Place> {
+        let worker = self.lock().router.pick(tried)?;
+        self.place(worker, tokens)
+    }
+
+    fn place(self: &Arc<Self>, worker: WorkerId, tokens: u64) -> Option<Place> {
         let mut state = self.lock();
-        let worker = state.router.pick(tokens, tried)?;
-        let client = state.clients.get(&worker).map(|connected| connected.client.clone());
+        let connected = state.clients.get(&worker)?;
+        let (client, lost) = (connected.client.clone(), connected.lost.clone());
+        state.router.hold(&worker, tokens);
         drop(state);
-        let place = Place { workers: self.clone(), worker, tokens };
-        client.map(|client| (place, client))
+        Some(Place { workers: self.clone(), worker, client, tokens, lost })
     }
 
     fn own_hello(&self) -> Hello {
@@ -173,16 +238,18 @@ impl Workers {
             state.warn_if_refused(member);
         }
         let known: HashMap<_, _> = view.of_role(Role::AttentionWorker).map(|m| (m.id.clone(), m)).collect();
-        let gone = |(id, connected): (&WorkerId, &Connected)| {
-            let same = |m: &&Member| m.address == connected.member.address && m.hello == connected.member.hello;
-            (!known.get(id).is_some_and(same)).then(|| id.clone())
-        };
-        let gone: Vec<WorkerId> = state.clients.iter().filter_map(gone).collect();
-        for id in gone {
-            tracing::info!(worker = %id, "an attention worker has left");
-            state.clients.remove(&id);
-            state.router.remove(&id);
+        let mut gone = Vec::new();
+        for (id, connected) in &mut state.clients {
+            match known.get(id) {
+                Some(m) if m.address == connected.member.address && m.hello == connected.member.hello => {
+                    connected.has_left = false;
+                }
+                // Another process has taken its place.
+                Some(_) => gone.push(id.clone()),
+                None => connected.has_left = true,
+            }
         }
+        gone.iter().for_each(|id| state.forget(id));
         for (id, member) in known {
             if state.clients.contains_key(&id) || !state.router.accept(&identity_of(member)) {
                 continue;
@@ -191,15 +258,62 @@ impl Workers {
             tracing::info!(worker = %id, address = member.address, "an attention worker has joined");
             state.router.add(id.clone());
             let polling = tokio::spawn(poll(Arc::downgrade(self), id.clone(), client.clone())).abort_handle();
-            state.clients.insert(id, Connected { member: member.clone(), client, polling });
+            let (member, lost) = (member.clone(), CancellationToken::new());
+            let connected = Connected { member, client, polling, has_left: false, failures: 0, unreachable: 0, lost };
+            state.clients.insert(id, connected);
         }
+        state.router.set_cordoned(|id| view.cordons.contains_key(&(Role::AttentionWorker, id.clone())));
         drop(state);
         self.update_readiness();
     }
 
-    fn set_load(&self, worker: &WorkerId, load: Option<moesaic_proto::v1::LoadResponse>) {
+    /// What a worker has answered; None: nothing. Its sequences go elsewhere if it is silent or does not reach every
+    /// expert for long.
+    fn answered(&self, id: &WorkerId, load: Option<LoadResponse>) {
+        let mut state = self.lock();
+        let another_is_ready = state.router.is_ready_without(id);
+        let Some(connected) = state.clients.get_mut(id) else { return };
+        let (fails, is_unreachable) = (load.is_none(), load.as_ref().is_some_and(|load| !load.experts_reachable));
+        connected.failures = if fails { connected.failures + 1 } else { 0 };
+        connected.unreachable = if is_unreachable && another_is_ready { connected.unreachable + 1 } else { 0 };
+        if fails && connected.has_left {
+            tracing::info!(worker = %id, "an attention worker has left");
+            state.forget(id);
+        } else if connected.failures >= LOAD_FAILURES_MAX || connected.unreachable >= UNREACHABLE_MAX {
+            if connected.failures == LOAD_FAILURES_MAX || connected.unreachable == UNREACHABLE_MAX {
+                tracing::warn!(worker = %id, silent = fails, "sequences leave an attention worker");
+            }
+            std::mem::take(&mut connected.lost).cancel();
+        }
+        drop(state);
+        self.set_load(id, load);
+    }
+
+    fn set_load(&self, worker: &WorkerId, load: Option<LoadResponse>) {
         self.lock().router.set_load(worker, load);
         self.update_readiness();
+    }
+
+    /// Each attention worker that is known, and its last answer.
+    pub fn loads(&self) -> Vec<(Member, Option<LoadResponse>)> {
+        let state = self.lock();
+        let load = |connected: &Connected| state.router.load(&connected.member.id).cloned();
+        let mut loads: Vec<_> = state.clients.values().map(|c| (c.member.clone(), load(c))).collect();
+        loads.sort_unstable_by(|(a, _), (b, _)| a.id.cmp(&b.id));
+        loads
+    }
+
+    pub fn clients(&self) -> Vec<(WorkerId, Client)> {
+        self.lock().clients.iter().map(|(id, connected)| (id.clone(), connected.client.clone())).collect()
+    }
+
+    /// Whether a member computes what the others do; the first one that was seen says what that is.
+    pub fn accepts(&self, member: &Member) -> bool {
+        self.lock().router.accept(&identity_of(member))
+    }
+
+    pub fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.view.clone()
     }
 
     fn update_readiness(&self) {
@@ -221,7 +335,7 @@ impl Workers {
     }
 
     fn experts_missing(&self, view: &View) -> Option<String> {
-        if self.moe_layers.is_empty() {
+        if !self.has_experts {
             return None;
         }
         let Some(placement) = &view.placement else {
@@ -236,48 +350,6 @@ impl Workers {
         (ready < all).then(|| format!("{ready} of {all} expert workers have loaded their experts"))
     }
 
-    /// Publishes the first placement once the expert workers are there.
-    pub async fn place(self: Arc<Self>, registry: Arc<dyn Registry>) {
-        let mut view = self.view.clone();
-        loop {
-            let now = view.borrow_and_update().clone();
-            if now.placement.is_none() && !self.publish_first(&now, &*registry).await {
-                tokio::time::sleep(PUBLISH_RETRY).await;
-                continue;
-            }
-            if view.changed().await.is_err() {
-                return;
-            }
-        }
-    }
-
-    /// False if it should be tried again.
-    async fn publish_first(&self, view: &View, registry: &dyn Registry) -> bool {
-        let matching: Vec<WorkerId> = {
-            let mut state = self.lock();
-            let experts = view.of_role(Role::ExpertWorker);
-            experts.filter(|m| state.router.accept(&identity_of(m))).map(|m| m.id.clone()).collect()
-        };
-        let placement = match first_placement(&self.moe_layers, self.experts, &matching, self.expert_workers) {
-            Ok(Some(placement)) => placement,
-            Ok(None) => return true,
-            Err(error) => {
-                tracing::error!(%error, "the experts cannot be placed");
-                return true;
-            }
-        };
-        match registry.publish(placement).await {
-            Ok(first) => {
-                tracing::info!(epoch = %Epoch(1), workers = matching.len(), first, "the experts are placed");
-                true
-            }
-            Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the placement could not be published");
-                false
-            }
-        }
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it is held; if it did, the state would still be whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -285,6 +357,11 @@ impl Workers {
 }
 
 impl State {
+    fn forget(&mut self, id: &WorkerId) {
+        self.clients.remove(id);
+        self.router.remove(id);
+    }
+
     fn warn_if_refused(&mut self, member: &Member) {
         let (theirs, key) = (identity_of(member), (member.hello.role(), member.id.clone(), member.hello.incarnation));
         if self.router.accept(&theirs) || self.refused.contains(&key) {
@@ -320,17 +397,25 @@ fn connect(address: &str) -> Option<Client> {
 }
 
 /// Asks for the load until the worker or the coordinator is gone.
-async fn poll(workers: std::sync::Weak<Workers>, id: WorkerId, mut client: Client) {
+async fn poll(workers: Weak<Workers>, id: WorkerId, mut client: Client) {
+    let mut joining = true;
     loop {
-        let answer = tokio::time::timeout(LOAD_TIMEOUT, client.load(LoadRequest {})).await;
+        let answer = timeout(LOAD_TIMEOUT, client.load(LoadRequest {})).await;
         let load = answer.ok().and_then(Result::ok).map(tonic::Response::into_inner);
-        let joining = !load.is_some_and(|load| load.experts_reachable);
+        joining &= !load.as_ref().is_some_and(|load| load.experts_reachable);
         match workers.upgrade() {
-            Some(workers) => workers.set_load(&id, load),
+            Some(workers) => workers.answered(&id, load),
             None => return,
         }
         tokio::time::sleep(if joining { LOAD_INTERVAL_JOINING } else { LOAD_INTERVAL }).await;
     }
+}
+
+/// Whether a status tells of a broken connection, and not of the request.
+pub fn is_transport(status: &Status) -> bool {
+    let has_source = std::error::Error::source(status).is_some();
+    let is_broken = matches!(status.code(), Code::Unknown | Code::Internal | Code::Cancelled) && has_source;
+    status.code() == Code::Unavailable || is_broken || status.message().contains("h2 protocol error")
 }
 
 /// A worker's status before the first token, as the client sees it.

@@ -12,8 +12,8 @@ use moesaic_coordinator::{Config, Context, Coordinator};
 use moesaic_node::{Member, Registration, Registry, handshake, registry, server};
 use moesaic_proto::v1::attention_worker_server::{AttentionWorker, AttentionWorkerServer};
 use moesaic_proto::v1::{
-    AbortRequest, AbortResponse, FinishReason, LoadRequest, LoadResponse, Role, RunEvent, RunRequest, TokenInfo,
-    TopLogprob,
+    AbortRequest, AbortResponse, ExpertLoadRequest, ExpertLoadResponse, FinishReason, LoadRequest, LoadResponse, Role,
+    RunEvent, RunRequest, TokenInfo, TopLogprob,
 };
 use moesaic_proto::{Epoch, WorkerId};
 use serde_json::Value;
@@ -44,6 +44,11 @@ pub struct Script {
     pub refusal: Option<Status>,
     /// In place of the token at this position.
     pub failure: Option<(usize, Status)>,
+    /// Says each token twice, or leaves the one at this position out.
+    pub stutters: bool,
+    pub skips: Option<u32>,
+    /// Whether it has every sequence that somebody wants to resume.
+    pub resumes: bool,
 }
 
 impl Script {
@@ -63,6 +68,14 @@ pub struct Fake {
     pub reachable: AtomicBool,
     pub running: AtomicUsize,
     pub requests: Mutex<Vec<RunRequest>>,
+    /// Ids that were to be forgotten.
+    pub aborted: Mutex<Vec<String>>,
+}
+
+impl Fake {
+    pub fn set_script(&self, script: Script) {
+        *self.script.lock().unwrap() = script;
+    }
 }
 
 struct RunningGuard(Arc<Fake>);
@@ -104,6 +117,12 @@ fn scripted(run: &RunRequest, script: &Script) -> Vec<RunEvent> {
             break;
         }
     }
+    // What another worker has said is not said again.
+    events.drain(..run.emitted.len().min(events.len()));
+    events.retain(|event| Some(event.position) != script.skips);
+    if script.stutters {
+        events = events.into_iter().flat_map(|event| [event.clone(), event]).collect();
+    }
     events
 }
 
@@ -117,10 +136,13 @@ impl AttentionWorker for Shared {
         if let Some(refusal) = script.refusal {
             return Err(refusal);
         }
+        if run.resume && !script.resumes {
+            return Err(Status::not_found("nothing to resume"));
+        }
         self.0.running.fetch_add(1, Ordering::SeqCst);
         let guard = RunningGuard(self.0.clone());
-        let events = stream::iter(scripted(&run, &script)).enumerate().then(move |(i, event)| {
-            let (pause, failure) = (script.pause, script.failure.clone());
+        let events = stream::iter(scripted(&run, &script)).then(move |event| {
+            let (pause, failure, i) = (script.pause, script.failure.clone(), event.position as usize);
             async move {
                 tokio::time::sleep(pause).await;
                 match failure {
@@ -136,8 +158,13 @@ impl AttentionWorker for Shared {
         Ok(Response::new(Box::pin(events)))
     }
 
-    async fn abort(&self, _: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
-        Err(Status::unimplemented("the coordinator drops the call instead"))
+    async fn abort(&self, request: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
+        self.0.aborted.lock().unwrap().push(request.into_inner().request_id);
+        Ok(Response::new(AbortResponse { aborted: true }))
+    }
+
+    async fn expert_load(&self, _: Request<ExpertLoadRequest>) -> Result<Response<ExpertLoadResponse>, Status> {
+        Ok(Response::new(ExpertLoadResponse::default()))
     }
 
     async fn load(&self, _: Request<LoadRequest>) -> Result<Response<LoadResponse>, Status> {
@@ -170,6 +197,7 @@ pub fn config() -> Config {
         listen: ([127, 0, 0, 1], 0).into(),
         registry: "embedded".into(),
         expert_workers: 2,
+        replicas: 1,
         drain_seconds: 2,
         ..Config::default()
     }
@@ -208,12 +236,14 @@ impl Cluster {
     pub async fn register(&mut self, role: Role, id: &str, fingerprint: &str, address: &str) {
         let id = WorkerId::new(id).unwrap();
         let hello = handshake::hello("moesaic", role, &id, fingerprint, "f32");
-        let member = Member { hello, id, address: address.to_owned(), epoch_loaded: Epoch(0) };
+        let (address, node) = (address.to_owned(), id.as_str().to_owned());
+        let epoch_loaded = Epoch(0);
+        let member = Member { hello, id, address, epoch_loaded, node, expert_slots: 0, draining: false };
         self.registrations.push(self.registry.register(member).await.unwrap());
     }
 
     pub fn set_script(&self, script: Script) {
-        *self.workers[0].script.lock().unwrap() = script;
+        self.workers[0].set_script(script);
     }
 
     /// Sequences that run on the workers.

@@ -134,7 +134,7 @@ async fn a_workers_refusal_and_failure_have_their_status() {
             assert!(answer["error"]["message"].as_str().unwrap().contains(words), "{answer}");
         }
     }
-    let lost = Status::unavailable("expert worker e-1 is gone (layer 3)");
+    let lost = Status::deadline_exceeded("expert worker e-1 is gone (layer 3)");
     cluster.set_script(Script { failure: Some((1, lost)), ..Script::says("abc") });
     let (status, answer) = cluster.post(TEXT, json!({"prompt": "x"})).await;
     assert_eq!(status, 503, "never silently short: {answer}");

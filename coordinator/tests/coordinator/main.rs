@@ -6,3 +6,4 @@ mod errors;
 mod grpc;
 mod http;
 mod lifecycle;
+mod recovery;

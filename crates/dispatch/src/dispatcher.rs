@@ -1,11 +1,12 @@
 //! The attention worker's side: sends a layer's rows to the holders of their experts, waits, adds up.
 //!
 //! Owns the edges to the expert workers and the clock of the tracker. Decides nothing about experts: the gate chose
-//! them, the placement says who holds them, and of several holders the first that can be reached gets the rows.
+//! them, the placement says who holds them, and the tracker which of them are asked. A new placement comes into use when
+//! every expert has a holder under it that can be reached; until then the one before it is used.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Duration;
 
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId, v1};
@@ -18,10 +19,9 @@ use crate::combine::CombineOps;
 use crate::error::{Cause, DispatchError};
 use crate::frame::{Activations, AnswerFrame, Header, RequestFrame, Rows};
 use crate::grpc::{Edge, EdgeConfig, EdgeOwner};
-use crate::local::{Hub, ReplySender};
+use crate::local::{ExpertHost, Hub, ReplySender};
 use crate::plan::{self, Layout, Plan, Recipe};
-use crate::shared::Shared;
-use crate::tracker::{Action, CallId, Counts, Destination, EdgeId, Event, FrameKey, Tracker};
+use crate::tracker::{Action, Answer, CallId, Counts, Destination, EdgeId, Event, FrameKey, Rank, Tracker, Ways};
 
 /// One chosen expert of a row and its weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,11 +39,20 @@ pub struct DispatchConfig {
     pub groups: usize,
     /// This attention worker's number in frame headers; equal to `hello.source`.
     pub source: u16,
-    /// How long a layer call may take.
+    /// How long a layer call may take, all holders of its experts tried and waited for.
     pub layer_deadline: Duration,
     /// Who this attention worker is, for the handshake with expert workers.
     pub hello: v1::Hello,
     pub ops: CombineOps,
+}
+
+/// An expert worker as the registry knows it.
+#[derive(Clone, Debug)]
+pub struct Holder {
+    /// "host:port"
+    pub address: String,
+    /// The newest placement whose experts it has in memory.
+    pub epoch_loaded: Epoch,
 }
 
 /// Clones share everything. Must be made inside a tokio runtime, which carries its background tasks until the last
@@ -60,7 +69,10 @@ struct Inner {
     hub: Hub,
     runtime: Handle,
     started: Instant,
-    view: RwLock<Option<Arc<View>>>,
+    /// A newer placement than the one in use, as long as it has no way to every expert. Locked, before the others,
+    /// while the placement in use changes, so that the tracker hears of the changes in their order.
+    next: Mutex<Option<Arc<Ways>>>,
+    views: RwLock<Views>,
     core: Mutex<Core>,
     /// Wakes the deadline task when it is parked.
     wake: Arc<Notify>,
@@ -70,7 +82,7 @@ struct Inner {
 }
 
 /// What a call comes to: its frames' answers, in order.
-type Answers = Result<Vec<Shared<f32>>, DispatchError>;
+type Answers = Result<Vec<Answer>, DispatchError>;
 
 /// The tracker and who waits for its calls. One lock, held for some map operations and never across an `.await`: a
 /// task of its own would cost two wake-ups for each layer of each token.
@@ -83,16 +95,38 @@ struct Core {
     parked: bool,
 }
 
-/// A placement and the ways to its workers.
-struct View {
-    placement: Arc<Placement>,
-    /// Workers that may be used; those of this process need no edge.
-    edges: HashMap<WorkerId, Option<Edge>>,
+/// Who can be asked.
+#[derive(Default)]
+struct Views {
+    /// Workers of the placement in use and of the next.
+    workers: HashMap<WorkerId, Known>,
+    /// The placement in use.
+    current: Option<Arc<Ways>>,
 }
 
-impl View {
+struct Known {
+    /// `None`: it is in this process.
+    edge: Option<Edge>,
+    loaded: Epoch,
+}
+
+impl Known {
+    fn way(&self, worker: &WorkerId) -> Destination {
+        Destination { worker: worker.clone(), edge: self.edge.as_ref().map(Edge::id) }
+    }
+}
+
+impl Views {
+    fn ways(&self, placement: Arc<Placement>) -> Arc<Ways> {
+        let epoch = placement.epoch();
+        Arc::new(Ways::new(placement, |worker| {
+            let known = self.workers.get(worker).filter(|known| known.loaded >= epoch)?;
+            Some(known.edge.as_ref().map(Edge::id))
+        }))
+    }
+
     fn edge(&self, to: &Destination) -> Option<&Edge> {
-        let edge = self.edges.get(&to.worker)?.as_ref()?;
+        let edge = self.workers.get(&to.worker)?.edge.as_ref()?;
         (to.edge == Some(edge.id())).then_some(edge)
     }
 }
@@ -114,7 +148,8 @@ impl Dispatcher {
             hub: hub.unwrap_or_default(),
             runtime: Handle::current(),
             started: Instant::now(),
-            view: RwLock::new(None),
+            next: Mutex::default(),
+            views: RwLock::default(),
             core: Mutex::new(core),
             wake: Arc::new(Notify::new()),
             stop: stop.clone(),
@@ -124,42 +159,75 @@ impl Dispatcher {
         Self { inner }
     }
 
-    /// `addresses`: the expert workers that may be used, those that have the placement's epoch loaded. Workers in the
-    /// hub are reached directly; to the others edges are kept, made or given up, in the background.
-    pub fn set_view(&self, placement: Arc<Placement>, addresses: &BTreeMap<WorkerId, String>) {
-        let mut old = self.inner.view.write().unwrap_or_else(PoisonError::into_inner);
-        let keep = |worker: &WorkerId, address: &str| {
-            let edge = old.as_ref()?.edges.get(worker)?.as_ref()?;
-            (edge.address() == address).then(|| edge.clone())
+    /// A placement and the expert workers that are registered. Those in the hub are reached directly; to the others
+    /// edges are kept, made or given up, in the background. A worker that is not registered any more, but whose edge is
+    /// live, stays in use: a silent registry takes nobody away.
+    pub fn set_view(&self, placement: Arc<Placement>, members: &BTreeMap<WorkerId, Holder>) {
+        let inner = &self.inner;
+        let mut next = inner.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut views = inner.views.write().unwrap_or_else(PoisonError::into_inner);
+        let older = views.current.as_ref().map(|ways| ways.placement().clone());
+        let older = older.filter(|older| older.epoch() < placement.epoch());
+        inner.set_workers(&mut views.workers, &[Some(&placement), older.as_ref()], members);
+
+        let newest = views.ways(placement);
+        let is_complete = newest.is_complete(&inner.ranks(&newest));
+        let (current, later) = match older.filter(|_| !is_complete) {
+            Some(older) => (views.ways(older), Some(newest)),
+            None => (newest, None),
         };
-        let mut edges = HashMap::new();
-        for worker in placement.workers() {
-            let Some(address) = addresses.get(worker) else { continue };
-            let edge = match self.inner.hub.get(worker) {
-                Some(_) => None,
-                None => Some(keep(worker, address).unwrap_or_else(|| self.inner.connect(worker, address))),
-            };
-            edges.insert(worker.clone(), edge);
-        }
-        *old = Some(Arc::new(View { placement, edges }));
+        (views.current, *next) = (Some(current.clone()), later);
+        drop(views);
+        // An edge that comes up meanwhile waits for `next`, and looks again.
+        inner.on(Event::Ways(current));
     }
 
     /// Whether every expert of every layer has a holder with a live edge.
     pub fn reachable(&self) -> bool {
-        let Some(view) = self.inner.view() else { return false };
-        let live = self.inner.live(&view);
-        let experts = (0..view.placement.experts()).map(|e| ExpertId(e as u16));
-        let held = |layer, expert| view.placement.holders(layer, expert).iter().any(|&w| live[w as usize]);
-        view.placement.layers().all(|layer| experts.clone().all(|expert| held(layer, expert)))
+        let ways = self.inner.ways();
+        ways.is_some_and(|ways| ways.is_complete(&self.inner.ranks(&ways)))
+    }
+
+    /// The placement that rows are sent under.
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.inner.ways().map(|ways| ways.epoch())
     }
 
     /// Whether no rows leave this process: then there is no hop to hide behind another micro-batch.
     pub fn is_local(&self) -> bool {
-        self.inner.view().is_none_or(|view| view.edges.values().all(Option::is_none))
+        self.inner.ways().is_none_or(|ways| ways.destinations().all(|to| to.edge.is_none()))
+    }
+
+    /// The ways to all workers of the placement in use, by id.
+    pub fn edges(&self) -> Vec<v1::EdgeStatus> {
+        let Some(ways) = self.inner.ways() else { return Vec::new() };
+        let ranks = self.inner.ranks(&ways);
+        let views = self.inner.views();
+        let status = |(worker, rank): (&WorkerId, &Rank)| {
+            let known = views.workers.get(worker);
+            let (terms, answer) = self.inner.core().tracker.health().figures(worker);
+            let state = match rank {
+                Rank::Good => v1::EdgeState::Live,
+                Rank::Slow => v1::EdgeState::Slow,
+                Rank::Silent => v1::EdgeState::Silent,
+                Rank::Avoided | Rank::Down => v1::EdgeState::Down,
+            };
+            v1::EdgeStatus {
+                worker: worker.as_str().to_owned(),
+                state: state.into(),
+                detail: self.inner.describe(ways.epoch(), worker, known),
+                transport: if known.is_some_and(|known| known.edge.is_none()) { "local".into() } else { "grpc".into() },
+                terms,
+                answer_us: answer.as_micros() as u32,
+            }
+        };
+        let mut edges: Vec<_> = ways.placement().workers().iter().zip(&ranks).map(status).collect();
+        edges.sort_unstable_by(|a, b| a.worker.cmp(&b.worker));
+        edges
     }
 
     /// Sends a layer's rows to their holders at once and returns. `routes` is [rows * top_k], each row's experts
-    /// ascending. Fails without sending anything if an expert has no live holder.
+    /// ascending. Rows whose experts have no holder at present wait for one.
     pub fn dispatch(
         &self,
         layer: LayerId,
@@ -169,23 +237,25 @@ impl Dispatcher {
         routes: &[Route],
     ) -> Result<Pending, DispatchError> {
         let activations = Activations::from(rows);
-        let view = self.inner.view().ok_or(DispatchError::NoPlacement { layer })?;
+        let ways = self.inner.ways().ok_or(DispatchError::NoPlacement { layer })?;
         let DispatchConfig { hidden, experts, groups, .. } = self.inner.config;
         check_input(&activations, hidden, experts, top_k, routes)?;
-        let holders = self.inner.holders(&view, layer, experts, routes)?;
+        let (call, ranks) = self.inner.begin(&ways);
+        let chosen = routes.iter().map(|route| route.expert);
+        let holders = ways.holders(&ranks, layer, chosen, call.0, Rank::Silent);
         let layout = Layout::new(hidden, activations.value_bytes(), experts.div_ceil(groups), top_k);
         let Plan { parts, recipe } = plan::split(&layout, routes, |expert| holders[usize::from(expert.0)]);
 
-        let header = self.inner.header(view.placement.epoch(), layer, micro_batch);
+        let header = self.inner.header(ways.epoch(), layer, micro_batch);
         let frames = parts.into_iter().map(|part| {
-            let to = self.inner.destination(&view, part.worker);
-            (to, RequestFrame::new(header, activations.clone(), hidden, part.content))
+            let frame = RequestFrame::new(header, activations.clone(), hidden, part.content);
+            (ways.destination(part.worker).cloned(), frame)
         });
-        let (call, answers) = self.inner.call(&view, layer, frames.collect());
+        let answers = self.inner.call(call, Event::Call { call, layer, layout, frames: frames.collect() });
         Ok(Pending { inner: self.inner.clone(), call, answers, recipe })
     }
 
-    /// Answers that changed nothing, since the start.
+    /// What became of frames, since the start.
     pub fn counts(&self) -> Counts {
         self.inner.core().tracker.counts()
     }
@@ -215,6 +285,7 @@ impl Pending {
             return Err(DispatchError::Input { detail });
         }
         let answers = (&mut self.answers).await.unwrap_or(Err(DispatchError::Stopped))?;
+        let answers: Vec<_> = answers.into_iter().map(|answer| answer.into_values(&ops, hidden)).collect();
         self.recipe.combine(&ops, &answers, hidden, y);
         Ok(())
     }
@@ -223,7 +294,7 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         self.inner.core().waiting.remove(&self.call);
-        self.inner.on(Event::Abandoned { call: self.call }, None);
+        self.inner.on(Event::Abandoned { call: self.call });
     }
 }
 
@@ -232,8 +303,54 @@ impl Inner {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn view(&self) -> Option<Arc<View>> {
-        self.view.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn views(&self) -> RwLockReadGuard<'_, Views> {
+        self.views.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The placement in use.
+    fn ways(&self) -> Option<Arc<Ways>> {
+        self.views().current.clone()
+    }
+
+    fn ranks(&self, ways: &Ways) -> Vec<Rank> {
+        self.core().tracker.ranks(self.started.elapsed(), ways)
+    }
+
+    /// Makes `known` the workers of these placements that are registered, or still there.
+    fn set_workers(
+        &self,
+        known: &mut HashMap<WorkerId, Known>,
+        placements: &[Option<&Arc<Placement>>],
+        members: &BTreeMap<WorkerId, Holder>,
+    ) {
+        let is_of_use = |worker: &WorkerId| placements.iter().flatten().any(|p| p.workers().contains(worker));
+        for (worker, Holder { address, epoch_loaded }) in members.iter().filter(|(worker, _)| is_of_use(worker)) {
+            let is_here = self.hub.get(worker).is_some();
+            let edge = match known.remove(worker) {
+                _ if is_here => None,
+                Some(Known { edge: Some(edge), .. }) if edge.address() == address => Some(edge),
+                _ => Some(self.connect(worker, address)),
+            };
+            known.insert(worker.clone(), Known { edge, loaded: *epoch_loaded });
+        }
+        known.retain(|worker, known| {
+            let is_there = known.edge.as_ref().map_or_else(|| self.hub.get(worker).is_some(), Edge::is_live);
+            let is_kept = is_of_use(worker) && (members.contains_key(worker) || is_there);
+            let way = known.way(worker);
+            match is_kept {
+                true => self.core().tracker.set_way(&way),
+                false => self.core().tracker.forget(&way),
+            }
+            is_kept
+        });
+    }
+
+    /// Takes the next placement into use if every expert can be reached under it.
+    fn advance(&self, next: &mut Option<Arc<Ways>>) {
+        let Some(ways) = next.take_if(|next| next.is_complete(&self.ranks(next))) else { return };
+        tracing::info!(epoch = %ways.epoch(), "a placement is in use");
+        self.views.write().unwrap_or_else(PoisonError::into_inner).current = Some(ways.clone());
+        self.on(Event::Ways(ways));
     }
 
     fn header(&self, epoch: Epoch, layer: LayerId, micro_batch: u8) -> Header {
@@ -248,90 +365,68 @@ impl Inner {
         };
         let (hello, hidden) = (self.config.hello.clone(), self.config.hidden);
         let config = EdgeConfig { id, worker: worker.clone(), address: address.to_owned(), hello, hidden };
+        // Before anything can be heard over it.
+        self.core().tracker.set_way(&Destination { worker: worker.clone(), edge: Some(id) });
         Edge::connect(&self.runtime, config, self.this.clone(), self.stop.clone())
     }
 
-    /// Which of the placement's workers can be reached now.
-    fn live(&self, view: &View) -> Vec<bool> {
-        let live = |worker| match view.edges.get(worker) {
-            None => false,
-            Some(edge) => edge.as_ref().is_some_and(Edge::is_live) || self.hub.get(worker).is_some(),
-        };
-        view.placement.workers().iter().map(live).collect()
+    /// The number of a new call, and how the workers stand at its beginning.
+    fn begin(&self, ways: &Ways) -> (CallId, Vec<Rank>) {
+        let mut core = self.core();
+        core.next_call += 1;
+        (CallId(core.next_call), core.tracker.ranks(self.started.elapsed(), ways))
     }
 
-    /// For each expert that the routes name, the first of its holders that is live, as an index.
-    fn holders(
-        &self,
-        view: &View,
-        layer: LayerId,
-        experts: usize,
-        routes: &[Route],
-    ) -> Result<Vec<u32>, DispatchError> {
-        const UNKNOWN: u32 = u32::MAX;
-        let live = self.live(view);
-        let mut chosen = vec![UNKNOWN; experts];
-        for route in routes {
-            let holder = &mut chosen[usize::from(route.expert.0)];
-            if *holder == UNKNOWN {
-                let holders = view.placement.holders(layer, route.expert);
-                let first = holders.iter().copied().find(|&w| live[w as usize]);
-                *holder = first.ok_or_else(|| unreachable_expert(view, layer, route.expert))?;
-            }
-        }
-        Ok(chosen)
-    }
-
-    /// The way to a worker of the placement: directly if it is in this process.
-    fn destination(&self, view: &View, worker: u32) -> Destination {
-        let worker = view.placement.workers()[worker as usize].clone();
-        let edge = match self.hub.get(&worker) {
-            Some(_) => None,
-            None => view.edges.get(&worker).and_then(Option::as_ref).map(Edge::id),
-        };
-        Destination { worker, edge }
-    }
-
-    fn call(
-        &self,
-        view: &View,
-        layer: LayerId,
-        frames: Vec<(Destination, RequestFrame)>,
-    ) -> (CallId, oneshot::Receiver<Answers>) {
+    fn call(&self, call: CallId, event: Event) -> oneshot::Receiver<Answers> {
         let (sender, answers) = oneshot::channel();
-        let call = {
-            let mut core = self.core();
-            let call = CallId(core.next_call);
-            core.next_call += 1;
-            core.waiting.insert(call, sender);
-            call
-        };
-        self.on(Event::Call { call, layer, frames }, Some(view));
+        self.core().waiting.insert(call, sender);
+        self.handle(event, |host, frame, reply| host.answer(frame, reply));
         let mut core = self.core();
         // Workers of this process may have answered already.
-        if core.parked && core.tracker.next_deadline().is_some() {
+        if core.parked && core.tracker.next_tick(Duration::ZERO).is_some() {
             core.parked = false;
             self.wake.notify_one();
         }
         drop(core);
-        (call, answers)
+        answers
     }
 
-    /// Tells the tracker, and does what it says. `view` has the edges to send over: a call's own, which last until its
-    /// frames are queued, whatever view comes meanwhile.
-    fn on(&self, event: Event, view: Option<&View>) {
+    /// Tells the tracker, and does what it says.
+    fn on(&self, event: Event) {
+        self.handle(event, |host, frame, reply| host.submit(frame, reply));
+    }
+
+    /// The same; `ask` is how workers of this process are asked. No lock is held meanwhile, except `next`.
+    fn handle(&self, event: Event, ask: AskHost) {
         let mut events = VecDeque::from([event]);
         let mut actions = Vec::new();
         while let Some(event) = events.pop_front() {
             self.core().tracker.on_event(self.started.elapsed(), event, &mut actions);
             for action in actions.drain(..) {
                 match action {
-                    Action::Send { to, frame } => events.extend(self.send(view, to, frame)),
+                    Action::Send { to, frame } => events.extend(self.send(to, frame, ask)),
                     Action::Done { call, answers } => self.finish(call, Ok(answers)),
-                    Action::Failed { call, error } => self.finish(call, Err(error)),
+                    Action::Failed { call, error } => self.finish(call, Err(self.explained(error))),
                 }
             }
         }
+    }
+
+    /// Says what became of the holders of an expert that could not be reached.
+    fn explained(&self, error: DispatchError) -> DispatchError {
+        let DispatchError::Unreachable { layer, experts, after, .. } = error else { return error };
+        let mut holders = String::new();
+        if let (Some(ways), Some(expert)) = (self.ways(), experts.as_slice().first()) {
+            let views = self.views();
+            for &index in ways.placement().holders(layer, *expert) {
+                let worker = &ways.placement().workers()[index as usize];
+                let separator = if holders.is_empty() { "" } else { "; " };
+                let state = self.describe(ways.epoch(), worker, views.workers.get(worker));
+                // Writing to a String cannot fail.
+                let _ = write!(holders, "{separator}{worker}: {state}");
+            }
+        }
+        DispatchError::Unreachable { layer, experts, after, holders }
     }
 
     fn finish(&self, call: CallId, result: Answers) {
@@ -342,38 +437,62 @@ impl Inner {
         }
     }
 
+    /// What is to be said of a worker under the placement of this epoch, for people.
+    fn describe(&self, epoch: Epoch, worker: &WorkerId, known: Option<&Known>) -> String {
+        match known {
+            None => "not available".into(),
+            Some(Known { loaded, .. }) if *loaded < epoch => format!("has not loaded epoch {epoch}, but {loaded}"),
+            Some(Known { edge: Some(edge), .. }) => edge.describe(),
+            Some(_) if self.hub.get(worker).is_some() => "in this process".into(),
+            Some(_) => GONE.into(),
+        }
+    }
+
     /// Hands a frame over; an event if that failed.
-    fn send(&self, view: Option<&View>, to: Destination, frame: RequestFrame) -> Option<Event> {
+    fn send(&self, to: Destination, frame: RequestFrame, ask: AskHost) -> Option<Event> {
         let key = FrameKey::of(&frame.header);
-        let sent = match view.and_then(|view| view.edge(&to)) {
-            Some(edge) => edge.send(frame),
-            None => self.submit(to.worker, frame),
+        let given_up = || Cause::EdgeDown { reason: "its edge was given up".into() };
+        let sent = match to.edge {
+            Some(_) => self.views().edge(&to).ok_or_else(given_up).and_then(|edge| edge.send(frame)),
+            None => self.hand_over(to.worker, frame, ask),
         };
         sent.err().map(|cause| Event::NotSent { key, cause })
     }
 
     /// Hands a frame to a worker of this process.
-    fn submit(&self, worker: WorkerId, frame: RequestFrame) -> Result<(), Cause> {
-        let gone = || Cause::EdgeDown { reason: "it has left this process".into() };
-        let host = self.hub.get(&worker).ok_or_else(gone)?;
+    fn hand_over(&self, worker: WorkerId, frame: RequestFrame, ask: AskHost) -> Result<(), Cause> {
+        let Some(host) = self.hub.get(&worker) else {
+            // It is not asked again until a view says so.
+            self.core().tracker.forget(&Destination { worker, edge: None });
+            return Err(Cause::EdgeDown { reason: GONE.into() });
+        };
         let (owner, asked) = (self.this.clone(), frame.header);
         let to = move |answer| {
             if let Some(owner) = owner.upgrade() {
                 owner.answer(&worker, answer);
             }
         };
-        host.answer(frame, ReplySender::new(asked, to));
+        ask(&*host, frame, ReplySender::new(asked, to));
         Ok(())
     }
 }
 
 impl EdgeOwner for Inner {
     fn answer(&self, worker: &WorkerId, answer: AnswerFrame) {
-        self.on(Event::Answer { worker: worker.clone(), answer }, None);
+        self.on(Event::Answer { worker: worker.clone(), answer });
+    }
+
+    fn edge_up(&self, edge: EdgeId) {
+        self.on(Event::Heard { edge });
+        self.advance(&mut self.next.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn heard(&self, edge: EdgeId) {
+        self.on(Event::Heard { edge });
     }
 
     fn edge_down(&self, edge: EdgeId, reason: String) {
-        self.on(Event::EdgeDown { edge, reason }, None);
+        self.on(Event::EdgeDown { edge, reason });
     }
 }
 
@@ -383,10 +502,11 @@ async fn watch_deadlines(inner: Weak<Inner>, wake: Arc<Notify>, stop: Cancellati
         let next = match inner.upgrade() {
             None => return,
             Some(inner) => {
-                inner.on(Event::Tick, None);
+                inner.on(Event::Tick);
                 let mut core = inner.core();
-                core.parked = core.tracker.next_deadline().is_none();
-                core.tracker.next_deadline().map(|deadline| inner.started + deadline)
+                let next = core.tracker.next_tick(inner.started.elapsed());
+                core.parked = next.is_none();
+                next.map(|next| inner.started + next)
             }
         };
         let wait = async {
@@ -426,18 +546,8 @@ fn check_input(
     Ok(())
 }
 
-fn unreachable_expert(view: &View, layer: LayerId, expert: ExpertId) -> DispatchError {
-    let mut holders = String::new();
-    for &index in view.placement.holders(layer, expert) {
-        let worker = &view.placement.workers()[index as usize];
-        let state = match view.edges.get(worker) {
-            None => "not available".into(),
-            Some(None) => "left this process".into(),
-            Some(Some(edge)) => edge.describe(),
-        };
-        let separator = if holders.is_empty() { "" } else { "; " };
-        // Writing to a String cannot fail.
-        let _ = write!(holders, "{separator}{worker}: {state}");
-    }
-    DispatchError::Unreachable { layer, expert, epoch: view.placement.epoch(), holders }
-}
+const GONE: &str = "it has left this process";
+
+/// How a worker of this process is asked: a caller of `dispatch` may compute the answer itself, a background task has
+/// other things to do.
+type AskHost = fn(&dyn ExpertHost, RequestFrame, ReplySender);

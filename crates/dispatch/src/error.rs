@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use moesaic_proto::{Epoch, ExpertId, LayerId, WorkerId};
+use moesaic_proto::{ExpertId, LayerId, WorkerId};
 
 use crate::frame::Refusal;
 
@@ -11,8 +11,8 @@ use crate::frame::Refusal;
 pub enum DispatchError {
     #[error("layer {layer}: there is no placement of experts yet")]
     NoPlacement { layer: LayerId },
-    #[error("layer {layer}: no holder of expert {expert} in epoch {epoch} can be reached ({holders})")]
-    Unreachable { layer: LayerId, expert: ExpertId, epoch: Epoch, holders: String },
+    #[error("layer {layer}, {experts}: no holder was to be had for {} ms ({holders})", after.as_millis())]
+    Unreachable { layer: LayerId, experts: ExpertList, after: Duration, holders: String },
     #[error("layer {layer}, {experts}: worker {worker} {cause}")]
     Lost { layer: LayerId, experts: ExpertList, worker: WorkerId, cause: Cause },
     #[error("dispatch was called with what does not fit: {detail}")]
@@ -43,6 +43,12 @@ pub struct ExpertList(Vec<ExpertId>);
 impl From<Vec<ExpertId>> for ExpertList {
     fn from(experts: Vec<ExpertId>) -> Self {
         Self(experts)
+    }
+}
+
+impl ExpertList {
+    pub fn as_slice(&self) -> &[ExpertId] {
+        &self.0
     }
 }
 

@@ -276,6 +276,11 @@ impl RequestFrame {
         }
     }
 
+    /// The same frame with another header.
+    pub fn under(&self, header: Header) -> Self {
+        Self { header, ..self.clone() }
+    }
+
     pub fn row_count(&self) -> usize {
         self.rows
     }

@@ -26,6 +26,8 @@ pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// is for edges on which nothing is outstanding.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two pings over a stream, which the worker sends back at once.
+pub const PING_INTERVAL: Duration = Duration::from_millis(100);
 /// Between two attempts to connect: soon at first, since a restart is the usual reason, and never a flood.
 pub const BACKOFF_MIN: Duration = Duration::from_millis(20);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(1);

@@ -8,7 +8,7 @@
 //! (the ways there and back). `combine` and `error` are a few words that the others share.
 
 pub mod dispatcher;
-mod plan;
+pub mod plan;
 pub mod tracker;
 
 pub mod frame;
@@ -21,8 +21,11 @@ pub mod grpc;
 pub mod combine;
 pub mod error;
 
+#[cfg(test)]
+mod fake;
+
 pub use combine::CombineOps;
-pub use dispatcher::{DispatchConfig, Dispatcher, Pending, Route};
+pub use dispatcher::{DispatchConfig, Dispatcher, Holder, Pending, Route};
 pub use error::{Cause, DispatchError};
 pub use frame::{Activations, AnswerFrame, FrameError, Refusal, RequestFrame, Rows, Shape};
 pub use local::{ExpertHost, Hub, ReplySender};

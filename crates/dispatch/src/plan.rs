@@ -1,5 +1,6 @@
 //! Which row goes where: splits a layer call over the workers that hold its experts, and says how the answers are put
-//! together again. A plain function of its input: the same routes and holders give the same frames.
+//! together again. A plain function of its input: the same routes and holders give the same frames. A frame that was lost
+//! is split again in the same way over the workers that are left: its outputs take the place of rows.
 
 use std::ops::Range;
 
@@ -8,7 +9,7 @@ use moesaic_proto::limits::FRAME_ROWS_MAX;
 
 use crate::combine::CombineOps;
 use crate::dispatcher::Route;
-use crate::frame::{Content, Output, PAYLOAD_BYTES_MAX, Term};
+use crate::frame::{Content, Output, PAYLOAD_BYTES_MAX, RequestFrame, Term};
 use crate::shared::Shared;
 
 /// The sizes that a plan needs.
@@ -87,8 +88,8 @@ struct Addend {
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    /// A whole group's sum.
-    Group,
+    /// A whole group's sum, or the single expert that was asked for.
+    Whole,
     /// The first expert of a group whose experts went to several workers, and the ones that follow.
     First(f32),
     Next(f32),
@@ -97,11 +98,7 @@ enum Kind {
 /// Splits `routes` ([rows * top_k], each row's experts ascending); `holder` gives each expert its destination.
 pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32) -> Plan {
     let rows = routes.len() / layout.top_k;
-    let recipe = Recipe { addends: Vec::with_capacity(routes.len()), ends: Vec::with_capacity(rows) };
-    let plan = Plan { parts: Vec::new(), recipe };
-    let part_rows = rows.min(layout.frame_rows());
-    let mut split =
-        Splitter { frame_rows: layout.frame_rows(), part_rows, top_k: layout.top_k, open: Vec::new(), plan };
+    let mut split = Splitter::new(layout, rows, rows);
     for (row, routes) in routes.chunks_exact(layout.top_k).enumerate() {
         let group_of = |route: &Route| usize::from(route.expert.0) / layout.group_size;
         for group in routes.chunk_by(|a, b| group_of(a) == group_of(b)) {
@@ -112,8 +109,27 @@ pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32
                 split.ask_singles(row, group, &holder);
             }
         }
-        let end = split.plan.recipe.addends.len();
-        split.plan.recipe.ends.push(end);
+        split.end_row();
+    }
+    split.plan
+}
+
+/// Splits what a frame asks for: the recipe's rows are its outputs, in order.
+pub fn resplit(layout: &Layout, frame: &RequestFrame, holder: impl Fn(ExpertId) -> u32) -> Plan {
+    let mut split = Splitter::new(layout, frame.row_count(), frame.output_count());
+    let mut routes = Vec::new();
+    for (output, terms) in frame.outputs() {
+        routes.clear();
+        routes.extend(terms.iter().map(|term| Route { expert: term.expert(), weight: term.weight() }));
+        let (row, first) = (frame.position(output.row()) as usize, holder(routes[0].expert));
+        if !output.is_weighted() {
+            split.ask_single(row, first, &routes[0]);
+        } else if routes.iter().all(|route| holder(route.expert) == first) {
+            split.ask_sum(row, first, &routes);
+        } else {
+            split.ask_singles(row, &routes, &holder);
+        }
+        split.end_row();
     }
     split.plan
 }
@@ -123,18 +139,39 @@ struct Splitter {
     /// Rows that a part is given room for.
     part_rows: usize,
     top_k: usize,
-    /// For each worker, the part that takes its next row.
+    /// For each worker, after those for whom there is none (`NOWHERE`), the part that takes its next row.
     open: Vec<Option<usize>>,
     plan: Plan,
 }
 
 impl Splitter {
+    /// For so many rows of activations and of the recipe.
+    fn new(layout: &Layout, rows: usize, recipe_rows: usize) -> Self {
+        let addends = Vec::with_capacity(recipe_rows * layout.top_k);
+        let recipe = Recipe { addends, ends: Vec::with_capacity(recipe_rows) };
+        let plan = Plan { parts: Vec::new(), recipe };
+        let frame_rows = layout.frame_rows();
+        Self { frame_rows, part_rows: rows.min(frame_rows), top_k: layout.top_k, open: Vec::new(), plan }
+    }
+
+    fn end_row(&mut self) {
+        self.plan.recipe.ends.push(self.plan.recipe.addends.len());
+    }
+
+    fn ask_single(&mut self, row: usize, worker: u32, route: &Route) {
+        let part = self.part(worker, row);
+        let target = &mut self.plan.parts[part];
+        let output = Output::single(target.row(row));
+        target.ask(output, std::slice::from_ref(route));
+        self.add(part, Kind::Whole);
+    }
+
     fn ask_sum(&mut self, row: usize, worker: u32, group: &[Route]) {
         let part = self.part(worker, row);
         let target = &mut self.plan.parts[part];
         let output = Output::sum(target.row(row), group.len() as u16);
         target.ask(output, group);
-        self.add(part, Kind::Group);
+        self.add(part, Kind::Whole);
     }
 
     fn ask_singles(&mut self, row: usize, group: &[Route], holder: impl Fn(ExpertId) -> u32) {
@@ -154,7 +191,7 @@ impl Splitter {
 
     /// The part that takes this row for this worker: a new one where the row would make the open one too large.
     fn part(&mut self, worker: u32, row: usize) -> usize {
-        let slot = worker as usize;
+        let slot = worker.wrapping_add(1) as usize;
         if self.open.len() <= slot {
             self.open.resize(slot + 1, None);
         }
@@ -205,7 +242,7 @@ impl Recipe {
             let (group, after) = rest.split_at(1 + singles);
             rest = after;
             let sum = match addend.kind {
-                Kind::Group => addend.value(answers, y.len()),
+                Kind::Whole => addend.value(answers, y.len()),
                 _ => {
                     sum_group(group, ops, answers, scratch);
                     &*scratch
@@ -226,7 +263,7 @@ fn sum_group(group: &[Addend], ops: &CombineOps, answers: &[Shared<f32>], sum: &
         match addend.kind {
             Kind::First(weight) => (ops.first)(sum, weight, value),
             Kind::Next(weight) => (ops.next)(sum, weight, value),
-            Kind::Group => {}
+            Kind::Whole => {}
         }
     }
 }

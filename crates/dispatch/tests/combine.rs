@@ -4,11 +4,19 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use moesaic_dispatch::{Dispatcher, Rows};
 use proptest::prelude::*;
 use support::*;
+
+/// Of a worker that may fail.
+fn bad_mood() -> impl Strategy<Value = Mood> {
+    use moesaic_proto::v1::RefusalReason::*;
+    let refuses = prop::sample::select(vec![Epoch, NotHeld, Busy, Stopping]).prop_map(Mood::Refuses);
+    prop_oneof![Just(Mood::Short), Just(Mood::Forgets), refuses, any::<u64>().prop_map(Mood::Fickle)]
+}
 
 async fn run(dispatcher: &Dispatcher, micro_batch: u8, x: &[f32], routes: &[moesaic_dispatch::Route]) -> Vec<f32> {
     let pending = dispatcher.dispatch(LAYER, micro_batch, Rows::F32(x.to_vec()), TOP_K, routes).unwrap();
@@ -42,6 +50,47 @@ proptest! {
         let y = runtime.block_on(run(&dispatcher, 0, &x, &routes));
         prop_assert_eq!(bits(&y), bits(&expected(&x, &routes)));
     }
+
+    /// The same where workers fail, as long as each expert has a good one: at once, as no other must be waited for.
+    #[test]
+    fn failing_workers_change_no_bits(
+        moods in prop::collection::vec(bad_mood(), 1..5),
+        goods in 1usize..4,
+        holders in prop::collection::vec((prop::collection::vec(any::<prop::sample::Index>(), 0..4), any::<u32>()), EXPERTS),
+        rows in 0usize..9,
+        seed: u64,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let _inside = runtime.enter();
+        let (x, routes) = micro_batch(rows, seed);
+        let hosts: Vec<_> = moods.iter().copied().chain(vec![Mood::Answers; goods]).map(FakeHost::new).collect();
+        let holders: Vec<Vec<u32>> = holders.into_iter().map(|(bad, good)| {
+            let bad: BTreeSet<u32> = bad.iter().map(|bad| bad.index(moods.len()) as u32).collect();
+            bad.into_iter().chain([moods.len() as u32 + good % goods as u32]).collect()
+        }).collect();
+        let dispatcher = local(&hosts, &holders, PATIENT);
+        for micro_batch in 0..3 {
+            let y = runtime.block_on(run(&dispatcher, micro_batch, &x, &routes));
+            prop_assert_eq!(bits(&y), bits(&expected(&x, &routes)));
+        }
+        prop_assert_eq!(dispatcher.outstanding(), 0);
+    }
+}
+
+/// And behind sockets.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failing_workers_behind_grpc_change_no_bits() {
+    use moesaic_proto::v1::RefusalReason::Busy;
+    // Those that are busy are asked again and again, the other bad one now and then.
+    let moods = [Mood::Refuses(Busy), Mood::Fickle(2), Mood::Refuses(Busy), Mood::Answers];
+    let hosts = moods.map(FakeHost::new);
+    let holders: Vec<Vec<u32>> = (0..EXPERTS as u32).map(|e| vec![e % 3, (e + 1) % 3, 3]).collect();
+    let (far, _servers) = remote(&hosts, &holders, PATIENT).await;
+    for seed in 0..100 {
+        let (x, routes) = micro_batch(seed as usize % 7, seed);
+        assert_eq!(bits(&run(&far, 0, &x, &routes).await), bits(&expected(&x, &routes)));
+    }
+    assert!(far.counts().resent > 50 && far.outstanding() == 0, "{:?}", far.counts());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,7 +117,8 @@ async fn micro_batches_travel_side_by_side_and_do_not_mix() {
                 assert_eq!(bits(y), bits(&expected(x, routes)));
             }
         }
-        assert_eq!((near.outstanding(), near.counts()), (0, Default::default()));
+        let counts = near.counts();
+        assert_eq!((near.outstanding(), counts.unmatched, counts.resent, counts.rejected), (0, 0, 0, 0));
     }
 }
 
@@ -101,20 +151,23 @@ async fn local_workers_get_the_activations_without_a_copy() {
     }
 }
 
-/// Each row goes once to each worker that holds one of its experts, and to no other.
+/// Each row goes once to each worker whose turn it is with one of its experts, and to no other.
 #[tokio::test]
-async fn the_first_live_holder_gets_the_rows_and_only_those_it_needs() {
+async fn holders_take_turns_and_get_only_the_rows_that_they_need() {
     let (x, routes) = micro_batch(8, 3);
     let hosts = hosts(3);
-    // Worker 2 is everybody's second choice.
+    // Worker 2 has everything, the others one half each.
     let holders: Vec<Vec<u32>> = (0..EXPERTS).map(|e| vec![(e % 2) as u32, 2]).collect();
     let dispatcher = local(&hosts, &holders, PATIENT);
+    let counts = || hosts.iter().map(|host| host.frame_count()).collect::<Vec<_>>();
     run(&dispatcher, 0, &x, &routes).await;
-    assert!(hosts[2].frames.lock().unwrap().is_empty());
+    assert_eq!(counts(), [0, 0, 1]);
+    run(&dispatcher, 0, &x, &routes).await;
+    assert_eq!(counts(), [1, 1, 1]);
     for (number, host) in hosts[..2].iter().enumerate() {
         let needs = |routes: &&[moesaic_dispatch::Route]| routes.iter().any(|r| usize::from(r.expert.0) % 2 == number);
-        let frames = host.frames.lock().unwrap();
-        assert_eq!(frames.len(), 1);
-        assert_eq!(frames[0].row_count(), routes.chunks(TOP_K).filter(needs).count());
+        assert_eq!(host.frames.lock().unwrap()[0].row_count(), routes.chunks(TOP_K).filter(needs).count());
     }
+    run(&dispatcher, 0, &x, &routes).await;
+    assert_eq!(counts(), [1, 1, 2]);
 }

@@ -6,6 +6,7 @@ mod support;
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,7 +19,7 @@ use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1::exchange_message::Kind;
 use moesaic_proto::v1::experts_client::ExpertsClient;
 use moesaic_proto::v1::experts_server::{Experts, ExpertsServer};
-use moesaic_proto::v1::{ExchangeMessage, Frame, RefusalReason, Role};
+use moesaic_proto::v1::{ExchangeMessage, Frame, Ping, RefusalReason, Role};
 use support::*;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -195,10 +196,12 @@ async fn a_message_larger_than_a_frame_ends_the_stream_before_it_is_read() {
     assert_eq!(host.frame_count(), 0);
 }
 
-/// An expert worker that says whatever it is told: `first`, then `later` once a frame has come.
+/// An expert worker that says whatever it is told: `first`, then `later` once a frame has come. It does so once; later
+/// connections are left without an answer.
 struct Liar {
     first: Vec<ExchangeMessage>,
     later: fn(Frame) -> Vec<ExchangeMessage>,
+    has_lied: AtomicBool,
 }
 
 #[tonic::async_trait]
@@ -209,6 +212,9 @@ impl Experts for Liar {
         &self,
         request: Request<Streaming<ExchangeMessage>>,
     ) -> Result<Response<Self::ExchangeStream>, Status> {
+        if self.has_lied.swap(true, Ordering::SeqCst) {
+            std::future::pending().await
+        }
         let later = self.later;
         let answers = request.into_inner().flat_map(move |message| match message.unwrap().kind {
             Some(Kind::Frame(frame)) => stream::iter(later(frame)),
@@ -218,22 +224,24 @@ impl Experts for Liar {
     }
 }
 
-async fn believing(liar: Liar) -> (Dispatcher, Runtime) {
+async fn believing(first: Vec<ExchangeMessage>, later: fn(Frame) -> Vec<ExchangeMessage>) -> (Dispatcher, Runtime) {
+    let liar = Liar { first, later, has_lied: AtomicBool::new(false) };
     let (address, runtime) =
         serve("127.0.0.1:0".parse().unwrap(), Server::builder().add_service(ExpertsServer::new(liar))).await;
-    let dispatcher = Dispatcher::new(config(PATIENT), None);
-    dispatcher.set_view(placement(1, &blocks(1)), &[(worker(0), address.to_string())].into());
+    let dispatcher = Dispatcher::new(config(SHORT), None);
+    dispatcher.set_view(placement(1, &blocks(1)), &[(worker(0), member(address))].into());
     (dispatcher, runtime)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_does_not_say_hello_first_is_not_reached() {
     for first in [vec![message(Kind::Frame(frame(1)))], vec![ExchangeMessage { kind: None }]] {
-        let (dispatcher, runtime) = believing(Liar { first, later: |_| vec![] }).await;
-        let (x, routes) = row_for(0);
-        let told = |error: DispatchError| error.to_string().ends_with("(w0: its first message is no Hello)");
-        until(|| send(&dispatcher, &x, &routes).is_err_and(told)).await;
+        let (dispatcher, runtime) = believing(first, |_| vec![]).await;
+        until(|| edge(&dispatcher, 0).detail == "its first message is no Hello").await;
         assert!(!dispatcher.reachable());
+        let (x, routes) = row_for(0);
+        let error = call(&dispatcher, &x, &routes).await.unwrap_err().to_string();
+        assert!(error.ends_with("(w0: its first message is no Hello)"), "{error}");
         runtime.shutdown_background();
     }
 }
@@ -242,16 +250,17 @@ async fn a_worker_that_does_not_say_hello_first_is_not_reached() {
 async fn a_server_that_has_no_experts_is_not_reached_and_the_reason_is_told() {
     let nothing = Server::builder().add_routes(Routes::default());
     let (address, runtime) = serve("127.0.0.1:0".parse().unwrap(), nothing).await;
-    let dispatcher = Dispatcher::new(config(PATIENT), None);
-    dispatcher.set_view(placement(1, &blocks(1)), &[(worker(0), address.to_string())].into());
+    let dispatcher = Dispatcher::new(config(SHORT), None);
+    dispatcher.set_view(placement(1, &blocks(1)), &[(worker(0), member(address))].into());
+    until(|| edge(&dispatcher, 0).detail.starts_with("Operation is not implemented")).await;
     let (x, routes) = row_for(0);
-    let told = |error: DispatchError| error.to_string().contains("(w0: Operation is not implemented");
-    until(|| send(&dispatcher, &x, &routes).is_err_and(told)).await;
+    let error = call(&dispatcher, &x, &routes).await.unwrap_err().to_string();
+    assert!(error.contains("(w0: Operation is not implemented"), "{error}");
     runtime.shutdown_background();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_breaks_the_protocol_loses_its_edge_and_fails_the_call() {
+async fn a_worker_that_breaks_the_protocol_loses_its_edge_and_the_call_says_why() {
     let as_expert = || vec![message(Kind::Hello(hello(Role::ExpertWorker, "w0")))];
     type Later = fn(Frame) -> Vec<ExchangeMessage>;
     let table: [(Later, &str); 4] = [
@@ -267,13 +276,51 @@ async fn a_worker_that_breaks_the_protocol_loses_its_edge_and_fails_the_call() {
         ),
     ];
     for (later, words) in table {
-        let (dispatcher, runtime) = believing(Liar { first: as_expert(), later }).await;
+        let (dispatcher, runtime) = believing(as_expert(), later).await;
         until(|| dispatcher.reachable()).await;
         let (x, routes) = row_for(0);
         let error = call(&dispatcher, &x, &routes).await.unwrap_err();
         let DispatchError::Lost { worker, cause, .. } = error else { panic!("{error}") };
         assert_eq!((worker.as_str(), cause), ("w0", Cause::EdgeDown { reason: words.into() }));
-        assert_eq!(dispatcher.outstanding(), 0);
+        assert_eq!((dispatcher.outstanding(), dispatcher.counts().sent), (0, 1));
         runtime.shutdown_background();
+    }
+}
+
+/// Answers that fit nothing, and pings of any number, change nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_answers_and_pings_that_nobody_asked_for_is_dropped_and_counted() {
+    let as_expert = vec![message(Kind::Hello(hello(Role::ExpertWorker, "w0")))];
+    let flood = |asked: Frame| {
+        let asked = Header::decode(&asked.header).unwrap();
+        let nobodys = (1..=1000).map(|i| Header { sequence: asked.sequence + i, ..asked });
+        let frame = |header| Kind::Frame(AnswerFrame::new(header, Ok(vec![1.0; HIDDEN].into())).encode());
+        let pings = (0..1000).map(|i| Kind::Ping(Ping { number: u64::MAX - i }));
+        let right = Kind::Frame(AnswerFrame::new(asked, Ok(vec![1.0; 3 * HIDDEN].into())).encode());
+        nobodys.map(frame).chain(pings).chain([right]).map(message).collect()
+    };
+    let (dispatcher, runtime) = believing(as_expert, flood).await;
+    until(|| dispatcher.reachable()).await;
+    let (x, routes) = row_for(0);
+    // Two sums of groups, of the experts 0 to 2 and 3 and 4; the liar gives three.
+    let error = call(&dispatcher, &x, &routes).await.unwrap_err().to_string();
+    assert!(error.contains("worker w0 "), "{error}");
+    assert!(dispatcher.counts().rejected >= 1 && dispatcher.counts().unmatched >= 1000, "{:?}", dispatcher.counts());
+    runtime.shutdown_background();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ping_is_sent_back_at_once_between_frames_that_wait() {
+    let host = FakeHost::new(Mood::Keeps);
+    let remote = start(0, &host).await;
+    let mut caller = Caller::greeted(&remote).await;
+    for number in [7, u64::MAX] {
+        caller.send(Kind::Frame(frame(number as u32))).await;
+        caller.send(Kind::Ping(Ping { number })).await;
+        assert!(matches!(caller.next().await, Ok(Some(Kind::Ping(Ping { number: sent_back }))) if sent_back == number));
+    }
+    host.answer_held();
+    for sequence in [7, u32::MAX] {
+        assert_eq!(caller.answer().await.header.sequence, sequence);
     }
 }

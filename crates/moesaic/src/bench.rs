@@ -172,6 +172,7 @@ fn cluster(args: &Args) -> up::Args {
         dtype: args.dtype.clone(),
         attention_workers: 1,
         expert_workers: args.expert_workers,
+        replicas: 1,
         processes: false,
         registry: None,
         cluster: None,

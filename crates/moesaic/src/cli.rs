@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use moesaic_node::config::ConfigError;
 use moesaic_node::telemetry::{self, FILTER_VARIABLE, LogFormat};
 
-use crate::{bench, chat, checkpoint, etcd, roles, up};
+use crate::{bench, chat, checkpoint, etcd, operate, roles, up};
 
 const EXIT_BAD_ARGUMENTS: u8 = 2;
 /// What may still run when a command is done (a read of standard input) is not waited for longer than this.
@@ -43,6 +43,16 @@ enum Command {
     Bench(bench::Args),
     /// Write a random checkpoint of a config, to measure with
     Synth(checkpoint::SynthArgs),
+    /// Tell how a cluster is: its workers, who reaches whom, which experts have too few copies
+    Status(operate::StatusArgs),
+    /// Give a worker nothing new
+    Cordon(operate::WorkerArgs),
+    /// Take a cordon or a drain back
+    Uncordon(operate::WorkerArgs),
+    /// Give a worker nothing new, and move what it has elsewhere
+    Drain(operate::WorkerArgs),
+    /// Place the experts anew by the load that was measured
+    Rebalance(operate::RebalanceArgs),
     /// Run a coordinator: the front door, gRPC and HTTP
     Coordinator(roles::RoleArgs<moesaic_coordinator::Flags>),
     /// Run an attention worker: owns sequences and their latent cache
@@ -106,6 +116,11 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Quantize(args) => checkpoint::quantize(&args)?,
         Command::Synth(args) => checkpoint::synth(&args)?,
         Command::Bench(args) => bench::run(args).await?,
+        Command::Status(args) => operate::status(args).await?,
+        Command::Cordon(args) => operate::cordon(args, true, false).await?,
+        Command::Uncordon(args) => operate::cordon(args, false, false).await?,
+        Command::Drain(args) => operate::cordon(args, true, true).await?,
+        Command::Rebalance(args) => operate::rebalance(args).await?,
         Command::Coordinator(args) => roles::coordinator(args).await?,
         Command::AttentionWorker(args) => roles::attention_worker(args).await?,
         Command::ExpertWorker(args) => roles::expert_worker(args).await?,

@@ -53,6 +53,7 @@ impl Plan {
             listen: Some(listen),
             registry: Some(registry.to_owned()),
             expert_workers: Some(self.args.expert_workers),
+            replicas: Some(self.args.replicas),
             ..Default::default()
         }
     }
@@ -107,7 +108,11 @@ impl Plan {
 
 fn check(args: &Args) -> Result<(), BadArguments> {
     let refuse = |text: String| Err(BadArguments(text));
-    for (name, value) in [("--attention-workers", args.attention_workers), ("--expert-workers", args.expert_workers)] {
+    for (name, value) in [
+        ("--attention-workers", args.attention_workers),
+        ("--expert-workers", args.expert_workers),
+        ("--replicas", args.replicas),
+    ] {
         if !(1..=NODES_MAX).contains(&value) {
             return refuse(format!("{name} is {value}; expected 1 to {NODES_MAX}"));
         }

@@ -45,13 +45,18 @@ pub async fn start(plan: &Plan) -> Result<Cluster> {
 
 fn own_etcd(nodes: &mut Vec<Node>) -> Result<String> {
     let (program, client, peer) = (etcd::find()?, etcd::free_port()?, etcd::free_port()?);
-    nodes.push(Node::child("etcd", own_program()?.args(etcd::guard_arguments(program, client, peer)))?);
+    let mut guard = own_program()?;
+    guard.args(etcd::guard_arguments(program, client, peer));
+    nodes.push(Node::child("etcd", guard)?);
     Ok(format!("etcd://{client}"))
 }
 
+/// A role in a process of its own. Workers that die are started again; without its coordinator `up` has nothing to serve.
 fn child(role: &str, id: Option<&str>, flags: &impl Serialize) -> Result<Node> {
     let name = format!("{} {}", role.replace('-', " "), id.unwrap_or_default());
-    Node::child(name, own_program()?.arg(role).args(arguments(flags)?).arg(roles::STOP_WITH_STDIN))
+    let mut command = own_program()?;
+    command.arg(role).args(arguments(flags)?).arg(roles::STOP_WITH_STDIN);
+    if role == "coordinator" { Node::child(name, command) } else { Node::supervised(name, command) }
 }
 
 /// Children are as quiet as their parent.

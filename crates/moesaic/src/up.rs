@@ -40,6 +40,9 @@ pub struct Args {
     /// Expert workers: each owns a part of the routed experts
     #[arg(long, value_name = "M", default_value_t = 2)]
     pub expert_workers: usize,
+    /// Workers that hold each expert: with 2 any one of them may die without a pause, and they need twice the memory
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub replicas: usize,
     /// Give each node a process of its own, over gRPC and etcd
     #[arg(long)]
     pub processes: bool,

@@ -7,18 +7,36 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use moesaic_proto::v1::{Hello, MemberRecord, Role};
+use moesaic_proto::v1::{Cordon, Hello, MemberRecord, Role};
 use moesaic_proto::{Epoch, Placement, WorkerId};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::DropGuard;
 
 pub use embedded::embedded;
 pub use etcd::{EtcdOptions, etcd};
+
+/// A node's name, in bytes: as long as a host name may be.
+const NODE_LEN_MAX: usize = 253;
 
 /// The cluster as one node sees it. With the registry away the last view stays in force.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct View {
     pub members: BTreeMap<(Role, WorkerId), Member>,
     pub placement: Option<Arc<Placement>>,
+    pub leader: Option<Leader>,
+    /// What operators want of workers.
+    pub cordons: BTreeMap<(Role, WorkerId), Cordon>,
+    /// Whether the view is kept up to date; false while the registry is away.
+    pub is_current: bool,
+}
+
+/// The one coordinator that writes placements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leader {
+    pub id: WorkerId,
+    /// Grows from leader to leader.
+    pub term: u64,
 }
 
 impl View {
@@ -36,6 +54,12 @@ pub struct Member {
     pub address: String,
     /// Expert workers: the newest placement epoch whose experts are loaded; 0 for none.
     pub epoch_loaded: Epoch,
+    /// What it stands on and may fail with.
+    pub node: String,
+    /// Expert workers: experts that it can hold, over all layers; 0 for as many as it is given.
+    pub expert_slots: u32,
+    /// It is about to stop.
+    pub draining: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -63,8 +87,32 @@ pub trait Registry: Send + Sync + 'static {
     /// The newest view, and news of it.
     fn view(&self) -> watch::Receiver<Arc<View>>;
 
-    /// Puts a placement in force if its epoch follows the one in force (1 if there is none). False: somebody was first.
+    /// Puts a placement in force if its epoch follows the one in force (1 if there is none) and the leader of its term
+    /// still leads. False: somebody was first.
     fn publish(&self, placement: Placement) -> BoxFuture<'_, Result<bool, RegistryError>>;
+
+    /// Runs for leader until the campaign is given up.
+    fn campaign(&self, id: WorkerId) -> Campaign;
+
+    /// Sets or takes back (`None`) an operator's wish.
+    fn set_cordon(&self, role: Role, id: WorkerId, cordon: Option<Cordon>) -> BoxFuture<'_, Result<(), RegistryError>>;
+}
+
+/// A coordinator's candidacy. Dropping it gives the lead up in the background.
+pub struct Campaign {
+    /// This coordinator's term while it leads.
+    pub term: watch::Receiver<Option<u64>>,
+    task: JoinHandle<()>,
+    stop: DropGuard,
+}
+
+impl Campaign {
+    /// Gives the lead up, so that another can take it at once, and waits until it is done.
+    pub async fn resign(self) {
+        drop(self.stop);
+        // A campaign that has panicked leads nothing.
+        let _ = self.task.await;
+    }
 }
 
 /// A member's entry. Dropping it gives the entry up in the background.
@@ -102,7 +150,8 @@ pub async fn open(spec: &str, cluster: &str) -> Result<Arc<dyn Registry>, Regist
 impl Member {
     pub fn to_record(&self) -> MemberRecord {
         let (hello, address) = (Some(self.hello.clone()), self.address.clone());
-        MemberRecord { hello, address, epoch_loaded: self.epoch_loaded.0 }
+        let (epoch_loaded, node, expert_slots) = (self.epoch_loaded.0, self.node.clone(), self.expert_slots);
+        MemberRecord { hello, address, epoch_loaded, node, expert_slots, draining: self.draining }
     }
 
     /// Checks a record that came from elsewhere.
@@ -116,6 +165,10 @@ impl Member {
         if record.address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
             return Err(refused(format!("address {:?} is not host:port", record.address)));
         }
-        Ok(Self { id, hello, address: record.address, epoch_loaded: Epoch(record.epoch_loaded) })
+        if record.node.len() > NODE_LEN_MAX {
+            return Err(refused(format!("node has {} bytes; expected at most {NODE_LEN_MAX}", record.node.len())));
+        }
+        let MemberRecord { address, epoch_loaded, node, expert_slots, draining, .. } = record;
+        Ok(Self { id, hello, address, epoch_loaded: Epoch(epoch_loaded), node, expert_slots, draining })
     }
 }

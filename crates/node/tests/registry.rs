@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use moesaic_node::registry::{self, EtcdOptions};
 use moesaic_node::{Member, Registry, View, handshake};
-use moesaic_proto::v1::Role;
+use moesaic_proto::v1::{Cordon, Role};
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
 
 /// Far more than anything here takes.
@@ -60,7 +60,7 @@ impl Etcd {
     }
 
     async fn registry(&self) -> Arc<dyn Registry> {
-        let options = EtcdOptions { lease_ttl_seconds: 2 };
+        let options = EtcdOptions { lease_ttl_seconds: 2, ..EtcdOptions::default() };
         retry(|| registry::etcd(std::slice::from_ref(&self.endpoint), "test", options)).await
     }
 
@@ -96,7 +96,8 @@ async fn until(registry: &Arc<dyn Registry>, what: &str, holds: impl Fn(&View) -
 fn member(id: &str, epoch: u32) -> Member {
     let id = WorkerId::new(id).unwrap();
     let hello = handshake::hello("test", Role::ExpertWorker, &id, "f00d", "f32");
-    Member { hello, id, address: "127.0.0.1:7000".into(), epoch_loaded: Epoch(epoch) }
+    let (address, node) = ("127.0.0.1:7000".into(), "n".into());
+    Member { hello, id, address, epoch_loaded: Epoch(epoch), node, expert_slots: 5, draining: false }
 }
 
 fn has(view: &View, id: &str, epoch: u32) -> bool {
@@ -135,6 +136,65 @@ async fn suite(one: Arc<dyn Registry>, two: Arc<dyn Registry>) {
     let bad = Member { address: "nowhere".into(), ..member("c", 0) };
     let refused = one.register(bad).await.err().unwrap().to_string();
     assert!(refused.contains("nowhere"), "{refused}");
+}
+
+/// Of two coordinators one leads; when it gives the lead up the other one does, with a greater term where terms grow;
+/// and only the leader's placements are taken.
+async fn leads(one: Arc<dyn Registry>, two: Arc<dyn Registry>) -> (u64, u64) {
+    let (a, b) = (WorkerId::new("a").unwrap(), WorkerId::new("b").unwrap());
+    let first = one.campaign(a.clone());
+    let old = *first.term.clone().wait_for(Option::is_some).await.unwrap();
+    let old = old.unwrap();
+    until(&two, "a leads", |v| v.leader.as_ref().is_some_and(|l| l.id == a && l.term == old)).await;
+    let second = two.campaign(b.clone());
+    assert!(!one.publish(placement(1).with_term(old + 1)).await.unwrap(), "of a term that nobody leads");
+    assert!(one.publish(placement(1).with_term(old)).await.unwrap());
+    assert_eq!(*second.term.borrow(), None);
+
+    first.resign().await;
+    let new = second.term.clone().wait_for(Option::is_some).await.unwrap().unwrap();
+    until(&one, "b leads", |v| v.leader.as_ref().is_some_and(|l| l.id == b && l.term == new)).await;
+    assert!(two.publish(placement(2).with_term(new)).await.unwrap());
+
+    let drain = Cordon { drain: true };
+    one.set_cordon(Role::ExpertWorker, a.clone(), Some(drain)).await.unwrap();
+    until(&two, "the cordon", |v| v.cordons.get(&(Role::ExpertWorker, a.clone())) == Some(&drain)).await;
+    one.set_cordon(Role::ExpertWorker, a.clone(), None).await.unwrap();
+    until(&two, "no cordon", |v| v.cordons.is_empty()).await;
+    second.resign().await;
+    until(&one, "no leader", |v| v.leader.is_none()).await;
+    (old, new)
+}
+
+#[tokio::test]
+async fn embedded_has_one_leader() {
+    let registry = registry::embedded();
+    leads(registry.clone(), registry).await;
+}
+
+#[tokio::test]
+async fn etcd_has_one_leader_and_refuses_the_one_before() {
+    let etcd = Etcd::start();
+    let (one, two) = (etcd.registry().await, etcd.registry().await);
+    let (old, new) = leads(one.clone(), two).await;
+    assert!(old < new);
+    assert!(!one.publish(placement(3).with_term(old)).await.unwrap());
+}
+
+/// A leader whose etcd is gone steps down by itself; when etcd is back there is one again.
+#[tokio::test]
+async fn a_leader_without_etcd_steps_down() {
+    let mut etcd = Etcd::start();
+    let one = etcd.registry().await;
+    let campaign = one.campaign(WorkerId::new("a").unwrap());
+    let mut term = campaign.term.clone();
+    let old = term.wait_for(Option::is_some).await.unwrap().unwrap();
+    etcd.kill();
+    tokio::time::timeout(Duration::from_secs(3), term.wait_for(Option::is_none)).await.unwrap().unwrap();
+    assert!(!one.view().borrow().is_current);
+    etcd.restart();
+    let new = tokio::time::timeout(PATIENCE, term.wait_for(Option::is_some)).await.unwrap().unwrap().unwrap();
+    assert!(old < new);
 }
 
 #[tokio::test]
@@ -179,7 +239,7 @@ async fn a_member_whose_process_is_gone_disappears_with_its_lease() {
     let gone = std::thread::spawn(move || {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(async {
-            let options = EtcdOptions { lease_ttl_seconds: 2 };
+            let options = EtcdOptions { lease_ttl_seconds: 2, ..EtcdOptions::default() };
             let registry = registry::etcd(&[endpoint], "test", options).await.unwrap();
             std::mem::forget(registry.register(member("a", 0)).await.unwrap());
         });

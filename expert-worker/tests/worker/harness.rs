@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Hub};
+use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_expert_worker::{Config, Context, run};
 use moesaic_kernels::{Dtype, Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::registry::embedded;
-use moesaic_node::{Registry, handshake};
+use moesaic_node::{Member, Registry, handshake};
 use moesaic_proto::v1::Role;
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
 use tokio::task::JoinHandle;
@@ -29,6 +29,9 @@ pub async fn until(what: &str, condition: impl Fn() -> bool) {
     };
     tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap_or_else(|_| panic!("{what} does not come"));
 }
+
+/// Of a layer call: what nobody serves fails by then.
+pub const DEADLINE: Duration = Duration::from_secs(1);
 
 pub fn worker_id(number: usize) -> WorkerId {
     WorkerId::new(&format!("e{number}")).unwrap()
@@ -74,14 +77,15 @@ impl Workers {
     /// Puts a placement in force and waits until all its workers say that they have loaded it.
     pub async fn place(&self, placement: &Placement) {
         assert!(self.registry.publish(placement.clone()).await.unwrap());
-        until("the loaded experts", || self.addresses(placement).len() == placement.workers().len()).await;
+        until("the loaded experts", || self.holders(placement).len() == placement.workers().len()).await;
     }
 
     /// Of the workers that have loaded the placement.
-    pub fn addresses(&self, placement: &Placement) -> BTreeMap<WorkerId, String> {
+    pub fn holders(&self, placement: &Placement) -> BTreeMap<WorkerId, Holder> {
         let view = self.registry.view().borrow().clone();
         let loaded = view.of_role(Role::ExpertWorker).filter(|member| member.epoch_loaded == placement.epoch());
-        loaded.map(|member| (member.id.clone(), member.address.clone())).collect()
+        let holder = |member: &Member| Holder { address: member.address.clone(), epoch_loaded: member.epoch_loaded };
+        loaded.map(|member| (member.id.clone(), holder(member))).collect()
     }
 
     /// An attention worker's dispatcher, over the hub or over gRPC.
@@ -93,12 +97,12 @@ impl Workers {
             experts: model.n_routed_experts,
             groups: model.logical_groups(),
             source: 0,
-            layer_deadline: Duration::from_secs(20),
+            layer_deadline: DEADLINE,
             hello: handshake::hello("test", Role::AttentionWorker, &id, self.checkpoint.fingerprint(), "f32"),
             ops: CombineOps { first: combine_first, next: combine_next, add },
         };
         let dispatcher = Dispatcher::new(config, local.then(|| self.hub.clone()));
-        dispatcher.set_view(Arc::new(placement.clone()), &self.addresses(placement));
+        dispatcher.set_view(Arc::new(placement.clone()), &self.holders(placement));
         until("the edges", || dispatcher.reachable()).await;
         dispatcher
     }

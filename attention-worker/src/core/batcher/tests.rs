@@ -10,7 +10,7 @@ const LIMITS: Limits =
     Limits { pages: 4, chunk: 32, token_budget: 128, micro_batches: 1, micro_batch_rows: 1, waiting_max: 64 };
 
 fn request(prompt: usize, max_tokens: usize) -> Request {
-    Request { prompt: (0..prompt as u32).collect(), max_tokens, stop_tokens: vec![] }
+    Request { prompt: (0..prompt as u32).collect(), emitted: vec![], max_tokens, stop_tokens: vec![] }
 }
 
 /// A model whose next token depends on every token before it.
@@ -172,7 +172,7 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let request = (prop::collection::vec(0u32..1000, 1..150), 1usize..90, prop::collection::vec(0u32..1000, 0..8))
-        .prop_map(|(prompt, max_tokens, stop_tokens)| Request { prompt, max_tokens, stop_tokens });
+        .prop_map(|(prompt, max_tokens, stop_tokens)| Request { prompt, emitted: vec![], max_tokens, stop_tokens });
     let step = prop_oneof![
         2 => request.prop_map(Step::Submit),
         5 => Just(Step::Start),

@@ -10,14 +10,46 @@ use moesaic_proto::v1::FinishReason;
 use serde::Serialize;
 
 use super::error::error_body;
+use super::progress::{ChoiceProgress, Progress};
 use super::types::{Head, Usage};
 use crate::core::{ApiError, Delta, Params};
-use crate::shell::service::{Service, Ticket, draw_seed};
+use crate::shell::service::{Service, Ticket, draw_id, draw_seed};
 
 pub struct Batch {
     sequences: SelectAll<BoxStream<'static, (usize, Result<Delta, ApiError>)>>,
-    count: usize,
+    progress: Progress,
     usage: Usage,
+}
+
+/// What is asked for: n choices for each prompt.
+pub struct Prompts {
+    pub tokens: Vec<Vec<u32>>,
+    pub n: u32,
+}
+
+/// Where a client goes on that comes back, checked against what it asks for.
+pub fn resumed(progress: Option<Progress>, stream: bool, sequences: usize) -> Result<Option<Progress>, ApiError> {
+    let wrong = |reason: String| Err(ApiError::invalid("Last-Event-ID", reason));
+    match &progress {
+        Some(_) if !stream => wrong("is set; only a stream can be resumed".into()),
+        Some(progress) if progress.choices.len() != sequences => {
+            wrong(format!("is of a request with {} choices; this one has {sequences}", progress.choices.len()))
+        }
+        _ => Ok(progress),
+    }
+}
+
+/// Lets a request in, under a new id or the one that it had.
+pub async fn admit(
+    service: &Arc<Service>,
+    prefix: &str,
+    sequences: usize,
+    resumed: Option<&Progress>,
+) -> Result<Arc<Ticket>, ApiError> {
+    match resumed {
+        Some(progress) => service.admit_again(progress.request_id.clone(), sequences).await,
+        None => service.admit(draw_id(prefix), sequences),
+    }
 }
 
 /// How a route turns news into the chunks of a stream.
@@ -34,44 +66,55 @@ impl Batch {
         service: &Arc<Service>,
         ticket: Arc<Ticket>,
         params: &Params,
-        prompts: Vec<Vec<u32>>,
-        n: u32,
+        prompts: Prompts,
+        resumed: Option<Progress>,
     ) -> Result<Self, ApiError> {
-        let seed = params.seed.unwrap_or_else(draw_seed);
+        let count = prompts.tokens.len() * prompts.n as usize;
+        let is_resumed = resumed.is_some();
+        let new = || Progress::new(ticket.request_id().to_owned(), params.seed.unwrap_or_else(draw_seed), count);
+        let progress = resumed.unwrap_or_else(new);
         let mut usage = Usage::default();
         let mut starts = Vec::new();
-        for prompt in prompts {
+        let mut sequence = 0;
+        for prompt in prompts.tokens {
             usage.prompt_tokens += prompt.len() as u32;
             let request = service.request(params, prompt)?;
-            for choice in 0..n {
-                let sequence = starts.len() as u32;
-                starts.push(service.generate(ticket.clone(), request.clone(), seed, (sequence, choice)));
+            for choice in 0..prompts.n {
+                let ChoiceProgress { position, has_ended } = progress.choices[sequence];
+                if has_ended {
+                    usage.completion_tokens += position;
+                } else {
+                    let (numbers, known) = ((sequence as u32, choice), is_resumed.then_some(position));
+                    let start = service.generate(ticket.clone(), request.clone(), progress.seed, numbers, known);
+                    starts.push(async move { Ok::<_, ApiError>((sequence, start.await?)) });
+                }
+                sequence += 1;
             }
         }
-        let generations = try_join_all(starts).await?;
-        let count = generations.len();
-        let sequences = generations.into_iter().enumerate();
+        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens;
+        let sequences = try_join_all(starts).await?.into_iter();
         let sequences = sequences.map(|(i, generation)| generation.into_stream().map(move |news| (i, news)).boxed());
-        Ok(Self { sequences: stream::select_all(sequences), count, usage })
+        Ok(Self { sequences: stream::select_all(sequences), progress, usage })
     }
 
     /// Sequences in all.
     pub fn count(&self) -> usize {
-        self.count
+        self.progress.choices.len()
     }
 
     async fn next(&mut self) -> Option<Result<(usize, Delta), ApiError>> {
         let (index, news) = self.sequences.next().await?;
         Some(news.map(|delta| {
-            self.usage.completion_tokens += delta.ending.as_ref().map_or(0, |ending| ending.completion_tokens);
-            self.usage.total_tokens = self.usage.prompt_tokens + self.usage.completion_tokens;
+            let ended = delta.ending.as_ref().map_or(0, |ending| ending.completion_tokens);
+            self.usage.completion_tokens += ended;
+            self.usage.total_tokens += ended;
             (index, delta)
         }))
     }
 
     /// Waits for all of them: each sequence's news put together.
     pub async fn whole(mut self) -> Result<(Vec<Delta>, Usage), ApiError> {
-        let mut whole: Vec<Delta> = (0..self.count).map(|_| Delta::default()).collect();
+        let mut whole: Vec<Delta> = (0..self.count()).map(|_| Delta::default()).collect();
         while let Some(news) = self.next().await {
             let (index, delta) = news?;
             let sum = &mut whole[index];
@@ -105,7 +148,15 @@ impl<C: Chunks> Streaming<C> {
             return None;
         }
         Some(match self.batch.next().await {
-            Some(Ok((index, delta))) => self.chunks.chunks(index, delta).iter().map(event).collect(),
+            Some(Ok((index, delta))) => {
+                let progress = &mut self.batch.progress;
+                progress.advance(index, &delta);
+                let (is_known, id) = (delta.is_known, progress.to_string());
+                // Known ones count for what the next chunks look like.
+                let chunks = self.chunks.chunks(index, delta);
+                let chunks = if is_known { Vec::new() } else { chunks };
+                chunks.iter().map(|chunk| event(chunk).id(&id)).collect()
+            }
             Some(Err(error)) => {
                 self.done = true;
                 vec![event(&error_body(error))]

@@ -8,12 +8,13 @@ use moesaic_proto::limits::LOGPROBS_MAX;
 use serde_json::{Map, Value};
 
 use super::CHOICES_MAX;
-use super::batch::{Batch, Chunks, head};
+use super::batch::{Batch, Chunks, Prompts, admit, head, resumed};
 use super::fields::{Fields, wrong};
 use super::logprobs::{chat_logprobs, prompt_logprobs};
+use super::progress::Progress;
 use super::types::{Answer, ChatChoice, ChatChunkChoice, ChatDelta, ChatMessage, Head, Usage};
 use crate::core::{ApiError, Delta, Params};
-use crate::shell::service::{Service, draw_id};
+use crate::shell::service::Service;
 use crate::text::template::Message;
 use crate::text::{ReasoningSplitter, Split, Tokenizer};
 
@@ -28,14 +29,20 @@ struct ChatRequest {
     include_usage: bool,
 }
 
-pub async fn completions(service: Arc<Service>, mut fields: Fields) -> Result<Response, ApiError> {
+pub async fn completions(
+    service: Arc<Service>,
+    mut fields: Fields,
+    progress: Option<Progress>,
+) -> Result<Response, ApiError> {
     service.check_model(&fields.string("model")?.unwrap_or_default())?;
     let request = read(&mut fields)?;
     request.params.check(&service.model)?;
-    let ticket = service.admit(draw_id("chatcmpl-"), request.n as usize)?;
+    let resumed = resumed(progress, request.stream, request.n as usize)?;
+    let ticket = admit(&service, "chatcmpl-", request.n as usize, resumed.as_ref()).await?;
     let prompt = service.tokenize_chat(&request.messages, &request.variables).await?;
     let opened = prompt.reasoning_opened;
-    let batch = Batch::start(&service, ticket.clone(), &request.params, vec![prompt.tokens], request.n).await?;
+    let prompts = Prompts { tokens: vec![prompt.tokens], n: request.n };
+    let batch = Batch::start(&service, ticket.clone(), &request.params, prompts, resumed).await?;
 
     let shape = Shape {
         tokenizer: service.tokenizer.clone(),

@@ -6,12 +6,13 @@ use axum::Json;
 use axum::response::{IntoResponse, Response};
 
 use super::CHOICES_MAX;
-use super::batch::{Batch, Chunks, head};
+use super::batch::{Batch, Chunks, Prompts, admit, head, resumed};
 use super::fields::{Fields, wrong};
 use super::logprobs::{LegacyLogprobs, prompt_logprobs};
+use super::progress::Progress;
 use super::types::{Answer, Head, TextChoice, TextPrompt, Usage};
 use crate::core::{ApiError, Delta, Params};
-use crate::shell::service::{Service, draw_id};
+use crate::shell::service::Service;
 use crate::text::Tokenizer;
 
 struct TextRequest {
@@ -28,11 +29,17 @@ struct TextRequest {
     include_usage: bool,
 }
 
-pub async fn completions(service: Arc<Service>, mut fields: Fields) -> Result<Response, ApiError> {
+pub async fn completions(
+    service: Arc<Service>,
+    mut fields: Fields,
+    progress: Option<Progress>,
+) -> Result<Response, ApiError> {
     service.check_model(&fields.string("model")?.unwrap_or_default())?;
     let request = read(&mut fields)?;
     request.params.check(&service.model)?;
-    let ticket = service.admit(draw_id("cmpl-"), request.prompts.len() * request.n as usize)?;
+    let sequences = request.prompts.len() * request.n as usize;
+    let resumed = resumed(progress, request.stream, sequences)?;
+    let ticket = admit(&service, "cmpl-", sequences, resumed.as_ref()).await?;
     let mut prompts = Vec::with_capacity(request.prompts.len());
     for prompt in request.prompts {
         prompts.push(match prompt {
@@ -41,7 +48,8 @@ pub async fn completions(service: Arc<Service>, mut fields: Fields) -> Result<Re
         });
     }
     let kept = if request.echo { prompts.clone() } else { Vec::new() };
-    let batch = Batch::start(&service, ticket.clone(), &request.params, prompts, request.n).await?;
+    let prompts = Prompts { tokens: prompts, n: request.n };
+    let batch = Batch::start(&service, ticket.clone(), &request.params, prompts, resumed).await?;
 
     let choices = 0..batch.count();
     let mut chunks = TextChunks {

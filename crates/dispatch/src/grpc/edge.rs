@@ -10,7 +10,7 @@ use moesaic_proto::v1::experts_client::ExpertsClient;
 use moesaic_proto::{WorkerId, v1};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::{self, error::TrySendError};
-use tokio::time::timeout;
+use tokio::time::{MissedTickBehavior, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Endpoint;
@@ -24,6 +24,10 @@ use crate::tracker::EdgeId;
 /// Who hears from an edge. Called on the runtime: must not block.
 pub trait EdgeOwner: Send + Sync + 'static {
     fn answer(&self, worker: &WorkerId, answer: AnswerFrame);
+    /// The edge can be used from now on.
+    fn edge_up(&self, edge: EdgeId);
+    /// The worker has sent a ping back.
+    fn heard(&self, edge: EdgeId);
     /// The edge's connection is gone, and with it every answer that is not in.
     fn edge_down(&self, edge: EdgeId, reason: String);
 }
@@ -56,7 +60,13 @@ struct State {
 enum Connection {
     /// And why.
     Down(String),
-    Live(mpsc::Sender<RequestFrame>),
+    Live(mpsc::Sender<Outbound>),
+}
+
+/// What an edge sends.
+enum Outbound {
+    Frame(RequestFrame),
+    Ping(u64),
 }
 
 impl Edge {
@@ -94,7 +104,7 @@ impl Edge {
     pub fn send(&self, frame: RequestFrame) -> Result<(), Cause> {
         match &*self.state.connection() {
             Connection::Down(reason) => Err(Cause::EdgeDown { reason: reason.clone() }),
-            Connection::Live(frames) => frames.try_send(frame).map_err(|error| match error {
+            Connection::Live(frames) => frames.try_send(Outbound::Frame(frame)).map_err(|error| match error {
                 TrySendError::Full(_) => Cause::QueueFull { limit: EDGE_FRAMES_MAX },
                 TrySendError::Closed(_) => Cause::EdgeDown { reason: "its connection is closing".into() },
             }),
@@ -142,31 +152,54 @@ async fn keep_connected(state: Arc<State>, owner: Weak<impl EdgeOwner>, given_up
 
 /// One connection from beginning to end, and why it ended.
 async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &CancellationToken) -> String {
-    let (sender, frames) = mpsc::channel(EDGE_FRAMES_MAX);
-    let opened = given_up.run_until_cancelled(open(&state.config, frames)).await;
+    let (sender, outbound) = mpsc::channel(EDGE_FRAMES_MAX);
+    let opened = given_up.run_until_cancelled(open(&state.config, outbound)).await;
     let mut answers = match opened {
         None => return GIVEN_UP.into(),
         Some(Err(reason)) => return reason,
         Some(Ok(answers)) => answers,
     };
-    *state.connection() = Connection::Live(sender);
+    *state.connection() = Connection::Live(sender.clone());
     tracing::info!(worker = %state.config.worker, address = state.config.address, "edge to expert worker is up");
-    let receive = receive(&state.config.worker, &mut answers, owner);
-    if let Some(reason) = given_up.run_until_cancelled(receive).await {
+    match owner.upgrade() {
+        Some(owner) => owner.edge_up(state.config.id),
+        None => return GIVEN_UP.into(),
+    }
+    let receive = receive(&state.config, &mut answers, owner);
+    let ended = async {
+        tokio::select! {
+            reason = receive => reason,
+            () = ping(sender) => "its connection stands still".into(),
+        }
+    };
+    if let Some(reason) = given_up.run_until_cancelled(ended).await {
         return reason;
     }
     // Dropping the sender ends the request stream; the worker answers what it has and ends its own.
     state.set_down(GIVEN_UP);
-    let rest = timeout(LINGER, self::receive(&state.config.worker, &mut answers, owner)).await;
+    let rest = timeout(LINGER, self::receive(&state.config, &mut answers, owner)).await;
     rest.unwrap_or_else(|_| GIVEN_UP.into())
 }
 
 const GIVEN_UP: &str = "the edge was given up";
 
+/// Sends pings for as long as the connection takes anything.
+async fn ping(outbound: mpsc::Sender<Outbound>) {
+    let mut every = tokio::time::interval(PING_INTERVAL);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    for number in 0.. {
+        every.tick().await;
+        // Where the queue is full there is something to answer anyhow.
+        if let Err(TrySendError::Closed(_)) = outbound.try_send(Outbound::Ping(number)) {
+            return;
+        }
+    }
+}
+
 /// Connects and exchanges Hellos.
 async fn open(
     config: &EdgeConfig,
-    frames: mpsc::Receiver<RequestFrame>,
+    outbound: mpsc::Receiver<Outbound>,
 ) -> Result<Streaming<v1::ExchangeMessage>, String> {
     let channel = endpoint(&config.address)?.connect().await.map_err(|error| chain(&error))?;
     let mut client = ExpertsClient::new(channel)
@@ -174,8 +207,11 @@ async fn open(
         .max_encoding_message_size(FRAME_BYTES_MAX);
     let hidden = config.hidden;
     let hello = v1::ExchangeMessage { kind: Some(Kind::Hello(config.hello.clone())) };
-    let frame = move |frame: RequestFrame| v1::ExchangeMessage { kind: Some(Kind::Frame(frame.encode(hidden))) };
-    let outbound = stream::iter([hello]).chain(ReceiverStream::new(frames).map(frame));
+    let message = move |outbound| match outbound {
+        Outbound::Frame(frame) => v1::ExchangeMessage { kind: Some(Kind::Frame(frame.encode(hidden))) },
+        Outbound::Ping(number) => v1::ExchangeMessage { kind: Some(Kind::Ping(v1::Ping { number })) },
+    };
+    let outbound = stream::iter([hello]).chain(ReceiverStream::new(outbound).map(message));
     let greeting = async {
         let mut inbound = client.exchange(outbound).await?.into_inner();
         let first = inbound.message().await?;
@@ -212,22 +248,25 @@ fn endpoint(address: &str) -> Result<Endpoint, String> {
 
 /// Passes answers on until the stream ends, and says why it did.
 async fn receive(
-    worker: &WorkerId,
+    config: &EdgeConfig,
     answers: &mut Streaming<v1::ExchangeMessage>,
     owner: &Weak<impl EdgeOwner>,
 ) -> String {
     loop {
-        let frame = match answers.message().await {
+        let message = answers.message().await;
+        let Some(owner) = owner.upgrade() else { return GIVEN_UP.into() };
+        let frame = match message {
             Ok(Some(v1::ExchangeMessage { kind: Some(Kind::Frame(frame)) })) => frame,
+            Ok(Some(v1::ExchangeMessage { kind: Some(Kind::Ping(_)) })) => {
+                owner.heard(config.id);
+                continue;
+            }
             Ok(Some(_)) => return "it sent a message that is no frame".into(),
             Ok(None) => return "it closed the connection".into(),
             Err(status) => return words(&status),
         };
         match AnswerFrame::decode(frame) {
-            Ok(answer) => match owner.upgrade() {
-                Some(owner) => owner.answer(worker, answer),
-                None => return GIVEN_UP.into(),
-            },
+            Ok(answer) => owner.answer(&config.worker, answer),
             Err(error) => return format!("it sent a frame that is wrong: {error}"),
         }
     }

@@ -105,6 +105,10 @@ impl Caller {
             let frame = match message {
                 Ok(None) => return,
                 Ok(Some(ExchangeMessage { kind: Some(Kind::Frame(frame)) })) => frame,
+                Ok(Some(ping @ ExchangeMessage { kind: Some(Kind::Ping(_)) })) => {
+                    room.send(Ok(ping));
+                    continue;
+                }
                 Ok(Some(_)) => return fail(room, Status::invalid_argument("a message after Hello is no frame")),
                 Err(status) => return fail(room, status),
             };

@@ -7,12 +7,17 @@ use moesaic_proto::{Epoch, LayerId};
 use proptest::prelude::*;
 
 use super::*;
+use crate::fake::{OPS, answer, bits, expected};
 use crate::frame::{Activations, Header, RequestFrame, Rows, Shape};
+use crate::tracker::NOWHERE;
 
 const EXPERTS: usize = 12;
 const GROUP: usize = 3;
 const HIDDEN: usize = 4;
 const TOP_K: usize = 4;
+
+const HEADER: Header =
+    Header { epoch: Epoch(1), layer: LayerId(3), micro_batch: 0, flags: 0, source: 1, slot: 0, sequence: 0 };
 
 /// f32 rows, and no limits that matter.
 fn layout() -> Layout {
@@ -109,6 +114,13 @@ fn a_call_without_rows_sends_nothing() {
 }
 
 #[test]
+fn experts_without_a_holder_make_a_part_of_their_own() {
+    let plan = split(&layout(), &routes(&[[0, 1, 4, 5], [2, 3, 7, 8]]), |e| if e.0 < 4 { 0 } else { NOWHERE });
+    let asked: Vec<_> = plan.parts.iter().map(|part| (part.worker, part.content.terms.len())).collect();
+    assert_eq!(asked, [(0, 4), (NOWHERE, 4)]);
+}
+
+#[test]
 fn the_row_that_would_make_a_frame_too_large_begins_the_next() {
     let rows = [[0, 1, 2, 3]; 7];
     let sizes = |layout: &Layout, holder: fn(ExpertId) -> u32| {
@@ -142,10 +154,8 @@ fn decoded(layout: &Layout, plan: Plan, rows: usize) -> Vec<RequestFrame> {
         4 => Rows::F32((0..len).map(|i| i as f32).collect()),
         _ => Rows::Bf16((0..len).map(|i| bf16::from_f32(i as f32)).collect()),
     });
-    let header =
-        Header { epoch: Epoch(1), layer: LayerId(3), micro_batch: 0, flags: 0, source: 1, slot: 0, sequence: 0 };
     let decode = |part: Part| {
-        let frame = RequestFrame::new(header, activations.clone(), HIDDEN, part.content);
+        let frame = RequestFrame::new(HEADER, activations.clone(), HIDDEN, part.content);
         RequestFrame::decode(frame.header, frame.encode(HIDDEN), Shape { hidden: HIDDEN, experts: EXPERTS }).unwrap()
     };
     plan.parts.into_iter().map(decode).collect()
@@ -209,5 +219,48 @@ proptest! {
             prop_assert_eq!(outputs, asked.into_iter().map(|ask| (ask.row, ask.terms)).collect::<Vec<_>>());
             prop_assert_eq!(frame.row_count(), call_rows.len());
         }
+    }
+
+    /// A frame, what it asks for, and that of what it was split into, over any workers: always the same bits, within the
+    /// limits.
+    #[test]
+    fn a_frame_that_is_split_again_and_again_gives_the_same_bits(
+        rows in prop::collection::vec(prop::collection::btree_set(0..EXPERTS as u16, TOP_K), 1..9),
+        holders in prop::collection::vec(prop::collection::vec(0u32..4, EXPERTS), 3),
+        rows_max in 1usize..8,
+    ) {
+        let rows: Vec<[u16; TOP_K]> = rows.iter().map(|set| std::array::from_fn(|i| *set.iter().nth(i).unwrap())).collect();
+        let routes = routes(&rows);
+        let x: Vec<f32> = (0..rows.len() * HIDDEN).map(|i| i as f32 * 0.37 - 1.0).collect();
+        let frames = |plan: &mut Plan| {
+            let parts = std::mem::take(&mut plan.parts).into_iter();
+            let activations = Activations::from(Rows::F32(x.clone()));
+            parts.map(|part| RequestFrame::new(HEADER, activations.clone(), HIDDEN, part.content)).collect::<Vec<_>>()
+        };
+        let layout = Layout { rows_max, ..layout() };
+        // What the frames of a plan come to, each split again by the holders that are left.
+        fn sums(
+            layout: &Layout,
+            mut plan: Plan,
+            frames: &impl Fn(&mut Plan) -> Vec<RequestFrame>,
+            holders: &[Vec<u32>],
+        ) -> Vec<f32> {
+            plan.parts.iter().for_each(|part| check_limits(layout, part));
+            let answers = frames(&mut plan).into_iter().map(|frame| match holders.split_first() {
+                None => answer(&frame, HIDDEN),
+                Some((holders, after)) => {
+                    let again = resplit(layout, &frame, |expert| holders[usize::from(expert.0)]);
+                    let sums = sums(layout, again, frames, after);
+                    assert_eq!(bits(&sums), bits(&answer(&frame, HIDDEN)));
+                    sums.into()
+                }
+            });
+            let mut y = vec![f32::NAN; plan.recipe.rows() * HIDDEN];
+            plan.recipe.combine(&OPS, &answers.collect::<Vec<_>>(), HIDDEN, &mut y);
+            y
+        }
+        let plan = split(&layout, &routes, |expert| holders[0][usize::from(expert.0)]);
+        let y = sums(&layout, plan, &frames, &holders[1..]);
+        prop_assert_eq!(bits(&y), bits(&expected(&x, HIDDEN, TOP_K, GROUP, &routes)));
     }
 }

@@ -6,12 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use moesaic_dispatch::{
-    Activations, CombineOps, DispatchConfig, DispatchError, Dispatcher, ExpertHost, Hub, Pending, Refusal, ReplySender,
-    RequestFrame, Route, Rows, Shape, grpc,
+    Activations, CombineOps, DispatchConfig, DispatchError, Dispatcher, ExpertHost, Holder, Hub, Pending, Refusal,
+    ReplySender, RequestFrame, Route, Rows, Shape, grpc,
 };
 use moesaic_proto::v1::{self, RefusalReason};
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId};
@@ -104,32 +105,51 @@ pub fn micro_batch(rows: usize, seed: u64) -> (Vec<f32>, Vec<Route>) {
 }
 
 /// What a fake worker does with a frame.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mood {
     Answers,
-    /// Keeps every frame and says nothing, until it is told to.
-    Silent,
-    /// The same, to this attention worker only.
-    SilentTo(u16),
+    /// After so long.
+    AnswersAfter(Duration),
+    /// Keeps every frame and says nothing, until it is told to. Its server sends pings back.
+    Keeps,
+    /// The same with the frames of this attention worker only.
+    KeepsOf(u16),
     Refuses(RefusalReason),
     /// Gives one row too few.
     Short,
+    /// Drops it.
+    Forgets,
+    /// Now this and now that of the above, by this number and the frame's.
+    Fickle(u64),
 }
 
 pub struct FakeHost {
-    pub mood: Mood,
+    mood: Mutex<Mood>,
     held: Mutex<Vec<(RequestFrame, ReplySender)>>,
     /// All that it was given, in order.
     pub frames: Mutex<Vec<RequestFrame>>,
+    /// How many of them the caller may have computed itself.
+    pub answered_by_caller: AtomicUsize,
 }
 
 impl FakeHost {
     pub fn new(mood: Mood) -> Arc<Self> {
-        Arc::new(Self { mood, held: Mutex::new(Vec::new()), frames: Mutex::new(Vec::new()) })
+        let (held, frames, answered_by_caller) = Default::default();
+        Arc::new(Self { mood: Mutex::new(mood), held, frames, answered_by_caller })
     }
 
     pub fn frame_count(&self) -> usize {
         self.frames.lock().unwrap().len()
+    }
+
+    /// The epochs of all frames that it was given.
+    pub fn epochs(&self) -> Vec<u32> {
+        self.frames.lock().unwrap().iter().map(|frame| frame.header.epoch.0).collect()
+    }
+
+    /// What it does from now on.
+    pub fn set_mood(&self, mood: Mood) {
+        *self.mood.lock().unwrap() = mood;
     }
 
     /// Answers what it keeps.
@@ -145,8 +165,32 @@ impl FakeHost {
         drop(forgotten);
     }
 
-    fn hold(&self, frame: RequestFrame, reply: ReplySender) {
-        self.held.lock().unwrap().push((frame, reply));
+    fn react(&self, mood: Mood, frame: RequestFrame, reply: ReplySender) {
+        match mood {
+            Mood::Keeps => self.held.lock().unwrap().push((frame, reply)),
+            Mood::KeepsOf(source) if frame.header.source == source => self.react(Mood::Keeps, frame, reply),
+            Mood::Answers | Mood::KeepsOf(_) => reply.send(Ok(answer(&frame).into())),
+            Mood::AnswersAfter(time) => drop(std::thread::spawn(move || {
+                std::thread::sleep(time);
+                reply.send(Ok(answer(&frame).into()));
+            })),
+            Mood::Refuses(reason) => reply.send(Err(Refusal::new(reason, "as told"))),
+            Mood::Short => reply.send(Ok(answer(&frame)[HIDDEN..].to_vec().into())),
+            Mood::Forgets => drop(reply),
+            Mood::Fickle(seed) => {
+                use RefusalReason::*;
+                let number = seed.wrapping_add(u64::from(frame.header.sequence)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                let moods = [
+                    Mood::Answers,
+                    Mood::Short,
+                    Mood::Forgets,
+                    Mood::Refuses(Busy),
+                    Mood::Refuses(NotHeld),
+                    Mood::Refuses(Epoch),
+                ];
+                self.react(moods[(number >> 32) as usize % moods.len()], frame, reply);
+            }
+        }
     }
 }
 
@@ -156,16 +200,21 @@ impl ExpertHost for FakeHost {
     }
 
     fn submit(&self, frame: RequestFrame, reply: ReplySender) {
-        // Locked to the end, so that a test which sees the frame finds it answered or kept.
-        let mut frames = self.frames.lock().unwrap();
-        frames.push(frame.clone());
-        match self.mood {
-            Mood::Silent => self.hold(frame, reply),
-            Mood::SilentTo(source) if frame.header.source == source => self.hold(frame, reply),
-            Mood::Answers | Mood::SilentTo(_) => reply.send(Ok(answer(&frame).into())),
-            Mood::Refuses(reason) => reply.send(Err(Refusal::new(reason, "as told"))),
-            Mood::Short => reply.send(Ok(answer(&frame)[HIDDEN..].to_vec().into())),
+        let mood = *self.mood.lock().unwrap();
+        if mood == Mood::Keeps || mood == Mood::KeepsOf(frame.header.source) {
+            // Locked to the end, so that a test which sees the frame finds it kept.
+            let mut frames = self.frames.lock().unwrap();
+            frames.push(frame.clone());
+            return self.react(mood, frame, reply);
         }
+        // Not locked: an answer to a caller of this process may bring the next frame.
+        self.frames.lock().unwrap().push(frame.clone());
+        self.react(mood, frame, reply);
+    }
+
+    fn answer(&self, frame: RequestFrame, reply: ReplySender) {
+        self.answered_by_caller.fetch_add(1, Ordering::SeqCst);
+        self.submit(frame, reply);
     }
 }
 
@@ -190,8 +239,17 @@ pub fn worker(number: usize) -> WorkerId {
 
 /// `holders[expert]` are numbers of workers.
 pub fn placement(workers: usize, holders: &[Vec<u32>]) -> Arc<Placement> {
+    placement_at(1, workers, holders)
+}
+
+pub fn placement_at(epoch: u32, workers: usize, holders: &[Vec<u32>]) -> Arc<Placement> {
     let layers = BTreeMap::from([(LAYER, holders.to_vec())]);
-    Arc::new(Placement::new(Epoch(1), (0..workers).map(worker).collect(), layers).unwrap())
+    Arc::new(Placement::new(Epoch(epoch), (0..workers).map(worker).collect(), layers).unwrap())
+}
+
+/// Every worker holds everything.
+pub fn replicas(workers: usize) -> Vec<Vec<u32>> {
+    vec![(0..workers as u32).collect(); EXPERTS]
 }
 
 /// Experts in contiguous blocks.
@@ -226,19 +284,26 @@ pub fn config(layer_deadline: Duration) -> DispatchConfig {
 
 /// Longer than any test should take.
 pub const PATIENT: Duration = Duration::from_secs(20);
+/// For calls that fail.
+pub const SHORT: Duration = Duration::from_millis(300);
 /// Between two looks at a condition.
 pub const POLL: Duration = Duration::from_millis(2);
+
+/// A member that has loaded the experts of every epoch that there is.
+pub fn member(address: impl ToString) -> Holder {
+    Holder { address: address.to_string(), epoch_loaded: Epoch(9) }
+}
 
 /// A dispatcher over workers of this process.
 pub fn local(hosts: &[Arc<FakeHost>], holders: &[Vec<u32>], deadline: Duration) -> Dispatcher {
     let hub = Hub::default();
-    let mut addresses = BTreeMap::new();
+    let mut members = BTreeMap::new();
     for (number, host) in hosts.iter().enumerate() {
         hub.insert(worker(number), host.clone());
-        addresses.insert(worker(number), "in this process".to_owned());
+        members.insert(worker(number), member("in this process"));
     }
     let dispatcher = Dispatcher::new(config(deadline), Some(hub));
-    dispatcher.set_view(placement(hosts.len(), holders), &addresses);
+    dispatcher.set_view(placement(hosts.len(), holders), &members);
     dispatcher
 }
 
@@ -261,7 +326,22 @@ impl RemoteWorker {
         let (address, runtime) = serve(address, Server::builder().add_service(service)).await;
         Self { address, closing, runtime: Some(runtime) }
     }
+
+    /// Nothing in it moves until what this returns is dropped: its connections stay open and say nothing.
+    pub async fn freeze(&self) -> Frozen {
+        let (thaw, thawed) = std::sync::mpsc::sync_channel(0);
+        let (frozen, is_frozen) = oneshot::channel();
+        // It has one thread.
+        self.runtime.as_ref().unwrap().spawn(async move {
+            frozen.send(()).unwrap();
+            thawed.recv().unwrap_err()
+        });
+        is_frozen.await.unwrap();
+        thaw
+    }
 }
+
+pub type Frozen = std::sync::mpsc::SyncSender<()>;
 
 impl Drop for RemoteWorker {
     fn drop(&mut self) {
@@ -307,13 +387,13 @@ pub async fn remote(
         workers.push(start(number, host).await);
     }
     let dispatcher = Dispatcher::new(config(deadline), None);
-    dispatcher.set_view(placement(hosts.len(), holders), &addresses(workers.iter().enumerate()));
-    until(|| dispatcher.reachable()).await;
+    dispatcher.set_view(placement(hosts.len(), holders), &members(workers.iter().enumerate()));
+    until(|| dispatcher.edges().iter().all(|edge| edge.state() == v1::EdgeState::Live)).await;
     (dispatcher, workers)
 }
 
-pub fn addresses<'a>(workers: impl IntoIterator<Item = (usize, &'a RemoteWorker)>) -> BTreeMap<WorkerId, String> {
-    workers.into_iter().map(|(number, remote)| (worker(number), remote.address.to_string())).collect()
+pub fn members<'a>(workers: impl IntoIterator<Item = (usize, &'a RemoteWorker)>) -> BTreeMap<WorkerId, Holder> {
+    workers.into_iter().map(|(number, remote)| (worker(number), member(remote.address))).collect()
 }
 
 /// One row for the experts first..first + TOP_K.
@@ -335,6 +415,11 @@ pub async fn combined(pending: Pending, rows: usize) -> Result<Vec<f32>, Dispatc
 
 pub async fn call(dispatcher: &Dispatcher, x: &[f32], routes: &[Route]) -> Result<Vec<f32>, DispatchError> {
     combined(send(dispatcher, x, routes)?, x.len() / HIDDEN).await
+}
+
+/// How the dispatcher sees the way to a worker.
+pub fn edge(dispatcher: &Dispatcher, number: usize) -> v1::EdgeStatus {
+    dispatcher.edges().into_iter().find(|edge| edge.worker == worker(number).as_str()).unwrap()
 }
 
 /// Waits for a condition, and fails the test if it never comes true.

@@ -9,7 +9,7 @@ use futures::StreamExt;
 use moesaic_node::{Member, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
-use moesaic_proto::v1::{Hello, Role, RunEvent, RunRequest, SamplingParams};
+use moesaic_proto::v1::{AbortRequest, Hello, Role, RunEvent, RunRequest, SamplingParams};
 use tonic::Streaming;
 use tonic::transport::Channel;
 
@@ -58,7 +58,7 @@ impl Load {
     /// Until the token after a prompt.
     pub async fn prefill(&self, tokens: usize) -> Result<Measured> {
         let start = Instant::now();
-        let mut events = self.start(0, tokens, 1).await?;
+        let (_, mut events) = self.start(0, tokens, 1).await?;
         while events.message().await?.is_some() {}
         Ok(Measured::rate(tokens, start.elapsed()))
     }
@@ -73,9 +73,10 @@ impl Load {
         begin: impl FnOnce(),
     ) -> Result<Measured> {
         let mut begin = Some(begin);
-        let mut streams = Vec::new();
+        let (mut streams, mut ids) = (Vec::new(), Vec::new());
         for sequence in 0..batch {
-            let events = self.start(sequence, context, tokens + slack).await?;
+            let (id, events) = self.start(sequence, context, tokens + slack).await?;
+            ids.push(id);
             streams.push(events.map(move |event| (sequence, event)));
         }
         let mut streams = futures::stream::select_all(streams);
@@ -97,7 +98,8 @@ impl Load {
                 Some(start) => {
                     counted += 1;
                     if counted == tokens * batch {
-                        return Ok(Measured::rate(counted, Instant::now() - start));
+                        let measured = Measured::rate(counted, Instant::now() - start);
+                        return self.abort(ids).await.map(|()| measured);
                     }
                 }
             }
@@ -105,7 +107,16 @@ impl Load {
         bail!("the worker ended its answers early")
     }
 
-    async fn start(&self, sequence: usize, prompt: usize, max_tokens: usize) -> Result<Streaming<RunEvent>> {
+    /// Else the worker would go on with them for a while.
+    async fn abort(&self, ids: Vec<String>) -> Result<()> {
+        for request_id in ids {
+            self.worker.clone().abort(AbortRequest { request_id }).await?;
+        }
+        Ok(())
+    }
+
+    /// A request's id and its events.
+    async fn start(&self, sequence: usize, prompt: usize, max_tokens: usize) -> Result<(String, Streaming<RunEvent>)> {
         let sampling = SamplingParams {
             temperature: Some(0.0),
             top_p: Some(1.0),
@@ -113,15 +124,16 @@ impl Load {
             seed: Some(0),
             ..Default::default()
         };
+        let request_id = format!("bench-{}", uuid::Uuid::new_v4().simple());
         let run = RunRequest {
             hello: Some(self.hello.clone()),
-            request_id: format!("bench-{}", uuid::Uuid::new_v4().simple()),
+            request_id: request_id.clone(),
             prompt: self.prompt(sequence, prompt),
             sampling: Some(sampling),
             max_tokens: max_tokens as u32,
             ..Default::default()
         };
-        Ok(self.worker.clone().run(run).await?.into_inner())
+        Ok((request_id, self.worker.clone().run(run).await?.into_inner()))
     }
 
     /// Some tokens, others for each sequence.

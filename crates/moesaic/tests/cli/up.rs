@@ -82,11 +82,44 @@ fn children_end_when_their_parent_is_killed() {
 fn a_child_that_dies_is_named() {
     let mut up = Running::start(&["up", "--processes", "--listen", "127.0.0.1:0", "--threads", "1"]);
     up.url();
-    let (worker, _) = up.children().into_iter().find(|(_, line)| line.contains("--id=e1")).unwrap();
-    signal(worker, "KILL");
+    let (coordinator, _) = up.children().into_iter().find(|(_, line)| line.contains("--id=c0")).unwrap();
+    signal(coordinator, "KILL");
     assert_eq!(up.wait().code(), Some(1));
     let errors = up.errors();
-    assert!(errors.contains("expert worker e1 failed: signal: 9"), "{errors:?}");
+    assert!(errors.contains("coordinator c0 failed: signal: 9"), "{errors:?}");
+}
+
+/// With two copies of every expert and two attention workers any worker may be killed: answers go on, and it comes back.
+#[test]
+fn workers_that_die_are_started_again_and_nothing_is_lost_meanwhile() {
+    let cluster = ["--attention-workers", "2", "--expert-workers", "2", "--replicas", "2", "--threads", "1"];
+    let mut up = Running::start(&[&["up", "--processes", "--listen", "127.0.0.1:0"], &cluster[..]].concat());
+    let url = up.url();
+    let find = |up: &Running, id: &str| up.children().into_iter().find(|(_, line)| line.contains(id));
+    let answer = ask(&url)["choices"].clone();
+    for id in ["--id=e0", "--id=a1", "--id=e1"] {
+        let (worker, _) = find(&up, id).unwrap();
+        signal(worker, "KILL");
+        assert_eq!(ask(&url)["choices"], answer, "right after {id} was killed");
+        let deadline = Instant::now() + PATIENCE;
+        while find(&up, id).is_none_or(|(again, _)| again == worker) {
+            assert!(Instant::now() < deadline, "{id} does not come back");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // Every expert has two live holders again, and each worker reaches all of them.
+        while !healthy(&url) {
+            assert!(Instant::now() < deadline, "{id} is back and does not work");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    stops_well(&mut up);
+}
+
+/// Whether `moesaic status` shows nothing that is missing.
+fn healthy(url: &str) -> bool {
+    let (code, said, _) = finish(moesaic().args(["status", "--edges", "--server", url]));
+    let whole = said.contains("0 have no live holder, 0 have fewer than they should");
+    code == Some(0) && whole && said.matches(": live").count() == 4 && said.matches(": ready").count() == 2
 }
 
 /// Packed experts change no answer; a packed file that does not fit stops the start with its name and the fix.

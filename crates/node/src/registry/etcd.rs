@@ -8,17 +8,19 @@
 //! * each **registration** holds a lease; when the lease or the connection is lost it takes a new one and writes its
 //!   record again.
 
+mod leader;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, PutOptions, Txn, TxnOp, WatchOptions,
-    WatchStream,
+    Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp,
+    WatchOptions, WatchStream,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use moesaic_proto::v1::{self, Role};
+use moesaic_proto::v1::{self, Cordon, Role};
 use moesaic_proto::{Placement, WorkerId};
 use prost::Message;
 use tokio::sync::watch;
@@ -26,7 +28,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Entry, Member, Registration, Registry, RegistryError, View};
+use super::{Campaign, Entry, Leader, Member, Registration, Registry, RegistryError, View};
 
 /// How long one call may take: far more than a healthy etcd needs, far less than anybody waits.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
@@ -41,11 +43,13 @@ const WATCH_QUIET: Duration = Duration::from_secs(10);
 pub struct EtcdOptions {
     /// A member whose process is gone disappears this many seconds later. Death is noticed on the data path long before.
     pub lease_ttl_seconds: i64,
+    /// A leader whose process is gone is followed by another this many seconds later, and a little.
+    pub leader_ttl_seconds: i64,
 }
 
 impl Default for EtcdOptions {
     fn default() -> Self {
-        Self { lease_ttl_seconds: 5 }
+        Self { lease_ttl_seconds: 5, leader_ttl_seconds: 2 }
     }
 }
 
@@ -68,7 +72,7 @@ pub async fn etcd(
         Err(RegistryError::Etcd(source)) => return Err(unreachable(source)),
         other => other?,
     };
-    let view = watch::Sender::new(Arc::new(listed.view()));
+    let view = watch::Sender::new(Arc::new(listed.view(true)));
     let stop = CancellationToken::new();
     let follow = follow(client.clone(), prefix.clone(), listed, revision, view.clone());
     tokio::spawn(stop.clone().run_until_cancelled_owned(follow));
@@ -115,10 +119,35 @@ impl Registry for Etcd {
             if epoch.checked_add(1) != Some(placement.epoch().0) {
                 return Ok(false);
             }
-            let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, revision);
+            let mut when = vec![Compare::mod_revision(key.clone(), CompareOp::Equal, revision)];
+            if placement.term() > 0 {
+                let leader = format!("{}leader", self.prefix);
+                when.push(Compare::create_revision(leader, CompareOp::Equal, placement.term() as i64));
+            }
             let put = TxnOp::put(key, placement.to_proto().encode_to_vec(), None);
-            let txn = client.txn(Txn::new().when([unchanged]).and_then([put]));
+            let txn = client.txn(Txn::new().when(when).and_then([put]));
             Ok(call(txn.map(|r| r.map_err(RegistryError::from))).await?.succeeded())
+        }
+        .boxed()
+    }
+
+    fn campaign(&self, id: WorkerId) -> Campaign {
+        let key = format!("{}leader", self.prefix);
+        leader::campaign(self.client.clone(), key, id, self.options.leader_ttl_seconds, self.view())
+    }
+
+    fn set_cordon(&self, role: Role, id: WorkerId, cordon: Option<Cordon>) -> BoxFuture<'_, Result<(), RegistryError>> {
+        let mut client = self.client.clone();
+        let key = format!("{}cordons/{}", self.prefix, role_and_id(role, &id));
+        async move {
+            call(async {
+                match cordon {
+                    Some(cordon) => drop(client.put(key, cordon.encode_to_vec(), None).await?),
+                    None => drop(client.delete(key, None).await?),
+                }
+                Ok(())
+            })
+            .await
         }
         .boxed()
     }
@@ -136,6 +165,8 @@ async fn call<T>(work: impl Future<Output = Result<T, RegistryError>>) -> Result
 struct Listing {
     members: BTreeMap<Vec<u8>, Member>,
     placement: Option<Arc<Placement>>,
+    leader: Option<Leader>,
+    cordons: BTreeMap<(Role, WorkerId), Cordon>,
 }
 
 impl Listing {
@@ -144,17 +175,24 @@ impl Listing {
         let answer = client.get(prefix, Some(GetOptions::new().with_prefix())).await?;
         let mut listing = self.clone();
         listing.members.retain(|key, _| answer.kvs().iter().any(|kv| kv.key() == key));
-        answer.kvs().iter().for_each(|kv| listing.put(prefix, kv.key(), kv.value()));
+        (listing.leader, listing.cordons) = (None, BTreeMap::new());
+        answer.kvs().iter().for_each(|kv| listing.put(prefix, kv));
         Ok((listing, answer.header().map_or(0, |header| header.revision())))
     }
 
-    fn put(&mut self, prefix: &str, key: &[u8], value: &[u8]) {
-        let name = String::from_utf8_lossy(key);
+    fn put(&mut self, prefix: &str, kv: &KeyValue) {
+        let (name, value) = (String::from_utf8_lossy(kv.key()), kv.value());
         let known = name.strip_prefix(prefix).unwrap_or_default();
         let done = if known == "placement" {
             decode_placement(value).map(|placement| self.placement = Some(Arc::new(placement)))
+        } else if known == "leader" {
+            decode_leader(value, kv.create_revision()).map(|leader| self.leader = Some(leader))
+        } else if let Some(worker) = known.strip_prefix("cordons/") {
+            decode_cordon(worker, value).map(|(worker, cordon)| {
+                self.cordons.insert(worker, cordon);
+            })
         } else if known.starts_with("workers/") {
-            decode_member(prefix, &name, value).map(|member| drop(self.members.insert(key.to_vec(), member)))
+            decode_member(prefix, &name, value).map(|member| drop(self.members.insert(kv.key().to_vec(), member)))
         } else {
             Err("the key is not one of ours".into())
         };
@@ -163,13 +201,21 @@ impl Listing {
         }
     }
 
-    fn delete(&mut self, key: &[u8]) {
+    fn delete(&mut self, prefix: &str, key: &[u8]) {
         self.members.remove(key);
+        let name = String::from_utf8_lossy(key);
+        let known = name.strip_prefix(prefix).unwrap_or_default();
+        if known == "leader" {
+            self.leader = None;
+        } else if let Some(worker) = known.strip_prefix("cordons/").and_then(decode_worker) {
+            self.cordons.remove(&worker);
+        }
     }
 
-    fn view(&self) -> View {
+    fn view(&self, is_current: bool) -> View {
         let members = self.members.values().map(|m| ((m.hello.role(), m.id.clone()), m.clone())).collect();
-        View { members, placement: self.placement.clone() }
+        let (placement, leader, cordons) = (self.placement.clone(), self.leader.clone(), self.cordons.clone());
+        View { members, placement, leader, cordons, is_current }
     }
 }
 
@@ -188,14 +234,37 @@ fn decode_member(prefix: &str, key: &str, value: &[u8]) -> Result<Member, String
     }
 }
 
+fn decode_leader(value: &[u8], created: i64) -> Result<Leader, String> {
+    let record = v1::LeaderRecord::decode(value).map_err(|e| e.to_string())?;
+    let id = WorkerId::new(&record.id).map_err(|e| e.to_string())?;
+    Ok(Leader { id, term: created.unsigned_abs() })
+}
+
+fn decode_cordon(worker: &str, value: &[u8]) -> Result<((Role, WorkerId), Cordon), String> {
+    let worker = decode_worker(worker).ok_or("the key names no worker")?;
+    Ok((worker, Cordon::decode(value).map_err(|e| e.to_string())?))
+}
+
+fn decode_worker(name: &str) -> Option<(Role, WorkerId)> {
+    let (role, id) = name.split_once('/')?;
+    let role = ROLES.iter().find(|(_, name)| *name == role)?.0;
+    Some((role, WorkerId::new(id).ok()?))
+}
+
+const ROLES: [(Role, &str); 4] = [
+    (Role::Unspecified, "unspecified"),
+    (Role::Coordinator, "coordinator"),
+    (Role::AttentionWorker, "attention-worker"),
+    (Role::ExpertWorker, "expert-worker"),
+];
+
+fn role_and_id(role: Role, id: &WorkerId) -> String {
+    let name = ROLES.iter().find(|(of, _)| *of == role).map_or("", |(_, name)| name);
+    format!("{name}/{id}")
+}
+
 fn member_key(prefix: &str, role: Role, id: &WorkerId) -> String {
-    let role = match role {
-        Role::Unspecified => "unspecified",
-        Role::Coordinator => "coordinator",
-        Role::AttentionWorker => "attention-worker",
-        Role::ExpertWorker => "expert-worker",
-    };
-    format!("{prefix}workers/{role}/{id}")
+    format!("{prefix}workers/{}", role_and_id(role, id))
 }
 
 /// Follows the prefix for ever.
@@ -209,6 +278,7 @@ async fn follow(
     loop {
         let reason = follow_from(&mut client, &prefix, &mut listing, revision, &view).await;
         tracing::warn!(reason, "registry: not following etcd; the last view stays in force");
+        set_view(&view, listing.view(false));
         let mut backoff = BACKOFF_MIN;
         (listing, revision) = loop {
             sleep(backoff).await;
@@ -218,7 +288,7 @@ async fn follow(
             }
             backoff = (backoff * 2).min(BACKOFF_MAX);
         };
-        set_view(&view, &listing);
+        set_view(&view, listing.view(true));
     }
 }
 
@@ -247,11 +317,11 @@ async fn follow_from(
         for event in answer.events() {
             let Some(kv) = event.kv() else { continue };
             match event.event_type() {
-                EventType::Put => listing.put(prefix, kv.key(), kv.value()),
-                EventType::Delete => listing.delete(kv.key()),
+                EventType::Put => listing.put(prefix, kv),
+                EventType::Delete => listing.delete(prefix, kv.key()),
             }
         }
-        set_view(view, listing);
+        set_view(view, listing.view(true));
     }
 }
 
@@ -272,8 +342,7 @@ async fn next_message(stream: &mut WatchStream) -> Result<etcd_client::WatchResp
     }
 }
 
-fn set_view(view: &watch::Sender<Arc<View>>, listing: &Listing) {
-    let new = listing.view();
+fn set_view(view: &watch::Sender<Arc<View>>, new: View) {
     view.send_if_modified(|old| {
         let changed = **old != new;
         if changed {

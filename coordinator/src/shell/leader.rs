@@ -1,0 +1,184 @@
+//! The coordinator that leads writes the placements: `core::leader` decides, from the registry's view and from what the
+//! attention workers answer.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use moesaic_node::{Member, Registry, View};
+use moesaic_proto::WorkerId;
+use moesaic_proto::v1::{EdgeState, ExpertLoadRequest, RebalanceResponse, Role};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::workers::Workers;
+use crate::core::ApiError;
+use crate::core::expert_load::ExpertLoad;
+use crate::core::leader::{Leader, Policy, Seen, Sight, Why};
+use crate::core::placement::planner::{Host, Plan};
+
+/// How often it is looked whether anything has changed.
+const TICK: Duration = Duration::from_millis(100);
+/// How often the experts' load is read.
+const LOAD_INTERVAL: Duration = Duration::from_secs(5);
+const LOAD_TIMEOUT: Duration = Duration::from_secs(1);
+/// After the registry has refused a placement.
+const PUBLISH_RETRY: Duration = Duration::from_secs(1);
+
+/// See the module.
+pub struct Leading {
+    workers: Arc<Workers>,
+    registry: Arc<dyn Registry>,
+    policy: Policy,
+    started: Instant,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// While this coordinator leads.
+    leader: Option<Leader>,
+    load: ExpertLoad,
+}
+
+impl Leading {
+    pub fn new(workers: Arc<Workers>, registry: Arc<dyn Registry>, policy: Policy) -> Self {
+        Self { workers, registry, policy, started: Instant::now(), state: Mutex::default() }
+    }
+
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Leads while it has a term; for as long as it is polled.
+    pub async fn run(self: Arc<Self>, mut term: watch::Receiver<Option<u64>>) {
+        loop {
+            let led = term.borrow_and_update().is_some();
+            self.lock().leader = led.then(|| Leader::new(self.policy.clone(), self.started.elapsed()));
+            loop {
+                let Some(term) = *term.borrow() else { break };
+                if !self.step(term).await {
+                    sleep(PUBLISH_RETRY).await;
+                }
+                sleep(TICK).await;
+            }
+            if term.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// False if a placement could not be published.
+    async fn step(&self, term: u64) -> bool {
+        let view = self.workers.view().borrow().clone();
+        let decided = {
+            let mut state = self.lock();
+            let State { leader, load } = &mut *state;
+            let Some(leader) = leader else { return true };
+            let seen = self.seen(&view);
+            let sight = Sight { workers: &seen, placement: view.placement.as_deref(), load: load.smoothed() };
+            leader.decide(self.started.elapsed(), &sight)
+        };
+        let (plan, why) = match decided {
+            Ok(Some(decided)) => decided,
+            Ok(None) => return true,
+            Err(error) => {
+                tracing::error!(%error, "the experts cannot be placed");
+                return true;
+            }
+        };
+        let Plan { placement, moved, imbalance_before, imbalance, .. } = plan;
+        let (epoch, workers) = (placement.epoch(), placement.workers().len());
+        match self.registry.publish(placement.with_term(term)).await {
+            Ok(true) => {
+                tracing::info!(%epoch, ?why, workers, moved, imbalance_before, imbalance, "the experts are placed");
+                true
+            }
+            Ok(false) => {
+                tracing::warn!(%epoch, ?why, "another placement was first, or another coordinator leads");
+                false
+            }
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the placement could not be published");
+                false
+            }
+        }
+    }
+
+    /// Reads the experts' load, for as long as it is polled.
+    pub async fn measure(self: Arc<Self>) {
+        loop {
+            sleep(LOAD_INTERVAL).await;
+            for (id, mut client) in self.workers.clients() {
+                if let Ok(Ok(counted)) = timeout(LOAD_TIMEOUT, client.expert_load(ExpertLoadRequest {})).await {
+                    self.lock().load.take(&id, counted.into_inner());
+                }
+            }
+            self.lock().load.end_interval();
+        }
+    }
+
+    /// Plans anew now: says what it comes to, and has it done unless it is a dry run. `None` if this coordinator does not
+    /// lead.
+    pub fn rebalance(&self, dry_run: bool) -> Option<Result<RebalanceResponse, ApiError>> {
+        let view = self.workers.view().borrow().clone();
+        let mut state = self.lock();
+        let State { leader, load } = &mut *state;
+        let leader = leader.as_mut()?;
+        let seen = self.seen(&view);
+        let sight = Sight { workers: &seen, placement: view.placement.as_deref(), load: load.smoothed() };
+        let planned = leader.plan(self.started.elapsed(), &sight, Why::Asked);
+        if !dry_run && planned.is_ok() {
+            leader.ask();
+        }
+        let answer = |plan: Option<Plan>| {
+            let plan = plan.ok_or_else(|| ApiError::invalid("model", "has no routed experts to place"))?;
+            let is_moved = plan.moved > 0 || view.placement.is_none();
+            let in_force = view.placement.as_ref().map_or(0, |placement| placement.epoch().0);
+            Ok(RebalanceResponse {
+                epoch: if is_moved { plan.placement.epoch().0 } else { in_force },
+                moved: plan.moved as u32,
+                imbalance_before: plan.imbalance_before.unwrap_or(plan.imbalance),
+                imbalance_after: plan.imbalance,
+            })
+        };
+        Some(planned.map_err(|error| ApiError::Unavailable { reason: error.to_string() }).and_then(answer))
+    }
+
+    /// The expert workers of this model.
+    pub fn seen(&self, view: &View) -> Vec<Seen> {
+        let reached = self.reached();
+        let experts = view.of_role(Role::ExpertWorker).filter(|member| self.workers.accepts(member));
+        experts.map(|member| self.seen_as(member, view, &reached)).collect()
+    }
+
+    fn seen_as(&self, member: &Member, view: &View, reached: &BTreeMap<WorkerId, bool>) -> Seen {
+        let cordon = view.cordons.get(&(Role::ExpertWorker, member.id.clone()));
+        let all = self.policy.layers.len() * self.policy.experts;
+        let slots = if member.expert_slots == 0 { all } else { (member.expert_slots as usize).min(all) };
+        Seen {
+            host: Host { id: member.id.clone(), node: member.node.clone(), slots, weight: 1.0 },
+            epoch_loaded: member.epoch_loaded,
+            is_drained: cordon.is_some_and(|cordon| cordon.drain),
+            is_stopping: member.draining,
+            is_cordoned: cordon.is_some(),
+            is_down: reached.get(&member.id).is_some_and(|is_reached| !is_reached),
+        }
+    }
+
+    /// Of each expert worker that attention workers have an edge to, whether any of them reaches it.
+    fn reached(&self) -> BTreeMap<WorkerId, bool> {
+        let mut reached = BTreeMap::new();
+        for edge in self.workers.loads().into_iter().filter_map(|(_, load)| load).flat_map(|load| load.edges) {
+            let is_reached = !matches!(edge.state(), EdgeState::Down | EdgeState::Silent);
+            if let Ok(id) = WorkerId::new(&edge.worker) {
+                *reached.entry(id).or_insert(false) |= is_reached;
+            }
+        }
+        reached
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

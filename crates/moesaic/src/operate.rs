@@ -1,0 +1,177 @@
+//! What operators ask of a running cluster: status, cordon, drain, rebalance. Each is one call of the Admin service.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context, Result, anyhow, bail};
+use moesaic_proto::v1::admin_client::AdminClient;
+use moesaic_proto::v1::{
+    AttentionStatus, CordonRequest, EdgeState, ExpertStatus, LoadResponse, RebalanceRequest, StatusRequest,
+    StatusResponse,
+};
+use tonic::Status;
+use tonic::transport::Channel;
+
+use crate::cli::say;
+
+/// Where the cluster is.
+#[derive(Debug, clap::Args)]
+pub struct Server {
+    /// Any coordinator
+    #[arg(long, value_name = "URL", env = "MOESAIC_SERVER", default_value = "http://127.0.0.1:8080")]
+    server: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    server: Server,
+    /// Every edge between attention and expert workers
+    #[arg(long)]
+    edges: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct WorkerArgs {
+    /// The worker's id
+    worker: String,
+    #[command(flatten)]
+    server: Server,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct RebalanceArgs {
+    #[command(flatten)]
+    server: Server,
+    /// Only say what it would come to
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub async fn status(args: StatusArgs) -> Result<()> {
+    let status = args.server.client().await?.status(StatusRequest {}).await.map_err(refused)?.into_inner();
+    say(&described(&status, args.edges));
+    match status.not_ready.is_empty() {
+        true => Ok(()),
+        false => bail!("no token could be produced: {}", status.not_ready),
+    }
+}
+
+pub async fn cordon(args: WorkerArgs, cordoned: bool, drain: bool) -> Result<()> {
+    let request = CordonRequest { worker: args.worker.clone(), cordoned, drain };
+    args.server.client().await?.cordon(request).await.map_err(refused)?;
+    let done = match (cordoned, drain) {
+        (true, true) => "is being drained: `moesaic status` shows when it holds nothing",
+        (true, false) => "gets nothing new",
+        (false, _) => "is in use",
+    };
+    say(&format!("{} {done}\n", args.worker));
+    Ok(())
+}
+
+pub async fn rebalance(args: RebalanceArgs) -> Result<()> {
+    let request = RebalanceRequest { dry_run: args.dry_run };
+    let answer = args.server.client().await?.rebalance(request).await.map_err(refused)?.into_inner();
+    let verb = if args.dry_run { "would be" } else { "is" };
+    say(&match answer.moved {
+        0 => format!("nothing moves: the busiest worker has {:.2} of the mean\n", answer.imbalance_before),
+        moved => format!(
+            "epoch {} {verb} placed: workers load {moved} experts, and the busiest one has {:.2} of the mean instead of \
+             {:.2}\n",
+            answer.epoch, answer.imbalance_after, answer.imbalance_before
+        ),
+    });
+    Ok(())
+}
+
+impl Server {
+    async fn client(&self) -> Result<AdminClient<Channel>> {
+        let connected = AdminClient::connect(self.server.clone()).await;
+        connected.with_context(|| format!("no coordinator answers at {} (see --server)", self.server))
+    }
+}
+
+/// A status in words.
+fn refused(status: Status) -> anyhow::Error {
+    anyhow!("{}", status.message())
+}
+
+fn described(status: &StatusResponse, with_edges: bool) -> String {
+    let mut text = String::new();
+    let leader = match (status.leader.is_empty(), status.registry_reachable) {
+        (false, _) => format!("{} leads (term {})", status.leader, status.term),
+        (true, true) => "nobody leads".into(),
+        (true, false) => "the registry is away, the last view is in force".into(),
+    };
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "cluster   {leader}; {} sequences at {}", status.sequences, status.coordinator);
+    let _ = match status.epoch {
+        0 => writeln!(text, "experts   not placed yet"),
+        epoch => writeln!(
+            text,
+            "experts   epoch {epoch}; {} have no live holder, {} have fewer than they should",
+            status.experts_lost, status.experts_exposed
+        ),
+    };
+    for worker in &status.attention {
+        let _ = writeln!(text, "attention {}", attention(worker));
+        if with_edges {
+            worker.load.iter().for_each(|load| edges(load, &mut text));
+        }
+    }
+    for worker in &status.experts {
+        let _ = writeln!(text, "experts   {}", experts(worker, status.epoch));
+    }
+    text
+}
+
+fn attention(worker: &AttentionStatus) -> String {
+    let mark = if worker.cordoned { ", cordoned" } else { "" };
+    let head = format!("{} on {} at {}{mark}", worker.id, worker.node, worker.address);
+    let Some(load) = &worker.load else { return format!("{head}: does not answer") };
+    let state = match (load.draining, load.experts_reachable) {
+        (true, _) => "draining",
+        (_, false) => "does not reach every expert",
+        _ => "ready",
+    };
+    let dispatch = load.dispatch.unwrap_or_default();
+    format!(
+        "{head}: {state}, {} running, {} waiting, {} of {} pages free, epoch {}; frames {} sent, {} resent, {} hedged",
+        load.sequences_running,
+        load.sequences_waiting,
+        load.pages_free,
+        load.pages_total,
+        load.epoch,
+        dispatch.sent,
+        dispatch.resent,
+        dispatch.hedged,
+    )
+}
+
+fn edges(load: &LoadResponse, text: &mut String) {
+    for edge in &load.edges {
+        let state = match edge.state() {
+            EdgeState::Live => "live",
+            EdgeState::Slow => "slow",
+            EdgeState::Silent => "silent",
+            EdgeState::Down | EdgeState::Unspecified => "down",
+        };
+        let _ = writeln!(
+            text,
+            "            -> {} by {}: {state} ({}), {} rows answered, {:.2} ms a frame",
+            edge.worker,
+            edge.transport,
+            edge.detail,
+            edge.terms,
+            f64::from(edge.answer_us) / 1000.0
+        );
+    }
+}
+
+fn experts(worker: &ExpertStatus, epoch: u32) -> String {
+    let marks = [(worker.cordoned, ", cordoned"), (worker.draining, ", draining")];
+    let marks: String = marks.into_iter().filter(|(is, _)| *is).map(|(_, mark)| mark).collect();
+    let slots = if worker.slots == 0 { String::new() } else { format!(" of {} that fit", worker.slots) };
+    let state = if worker.epoch_loaded >= epoch { "loaded" } else { "loading" };
+    let ExpertStatus { id, node, address, experts, epoch_loaded, .. } = worker;
+    format!("{id} on {node} at {address}{marks}: holds {experts}{slots}, {state} (epoch {epoch_loaded})")
+}
