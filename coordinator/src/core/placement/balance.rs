@@ -3,10 +3,10 @@
 use super::draft::{Draft, Layer};
 use super::planner::{EVEN, EVEN_GOAL, MOVE_PAYS};
 
-/// Rounding decides nothing.
+/// Loads this close are the same: rounding decides nothing.
 const LEAST: f64 = 1e-9;
 
-/// Experts of the most loaded host that may get a further copy.
+/// Experts of the most loaded host that are tried for a further copy.
 const CANDIDATES: usize = 2;
 
 /// A copy that leaves the most loaded host, and the one that comes back for it.
@@ -19,9 +19,9 @@ struct Step {
 }
 
 impl Draft {
-    /// Evens out every layer whose greatest load is above `trigger`, as long as each copy that moves takes `pays` off it.
-    /// Where that is not enough, the most loaded experts get further copies, the most uneven layers first; they share the
-    /// free slots. True if anything has changed.
+    /// Evens out every layer whose greatest load is above `trigger`, as long as each copy that moves takes `pays` off
+    /// it. Where that is not enough, the most loaded experts get further copies, the most uneven layers first; they
+    /// share the free slots. True if anything has changed.
     pub fn balance(&mut self, trigger: f64, pays: f64) -> bool {
         let (mut has_changed, none) = (false, vec![false; self.hosts.len()]);
         for layer in 0..self.layers.len() {
@@ -34,15 +34,19 @@ impl Draft {
             let mut uneven: Vec<usize> = (0..self.layers.len()).filter(|l| is_uneven(&self.layers[*l])).collect();
             uneven.sort_by(|a, b| self.layers[*b].peak().total_cmp(&self.layers[*a].peak()));
             let slots = self.free().div_ceil(uneven.len().max(1));
-            if uneven.into_iter().filter(|layer| self.copy_hot(*layer, slots, pays)).count() == 0 {
+            let mut has_copied = false;
+            for layer in uneven {
+                has_copied |= self.copy_hot(layer, slots, pays);
+            }
+            if !has_copied {
                 return self.trim() || has_changed;
             }
             has_changed = true;
         }
     }
 
-    /// Takes load off the hosts above a level, other than those `spared`: the most loaded one first, whichever that is, until
-    /// there is none or it cannot be relieved at this price. Returns the moves.
+    /// Takes load off the hosts above a level, other than those `spared`: the most loaded one first, whichever that is,
+    /// until there is none or it cannot be relieved at this price. Returns the moves.
     fn relieve(&mut self, layer: usize, level: f64, pays: f64, spared: &[bool]) -> usize {
         let mut moves = 0;
         loop {
@@ -85,8 +89,8 @@ impl Draft {
         best
     }
 
-    /// Gives hot experts further copies, in up to so many free slots. Takes back those at the end that have not lowered the
-    /// greatest load. True if some stay.
+    /// Gives hot experts further copies, in up to so many free slots. Takes back those at the end that have not lowered
+    /// the greatest load. True if some stay.
     fn copy_hot(&mut self, layer: usize, slots: usize, pays: f64) -> bool {
         let mut best = (self.hosts.clone(), self.layers[layer].clone());
         let (mut has_changed, none) = (false, vec![false; self.hosts.len()]);
@@ -105,8 +109,8 @@ impl Draft {
         has_changed
     }
 
-    /// Gives one of the experts with most load for each copy, of those on the most loaded host, a further copy, and makes
-    /// the moves that this asks for. Taken back unless it pays, and fewer hosts are as loaded as that one was.
+    /// Gives one of the experts with most load for each copy, of those on the most loaded host, a further copy, and
+    /// makes the moves that this asks for. Taken back unless it pays, and fewer hosts are as loaded as that one was.
     fn copy_hottest(&mut self, layer: usize, pays: f64) -> bool {
         let before = (self.hosts.clone(), self.layers[layer].clone());
         let it = &before.1;

@@ -141,15 +141,19 @@ impl Draft {
         self.replicas.min(self.nodes)
     }
 
-    /// Whether a copy may move between two hosts: at most one copy on a host, and where the expert stood on up to `spread`
-    /// nodes, on no fewer.
+    /// Whether a copy may move between two hosts: at most one copy on a host, and nodes as in `may_leave`.
     pub fn may_move(&self, layer: usize, expert: usize, from: usize, to: usize, spread: usize) -> bool {
-        let others = || self.holders_but(layer, expert, from).map(|holder| (holder, self.hosts[holder].node));
-        let (from_node, to_node) = (self.hosts[from].node, self.hosts[to].node);
-        others().all(|(holder, _)| holder != to)
-            && (others().all(|(_, node)| node != to_node)
-                || others().any(|(_, node)| node == from_node)
-                || self.spread_without(layer, expert, from) >= spread)
+        !self.layers[layer].holders[expert].contains(&(to as u32))
+            && self.may_leave(layer, expert, from, self.hosts[to].node, spread)
+    }
+
+    /// Whether a copy may go to another node: where the expert stood on up to `spread` nodes, it must stand on no
+    /// fewer.
+    pub fn may_leave(&self, layer: usize, expert: usize, from: usize, to_node: usize, spread: usize) -> bool {
+        let mut nodes = self.holders_but(layer, expert, from).map(|other| self.hosts[other].node);
+        nodes.clone().all(|node| node != to_node)
+            || nodes.any(|node| node == self.hosts[from].node)
+            || self.spread_without(layer, expert, from) >= spread
     }
 
     /// Whether a host may get a further copy, room or not; `apart`: on a node that has none yet.
@@ -158,12 +162,12 @@ impl Draft {
         holders.all(|holder| holder != host && !(apart && self.hosts[holder].node == self.hosts[host].node))
     }
 
-    fn holders_but(&self, layer: usize, expert: usize, host: usize) -> impl Iterator<Item = usize> + '_ {
+    fn holders_but(&self, layer: usize, expert: usize, host: usize) -> impl Iterator<Item = usize> + Clone + '_ {
         self.layers[layer].holders[expert].iter().map(|holder| *holder as usize).filter(move |holder| *holder != host)
     }
 
-    /// Whether an expert has `copies` without this one, on as many nodes or on no fewer than with it, and no other holder's
-    /// load goes above the limit.
+    /// Whether an expert has `copies` without this one, on as many nodes or on no fewer than with it, and no other
+    /// holder's load goes above the limit.
     pub fn is_spare(&self, layer: usize, expert: usize, host: usize, copies: usize, limit: f64) -> bool {
         let it = &self.layers[layer];
         let left = it.holders[expert].len() - 1;

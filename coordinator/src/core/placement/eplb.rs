@@ -34,8 +34,8 @@ fn balance_layer(weight: &[f32], replicas: usize, groups: usize, nodes: usize, g
     slots
 }
 
-/// Balanced packing: the items of each of `bins` bins, all of the same number. The heaviest item goes first, always into
-/// the lightest bin that has room; ties go to the first.
+/// Balanced packing: the items of each of `bins` bins, all of the same number. The heaviest item goes first, always
+/// into the lightest bin that has room; ties go to the first.
 fn pack(weight: &[f32], bins: usize) -> Vec<Vec<usize>> {
     let room = weight.len() / bins;
     if room == 1 {

@@ -27,8 +27,9 @@ impl Search {
 
 impl Draft {
     /// As many copies of everything as there is room for, in blocks: the hosts stand along a line on which all experts
-    /// follow each other `copies` times, each host for a stretch of its share. A node's stretch is no longer than once all
-    /// experts, so that no expert meets it twice. With one copy, and hosts alike, expert e of E is on host e * M / E.
+    /// follow each other `copies` times, each host for a stretch of its share. A node's stretch is no longer than once
+    /// all experts, so that no expert meets it twice. With one copy, and hosts alike, expert e of E is on host e * M /
+    /// E.
     pub fn lay_out(&mut self) {
         let (experts, layers) = (self.experts(), self.layers.len());
         let slots: usize = self.hosts.iter().map(|host| host.slots).sum();
@@ -61,8 +62,8 @@ impl Draft {
         self.hosts[host].free.max(0).unsigned_abs().div_ceil(layers)
     }
 
-    /// How many of `total` copies of a layer each host takes: in proportion to its weight, at most its room, and at most
-    /// all experts for each node. Less than `total` where that is all there is.
+    /// How many of `total` copies of a layer each host takes: in proportion to its weight, at most its room, and at
+    /// most all experts for each node. Less than `total` where that is all there is.
     fn shares(&self, order: &[usize], room: &[f64], total: f64) -> Vec<f64> {
         let experts = self.experts() as f64;
         let by = |level: f64| {
@@ -85,8 +86,8 @@ impl Draft {
         by(high)
     }
 
-    /// Takes copies off hosts that hold too much: of the experts with most copies first, then of the coldest. True if there
-    /// are any.
+    /// Takes copies off hosts that hold too much: of the experts with most copies first, then of the coldest. True if
+    /// there are any.
     pub fn shed(&mut self) -> bool {
         let overfull: Vec<usize> = (0..self.hosts.len()).filter(|host| self.hosts[*host].free < 0).collect();
         for host in &overfull {
@@ -100,8 +101,8 @@ impl Draft {
         !overfull.is_empty()
     }
 
-    /// Adds the copies that are missing: one of everything first, then second ones, and so on; the hottest experts first,
-    /// and on different nodes first. Copies beyond that make room. True if anything has changed.
+    /// Adds the copies that are missing: one of everything first, then second ones, and so on; the hottest experts
+    /// first, and on different nodes first. Copies beyond that make room. True if anything has changed.
     pub fn fill(&mut self) -> bool {
         let mut has_changed = false;
         for copies in 1..=self.replicas.min(self.hosts.len()) {
@@ -134,8 +135,8 @@ impl Draft {
         });
     }
 
-    /// Moves copies that share a node to others, of experts that stand on fewer nodes than they could with `copies`. True
-    /// if there are any.
+    /// Moves copies that share a node to others, of experts that stand on fewer nodes than they could with `copies`.
+    /// True if there are any.
     fn part_copies(&mut self, search: &mut Search) -> bool {
         let mut has_moved = false;
         for (layer, expert) in self.all() {
@@ -157,8 +158,8 @@ impl Draft {
         has_moved
     }
 
-    /// A host with room for a further copy, the one that ends up least loaded; among equals the one that has most of the
-    /// expert's group, then the one with most room. If none has room, others' copies move until one has.
+    /// A host with room for a further copy, the one that ends up least loaded; among equals the one that has most of
+    /// the expert's group, then the one with most room. If none has room, others' copies move until one has.
     fn find_host(&mut self, layer: usize, expert: usize, search: &mut Search) -> Option<usize> {
         let it = &self.layers[layer];
         let share = it.load[expert] / (it.holders[expert].len() + 1) as f64;
@@ -174,8 +175,8 @@ impl Draft {
         best.or_else(|| self.make_room(layer, expert, search))
     }
 
-    /// Frees a slot on a host that may take a copy, by the shortest chain of moves that ends where there is room, or a copy
-    /// beyond those that everybody is to have (an augmenting path).
+    /// Frees a slot on a host that may take a copy, by the shortest chain of moves that ends where there is room, or a
+    /// copy beyond those that everybody is to have (an augmenting path).
     fn make_room(&mut self, layer: usize, expert: usize, search: &mut Search) -> Option<usize> {
         let may = |host: &usize| !search.stuck[*host] && self.may_add(layer, expert, *host, search.apart);
         let mut targets: Vec<usize> = (0..self.hosts.len()).filter(may).collect();
@@ -198,8 +199,15 @@ impl Draft {
                 self.remove(layer, expert, from);
                 return Some(self.follow(&came, from));
             }
+            // What can go to no host of a node need not be tried with each of them.
+            let mut leaves: Vec<Option<bool>> = vec![None; self.hosts.len()];
             for to in 0..self.hosts.len() {
                 if seen[to] && self.hosts[to].free <= 0 {
+                    continue;
+                }
+                let node = self.hosts[to].node;
+                let may_leave = |(l, e): (usize, usize)| self.may_leave(l, e, from, node, search.copies);
+                if !*leaves[node].get_or_insert_with(|| self.copies_on(from).any(may_leave)) {
                     continue;
                 }
                 let may = |(l, e): &(usize, usize)| self.may_move(*l, *e, from, to, search.copies);
@@ -217,8 +225,8 @@ impl Draft {
         None
     }
 
-    /// The coldest copy (its load, layer and expert) on a host that leaves the expert with so many others, on as many nodes;
-    /// of experts that are not `taken`.
+    /// The coldest copy (its load, layer and expert) on a host that leaves the expert with so many others, on as many
+    /// nodes; of experts that are not `taken`.
     fn spare_copy(&self, host: usize, copies: usize, taken: &[(usize, usize)]) -> Option<(i64, usize, usize)> {
         let is_spare =
             |copy: &(usize, usize)| self.is_spare(copy.0, copy.1, host, copies, f64::INFINITY) && !taken.contains(copy);

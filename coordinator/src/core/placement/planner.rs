@@ -1,5 +1,5 @@
-//! The planner: which expert worker holds which experts. A function of hosts, load and the plan in force: the same input
-//! gives the same plan, in whatever order the hosts come.
+//! The planner: which expert worker holds which experts. A function of hosts, load and the plan in force: the same
+//! input gives the same plan, in whatever order the hosts come.
 //!
 //! In order of importance: every expert has a copy; as many as asked for, on different nodes; what is there stays; in
 //! every layer the most loaded worker has little more than the mean (layers run one after the other); the experts of a
@@ -47,13 +47,13 @@ pub struct Goal<'a> {
     pub layers: &'a [LayerId],
     /// Routed experts a layer.
     pub experts: usize,
-    /// Logical groups of `experts.div_ceil(groups)` experts. A group stays on one worker where that costs no balance: who
-    /// has all of a row's experts of a group answers one sum instead of several rows.
+    /// Logical groups of `experts.div_ceil(groups)` experts. A group stays on one worker where that costs no balance:
+    /// who has all of a row's experts of a group answers one sum instead of several rows.
     pub groups: usize,
     /// Copies that every expert should have, at least 1.
     pub replicas: usize,
-    /// What each expert that a worker must load has to take off its layer's most loaded worker, in shares of the mean load:
-    /// `MOVE_PAYS`, or infinity to repair and leave the rest as it is.
+    /// What each expert that a worker must load has to take off its layer's most loaded worker, in shares of the mean
+    /// load: `MOVE_PAYS`, or infinity to repair and leave the rest as it is.
     pub move_pays: f64,
 }
 
@@ -68,14 +68,14 @@ pub struct Plan {
     /// Experts that workers must load, and copies in the placement, over all layers.
     pub moved: usize,
     pub copies: usize,
-    /// The greatest load of a worker over the mean, averaged over the layers: expected of the plan in force (by those of
-    /// its workers that are still there) and of this one.
+    /// The greatest load of a worker over the mean, averaged over the layers: expected of the plan in force (by those
+    /// of its workers that are still there) and of this one.
     pub imbalance_before: Option<f64>,
     pub imbalance: f64,
     /// Experts with fewer than `replicas` copies, or copies on fewer nodes than there could be.
     pub under_replicated: usize,
-    /// The plan in force names workers that have left, or asks too much of one, or misses copies that could be there, or
-    /// a worker has nothing yet: this plan is needed whatever it gains.
+    /// The plan in force names workers that have left, or asks too much of one, or misses copies that could be there,
+    /// or a worker has nothing yet: this plan is needed whatever it gains.
     pub repairs: bool,
 }
 
@@ -122,10 +122,10 @@ pub fn plan(
         draft.fill();
         draft.balance(EVEN_GOAL, FIRST_MOVE_PAYS);
     }
-    let mut idle = before.idle();
+    let (mut idle, pays) = (before.idle(), goal.move_pays.max(FIRST_MOVE_PAYS));
     // Until nothing changes, so that the next plan finds nothing to change either.
     for _ in 0..ROUNDS_MAX {
-        if !(draft.fill() | draft.share_with(&idle) | draft.balance(EVEN, goal.move_pays)) {
+        if !(draft.fill() | draft.share_with(&idle) | draft.balance(EVEN, pays)) {
             break;
         }
         idle = draft.idle();

@@ -1,5 +1,5 @@
-//! Whose turn it is: dispatchers ask holder `r % n` of the n holders of an expert in call r, so the order of the holders
-//! decides how even the single calls are.
+//! Whose turn it is: dispatchers ask holder `r % n` of the n holders of an expert in call r, so the order of the
+//! holders decides how even the single calls are.
 
 use std::collections::BTreeMap;
 
@@ -54,7 +54,8 @@ impl Turns<'_> {
         load * (self.load[row + to] - self.load[row + from] + load)
     }
 
-    /// Exchanges turns between two holders of a unit (experts with the same holders) while that lowers the sum of squares.
+    /// Exchanges turns between two holders of a unit (experts with the same holders) while that lowers the sum of
+    /// squares.
     fn settle(&mut self, units: &[Vec<usize>], holders: &mut [Vec<u32>], load: &[f64]) {
         let mut has_changed = true;
         while std::mem::take(&mut has_changed) {
