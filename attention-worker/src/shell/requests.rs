@@ -99,9 +99,9 @@ impl Requests {
         self.lock().remove(id)?.sequence.map(|(sequence, _)| sequence)
     }
 
-    /// Sequences that nobody reads.
+    /// Sequences that run and that nobody reads.
     pub fn orphans(&self) -> usize {
-        self.lock().values().filter(|entry| matches!(entry.reading, Reading::Nobody(_))).count()
+        self.lock().values().filter(|entry| matches!(entry.reading, Reading::Nobody(_)) && !entry.is_over()).count()
     }
 
     /// Forgets those that nobody has resumed in time; the engine ends what is forgotten.
@@ -112,13 +112,18 @@ impl Requests {
             Reading::By(_) => None,
         };
         table.retain(|_, entry| since(entry).is_none_or(|since| since.elapsed() < self.keep));
-        let is_over = |entry: &Entry| entry.sequence.as_ref().is_none_or(|(_, events)| events.is_over());
-        let ended = table.iter().filter(|(_, entry)| is_over(entry));
+        let ended = table.iter().filter(|(_, entry)| entry.is_over());
         let mut ended: Vec<_> = ended.filter_map(|(id, entry)| Some((since(entry)?, id.clone()))).collect();
         if ended.len() > ENDED_MAX {
             ended.sort_unstable();
             ended[..ended.len() - ENDED_MAX].iter().for_each(|(_, id)| drop(table.remove(id)));
         }
+    }
+}
+
+impl Entry {
+    fn is_over(&self) -> bool {
+        self.sequence.as_ref().is_none_or(|(_, events)| events.is_over())
     }
 }
 

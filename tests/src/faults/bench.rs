@@ -118,7 +118,7 @@ impl Bench {
         };
         let outcome = timeout(FAULT_MAX, run).await.map_err(|_| anyhow::anyhow!("not over after {FAULT_MAX:?}"));
         let repeat = match outcome.flatten() {
-            Ok(outcome) => Repeat::Done(outcome),
+            Ok(outcome) => Repeat::Done(outcome.with_slack(self.options.slack)),
             Err(error) => Repeat::Broken(format!("{error:#}")),
         };
         if !matches!(&repeat, Repeat::Done(outcome) if outcome.passes()) {

@@ -122,6 +122,17 @@ impl Outcome {
         self
     }
 
+    /// Bars of time and rate so many times as wide; those of counts as they are.
+    pub fn with_slack(mut self, slack: f64) -> Self {
+        for check in self.checks.iter_mut().filter(|check| !check.unit.is_empty()) {
+            check.bar = match check.bar {
+                Bar::AtMost(most) => Bar::AtMost(most * slack),
+                Bar::AtLeast(least) => Bar::AtLeast(least / slack),
+            };
+        }
+        self
+    }
+
     pub fn passes(&self) -> bool {
         self.judgement.is_exact() && self.checks.iter().all(Check::holds)
     }
