@@ -2,7 +2,7 @@
 //!
 //! When the worker is lost the sequence goes on on another one, from the journal: prompt, tokens so far and seed are all
 //! that a token depends on, so nobody sees more of it than a pause. Dropping a generation that has not ended frees at
-//! once what it has on its worker.
+//! once what it has on its worker, unless its client is about to go on with it elsewhere.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,7 +72,7 @@ impl Generation {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if !self.has_ended && !self.ticket.is_superseded() {
+        if !self.has_ended && !self.ticket.leaves_its_sequences() {
             self.call.place.abort(&self.journal.run().request_id);
         }
     }

@@ -102,6 +102,7 @@ impl Coordinator {
         tracing::info!(address = %self.address, model = self.service.model.name, "serving gRPC and HTTP");
         let resign = async {
             stop.cancelled().await;
+            self.service.stop();
             campaign.resign().await;
             if let Some(registration) = registration {
                 registration.leave().await;

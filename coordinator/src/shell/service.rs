@@ -1,6 +1,7 @@
 //! One request's way, the same for both front doors: admit, tokenise, check, run. Owns what is shared by all requests.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,7 @@ pub struct Service {
     requests: Mutex<Requests>,
     started: Instant,
     tokenising: Semaphore,
+    stopping: AtomicBool,
 }
 
 struct Requests {
@@ -66,8 +68,9 @@ impl Ticket {
         }
     }
 
-    pub(super) fn is_superseded(&self) -> bool {
-        self.signals.superseded.is_cancelled()
+    /// Whether what this request runs is left to whom its client goes on with: another stream, or another coordinator.
+    pub(super) fn leaves_its_sequences(&self) -> bool {
+        self.signals.superseded.is_cancelled() || self.service.stopping.load(Ordering::Relaxed)
     }
 }
 
@@ -104,6 +107,7 @@ impl Service {
             requests: Mutex::new(requests),
             started: Instant::now(),
             tokenising: Semaphore::new(TOKENISING_MAX),
+            stopping: AtomicBool::new(false),
         }
     }
 
@@ -136,6 +140,11 @@ impl Service {
             let _ = tokio::time::timeout(SUPERSEDED_MAX, gone).await;
         }
         self.admit(request_id, sequences)
+    }
+
+    /// From now on streams that are cut go on on other coordinators.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
     }
 
     /// Ends a running request; false if there is none of that id.

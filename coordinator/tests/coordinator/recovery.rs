@@ -105,6 +105,18 @@ async fn a_worker_is_told_what_nobody_waits_for() {
     assert_eq!(cluster.workers[0].aborted.lock().unwrap().len(), 1);
 }
 
+#[tokio::test]
+async fn a_coordinator_that_stops_leaves_what_it_could_not_finish_to_another_one() {
+    let cluster = Cluster::new(Script::endless()).await;
+    let cut = cluster.send(TEXT, json!({"prompt": "x", "stream": true, "max_tokens": 2000})).await;
+    until("it runs", Duration::from_secs(2), || cluster.running() == 1).await;
+    cluster.stop.cancel();
+    // drain_seconds is 2; the request would take 10 s.
+    tokio::time::timeout(Duration::from_secs(4), cluster.serving).await.expect("it ends").unwrap().unwrap();
+    drop(cut);
+    assert!(cluster.workers[0].aborted.lock().unwrap().is_empty());
+}
+
 async fn generate(cluster: &Cluster, request: GenerateRequest) -> Result<Vec<GenerateResponse>, Status> {
     let mut client = InferenceClient::connect(cluster.url.clone()).await.unwrap();
     let mut stream = client.generate(request).await?.into_inner();

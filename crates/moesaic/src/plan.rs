@@ -167,7 +167,7 @@ impl fmt::Display for Plan {
             f,
             "memory    about {} of {weights} weights for an attention worker, {} for an expert worker",
             megabytes((p.total - p.experts) * stored),
-            megabytes(p.experts * stored / e as u64),
+            megabytes(p.experts * stored * self.args.replicas.min(e) as u64 / e as u64),
         )
     }
 }

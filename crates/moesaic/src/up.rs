@@ -133,16 +133,22 @@ async fn announcement(plan: &Plan, registry: &Arc<dyn Registry>, address: Socket
 /// Which experts each worker holds: of every layer the same in a first placement, so one layer is shown.
 fn experts(view: &View) -> String {
     let Some(placement) = &view.placement else { return String::new() };
-    let range = |worker: &WorkerId| {
+    let held = |worker: &WorkerId| {
         let shard = placement.shard(worker);
         let held = shard.values().next().map(Vec::as_slice).unwrap_or_default();
-        match (held.first(), held.last()) {
-            (Some(first), Some(last)) => format!("{worker} holds {} to {}", first.0, last.0),
-            _ => format!("{worker} holds none"),
+        let ranges = held.chunk_by(|a, b| a.0 + 1 == b.0).map(|range| match range {
+            [one] => one.to_string(),
+            _ => format!("{} to {}", range[0], range[range.len() - 1]),
+        });
+        let ranges: Vec<_> = ranges.collect();
+        if ranges.is_empty() {
+            format!("{worker} holds none")
+        } else {
+            format!("{worker} holds {}", ranges.join(" and "))
         }
     };
-    let ranges: Vec<_> = placement.workers().iter().map(range).collect();
-    format!("experts   {} of each layer: {}\n", placement.experts(), ranges.join(", "))
+    let workers: Vec<_> = placement.workers().iter().map(held).collect();
+    format!("experts   {} of each layer: {}\n", placement.experts(), workers.join(", "))
 }
 
 /// The latent caches, as the attention workers sized them.
