@@ -67,15 +67,8 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         hub.insert(id.clone(), engine.clone());
     }
 
-    let member = Member {
-        hello,
-        id: id.clone(),
-        address: address.clone(),
-        epoch_loaded: Epoch(0),
-        node: config.node.clone().unwrap_or_else(|| id.as_str().to_owned()),
-        expert_slots: config.expert_slots,
-        draining: false,
-    };
+    let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
+    let member = Member { expert_slots: config.expert_slots, ..member };
     let registration = registry.register(member.clone()).await?;
     tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "expert worker serves");
     let follower = Follower {
@@ -208,14 +201,9 @@ impl Follower {
 /// Whether every expert that a worker holds in the placement in force has another holder that has loaded it.
 fn is_covered(view: &View, id: &WorkerId) -> bool {
     let Some(placement) = &view.placement else { return true };
-    let has_loaded = |worker: &WorkerId| {
-        let member = view.members.get(&(Role::ExpertWorker, worker.clone()));
-        worker != id && member.is_some_and(|member| member.epoch_loaded >= placement.epoch())
-    };
-    let loaded: Vec<bool> = placement.workers().iter().map(has_loaded).collect();
-    let experts = (0..placement.experts()).map(|e| ExpertId(e as u16));
-    let has_holder = |layer, expert| placement.holders(layer, expert).iter().any(|&w| loaded[w as usize]);
-    placement.layers().all(|layer| experts.clone().all(|expert| has_holder(layer, expert)))
+    let has_it = |worker: &WorkerId| worker != id && view.has_loaded(worker, placement);
+    let have_it: Vec<bool> = placement.workers().iter().map(has_it).collect();
+    placement.is_covered(|worker| have_it[worker as usize])
 }
 
 /// Loads what `held` does not have: in parallel, or one after the other at a bounded rate.

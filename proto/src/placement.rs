@@ -96,6 +96,24 @@ impl Placement {
         self.layers.get(&layer).and_then(|experts| experts.get(usize::from(expert.0))).map_or(&[], Vec::as_slice)
     }
 
+    /// Every expert of every layer, in order, with its holders as indices into `workers()`.
+    pub fn experts_of_layers(&self) -> impl Iterator<Item = (LayerId, ExpertId, &[u32])> {
+        self.layers.iter().flat_map(|(layer, experts)| {
+            experts.iter().enumerate().map(|(e, holders)| (*layer, ExpertId(e as u16), holders.as_slice()))
+        })
+    }
+
+    /// Whether every expert has a holder among these workers, given by their index.
+    pub fn is_covered(&self, by: impl Fn(u32) -> bool) -> bool {
+        self.experts_of_layers().all(|(_, _, holders)| holders.iter().any(|worker| by(*worker)))
+    }
+
+    /// How many experts one worker holds, over all layers.
+    pub fn held_by(&self, worker: &WorkerId) -> usize {
+        let Some(index) = self.workers.iter().position(|w| w == worker) else { return 0 };
+        self.experts_of_layers().filter(|(_, _, holders)| holders.contains(&(index as u32))).count()
+    }
+
     /// What one worker holds, by layer, experts ascending; empty if it is not part of the placement.
     pub fn shard(&self, worker: &WorkerId) -> BTreeMap<LayerId, Vec<ExpertId>> {
         let Some(index) = self.workers.iter().position(|w| w == worker) else { return BTreeMap::new() };
@@ -191,6 +209,11 @@ mod tests {
         let shard = placement.shard(&WorkerId::new("b").unwrap());
         assert_eq!(shard, BTreeMap::from([(LayerId(3), vec![ExpertId(1)])]));
         assert!(placement.shard(&WorkerId::new("c").unwrap()).is_empty());
+        assert_eq!(["a", "b", "c"].map(|id| placement.held_by(&WorkerId::new(id).unwrap())), [2, 1, 0]);
+        let holders: Vec<_> = placement.experts_of_layers().collect();
+        let layer = LayerId(3);
+        assert_eq!(holders, [(layer, ExpertId(0), &[0][..]), (layer, ExpertId(1), &[0, 1][..])]);
+        assert!(placement.is_covered(|worker| worker == 0) && !placement.is_covered(|worker| worker == 1));
         assert!(placement.is_for(&[3], 2) && !placement.is_for(&[3, 4], 2) && !placement.is_for(&[3], 3));
     }
 

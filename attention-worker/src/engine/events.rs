@@ -27,7 +27,7 @@ pub enum Event {
 }
 
 impl Event {
-    pub fn is_last(&self) -> bool {
+    fn is_last(&self) -> bool {
         !matches!(self, Self::Token { finish: None, .. })
     }
 }
@@ -46,6 +46,12 @@ struct Said {
     is_closed: bool,
 }
 
+impl Said {
+    fn is_over(&self) -> bool {
+        self.is_closed || self.events.last().is_some_and(Event::is_last)
+    }
+}
+
 impl Events {
     fn said(&self) -> MutexGuard<'_, Said> {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
@@ -58,8 +64,7 @@ impl Events {
 
     /// Whether the last event is there.
     pub fn is_over(&self) -> bool {
-        let said = self.said();
-        said.is_closed || said.events.last().is_some_and(Event::is_last)
+        self.said().is_over()
     }
 
     /// Reads from the event of this number on.
@@ -107,7 +112,7 @@ impl Reader {
                     self.next += 1;
                     return Some(event.clone());
                 }
-                if said.is_closed || said.events.last().is_some_and(Event::is_last) {
+                if said.is_over() {
                     return None;
                 }
             }

@@ -11,8 +11,8 @@ use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
 use moesaic_node::{Member, Registry, View, handshake};
+use moesaic_proto::WorkerId;
 use moesaic_proto::v1::{Hello, Role};
-use moesaic_proto::{Epoch, WorkerId};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -80,15 +80,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
     tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
     tasks.spawn(sweep(requests));
-    let member = Member {
-        hello,
-        id: id.clone(),
-        address: address.clone(),
-        epoch_loaded: Epoch(0),
-        node: config.node.clone().unwrap_or_else(|| id.as_str().to_owned()),
-        expert_slots: 0,
-        draining: false,
-    };
+    let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
     let registration = registry.register(member).await?;
     tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "attention worker serves");
     let leave = async {

@@ -60,15 +60,8 @@ impl Worker {
         let mut experts = Vec::new();
         for id in model.placement().workers() {
             let hello = hello(Role::ExpertWorker, id.as_str(), "f32");
-            let member = Member {
-                hello,
-                id: id.clone(),
-                address: "here:1".into(),
-                epoch_loaded: Epoch(1),
-                node: "n".into(),
-                expert_slots: 0,
-                draining: false,
-            };
+            let member = Member::new(hello, id.clone(), "here:1".into(), None);
+            let member = Member { epoch_loaded: Epoch(1), ..member };
             experts.push(registry.register(member).await.unwrap());
         }
         let context = Context {

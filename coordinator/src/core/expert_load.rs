@@ -1,4 +1,4 @@
-//! The load of each expert, from what the attention workers have counted: rows since their start, asked for now and then.
+//! The load of each expert, from what the attention workers have counted: rows since their start, asked for at intervals.
 
 use std::collections::BTreeMap;
 

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId};
+use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
 
 use super::placement::planner::{Goal, Host, Load, MOVE_PAYS, Plan, PlanError, is_worth, plan};
 
@@ -135,8 +135,7 @@ impl Leader {
         let stays = sight.workers.iter().filter(|seen| !seen.is_leaving() && self.is_present(now, seen));
         let hosts = stays.map(|seen| match sight.placement {
             Some(placement) if seen.is_cordoned => {
-                let held = placement.shard(&seen.host.id).values().map(Vec::len).sum();
-                Host { slots: held, ..seen.host.clone() }
+                Host { slots: placement.held_by(&seen.host.id), ..seen.host.clone() }
             }
             _ => seen.host.clone(),
         });
@@ -171,12 +170,8 @@ impl Leader {
         let present: Vec<bool> = placement.workers().iter().map(is_present).collect();
         let stays = |id: &WorkerId| is_present(id) && seen(id).is_some_and(|seen| !seen.is_leaving());
         let staying: Vec<bool> = placement.workers().iter().map(stays).collect();
-        let lacks_any = |among: &[bool]| {
-            let is_held = |layer, e| placement.holders(layer, ExpertId(e as u16)).iter().any(|&w| among[w as usize]);
-            placement.layers().any(|layer| (0..placement.experts()).any(|e| !is_held(layer, e)))
-        };
-        let holds_any = |id: &WorkerId| placement.shard(id).values().any(|experts| !experts.is_empty());
-        let is_drained = |id: &WorkerId| seen(id).is_some_and(|seen| seen.is_drained) && holds_any(id);
+        let lacks_any = |among: &[bool]| !placement.is_covered(|worker| among[worker as usize]);
+        let is_drained = |id: &WorkerId| seen(id).is_some_and(|seen| seen.is_drained) && placement.held_by(id) > 0;
         let is_new = |seen: &Seen| {
             let is_open = !seen.is_leaving() && !seen.is_cordoned && self.is_present(now, seen);
             is_open && !placement.workers().contains(&seen.host.id)
@@ -222,8 +217,7 @@ impl Leader {
 
 /// Whether two placements place anything differently.
 fn differ(a: &Placement, b: &Placement) -> bool {
-    let mut experts = a.layers().flat_map(|layer| (0..a.experts()).map(move |e| (layer, ExpertId(e as u16))));
-    a.workers() != b.workers() || experts.any(|(layer, e)| a.holders(layer, e) != b.holders(layer, e))
+    a.workers() != b.workers() || !a.experts_of_layers().eq(b.experts_of_layers())
 }
 
 #[cfg(test)]

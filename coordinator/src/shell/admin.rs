@@ -10,7 +10,7 @@ use moesaic_proto::v1::{
     AttentionStatus, Cordon, CordonRequest, CordonResponse, ExpertStatus, RebalanceRequest, RebalanceResponse, Role,
     StatusRequest, StatusResponse,
 };
-use moesaic_proto::{ExpertId, Placement, WorkerId};
+use moesaic_proto::{Placement, WorkerId};
 use tokio::time::timeout;
 use tonic::{Request, Response, Status};
 
@@ -19,8 +19,6 @@ use super::leader::Leading;
 use super::service::Service;
 use crate::core::leader::Seen;
 
-/// For health and reflection.
-pub const NAME: &str = "moesaic.v1.Admin";
 /// What is passed on to the leader is answered within this time.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request that has been passed on says so, and is not passed on again.
@@ -125,18 +123,16 @@ fn exposure(placement: &Placement, seen: &[Seen], replicas: usize) -> (u32, u32)
     let serving: Vec<bool> = placement.workers().iter().map(serves).collect();
     let wanted = replicas.min(seen.len()).max(1);
     let (mut lost, mut exposed) = (0, 0);
-    for layer in placement.layers() {
-        for expert in (0..placement.experts()).map(|e| ExpertId(e as u16)) {
-            let live = placement.holders(layer, expert).iter().filter(|&&w| serving[w as usize]).count();
-            lost += u32::from(live == 0);
-            exposed += u32::from(live < wanted);
-        }
+    for (_, _, holders) in placement.experts_of_layers() {
+        let live = holders.iter().filter(|&&w| serving[w as usize]).count();
+        lost += u32::from(live == 0);
+        exposed += u32::from(live < wanted);
     }
     (lost, exposed)
 }
 
 fn expert_status(member: &Member, view: &View) -> ExpertStatus {
-    let held = view.placement.as_ref().map_or(0, |p| p.shard(&member.id).values().map(Vec::len).sum());
+    let held = view.placement.as_ref().map_or(0, |placement| placement.held_by(&member.id));
     ExpertStatus {
         id: member.hello.id.clone(),
         address: member.address.clone(),

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use tonic::Status;
 
 use super::service::Ticket;
-use super::workers::{Call, Workers, is_transport};
+use super::workers::{Call, is_transport};
 use crate::core::journal::{Journal, Place};
 use crate::core::{ApiError, Delta, Output};
 
@@ -30,7 +30,6 @@ pub struct Generation {
 }
 
 struct Running {
-    workers: Arc<Workers>,
     call: Call,
     journal: Journal,
     output: Output,
@@ -43,16 +42,10 @@ struct Running {
 }
 
 impl Generation {
-    pub(super) fn new(
-        workers: Arc<Workers>,
-        call: Call,
-        journal: Journal,
-        output: Output,
-        ticket: Arc<Ticket>,
-        known: u32,
-    ) -> Self {
+    /// `known`: tokens that the client has from an earlier stream.
+    pub(super) fn new(call: Call, journal: Journal, output: Output, ticket: Arc<Ticket>, known: u32) -> Self {
         let (has_ended, stalled) = (false, None);
-        Self { running: Some(Running { workers, call, journal, output, ticket, known, has_ended, stalled }) }
+        Self { running: Some(Running { call, journal, output, ticket, known, has_ended, stalled }) }
     }
 
     /// The next news; None after the last one or an error.
@@ -144,7 +137,8 @@ impl Running {
             if begun.elapsed() > RECOVERY_MAX {
                 return Err(ApiError::Unavailable { reason: format!("no attention worker went on with it: {reason}") });
             }
-            let start = self.workers.start(self.journal.run().clone(), RETRY_AFTER_S, &last);
+            let workers = &self.call.place.workers;
+            let start = workers.start(self.journal.run().clone(), RETRY_AFTER_S, &last);
             let started = tokio::select! {
                 () = self.ticket.aborted() => return Ok(()),
                 started = start => started,

@@ -8,8 +8,8 @@ use anyhow::Context as _;
 use moesaic_node::config::check_address;
 use moesaic_node::server::{set_serving, with_health_and_reflection};
 use moesaic_node::{Member, Registration, Registry, handshake};
+use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
-use moesaic_proto::{Epoch, WorkerId};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -134,15 +134,9 @@ impl Coordinator {
             tracing::info!(%error, "other coordinators do not know where this one is");
             return Ok(None);
         }
-        let member = Member {
-            hello: handshake::hello(cluster, Role::Coordinator, &self.id, "", ""),
-            id: self.id.clone(),
-            address: advertise.clone().unwrap_or_else(|| self.address.to_string()),
-            epoch_loaded: Epoch(0),
-            node: self.id.as_str().to_owned(),
-            expert_slots: 0,
-            draining: false,
-        };
+        let hello = handshake::hello(cluster, Role::Coordinator, &self.id, "", "");
+        let address = advertise.clone().unwrap_or_else(|| self.address.to_string());
+        let member = Member::new(hello, self.id.clone(), address, None);
         Ok(Some(self.registry.register(member).await?))
     }
 }

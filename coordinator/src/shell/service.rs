@@ -211,8 +211,7 @@ impl Service {
                 self.workers.start(run.clone(), retry_after_s, &[]).await?
             }
         };
-        let (workers, journal) = (self.workers.clone(), Journal::new(run));
-        Ok(Generation::new(workers, call, journal, output, ticket, known.unwrap_or(0)))
+        Ok(Generation::new(call, Journal::new(run), output, ticket, known.unwrap_or(0)))
     }
 
     /// A text's tokens.

@@ -91,7 +91,7 @@ pub struct Call {
 
 /// A sequence's place on a worker; given back when dropped.
 pub struct Place {
-    workers: Arc<Workers>,
+    pub workers: Arc<Workers>,
     pub worker: WorkerId,
     client: Client,
     tokens: u64,
@@ -342,11 +342,8 @@ impl Workers {
             let (there, expected) = (view.of_role(Role::ExpertWorker).count(), self.expert_workers);
             return Some(format!("{there} of {expected} expert workers are registered"));
         };
-        let loaded = |id: &WorkerId| {
-            let member = view.members.get(&(Role::ExpertWorker, id.clone()));
-            member.is_some_and(|member| member.epoch_loaded >= placement.epoch())
-        };
-        let (all, ready) = (placement.workers().len(), placement.workers().iter().filter(|id| loaded(id)).count());
+        let (all, loaded) = (placement.workers(), |id: &&WorkerId| view.has_loaded(id, placement));
+        let (all, ready) = (all.len(), all.iter().filter(loaded).count());
         (ready < all).then(|| format!("{ready} of {all} expert workers have loaded their experts"))
     }
 

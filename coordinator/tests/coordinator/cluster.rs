@@ -10,12 +10,12 @@ use futures::{Stream, StreamExt, stream};
 use moesaic_coordinator::text::Tokenizer;
 use moesaic_coordinator::{Config, Context, Coordinator};
 use moesaic_node::{Member, Registration, Registry, handshake, registry, server};
+use moesaic_proto::WorkerId;
 use moesaic_proto::v1::attention_worker_server::{AttentionWorker, AttentionWorkerServer};
 use moesaic_proto::v1::{
     AbortRequest, AbortResponse, ExpertLoadRequest, ExpertLoadResponse, FinishReason, LoadRequest, LoadResponse, Role,
     RunEvent, RunRequest, TokenInfo, TopLogprob,
 };
-use moesaic_proto::{Epoch, WorkerId};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -236,9 +236,7 @@ impl Cluster {
     pub async fn register(&mut self, role: Role, id: &str, fingerprint: &str, address: &str) {
         let id = WorkerId::new(id).unwrap();
         let hello = handshake::hello("moesaic", role, &id, fingerprint, "f32");
-        let (address, node) = (address.to_owned(), id.as_str().to_owned());
-        let epoch_loaded = Epoch(0);
-        let member = Member { hello, id, address, epoch_loaded, node, expert_slots: 0, draining: false };
+        let member = Member::new(hello, id, address.to_owned(), None);
         self.registrations.push(self.registry.register(member).await.unwrap());
     }
 

@@ -5,7 +5,6 @@
 //! every expert has a holder under it that can be reached; until then the one before it is used.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Duration;
 
@@ -415,18 +414,16 @@ impl Inner {
     /// Says what became of the holders of an expert that could not be reached.
     fn explained(&self, error: DispatchError) -> DispatchError {
         let DispatchError::Unreachable { layer, experts, after, .. } = error else { return error };
-        let mut holders = String::new();
+        let mut holders = Vec::new();
         if let (Some(ways), Some(expert)) = (self.ways(), experts.as_slice().first()) {
             let views = self.views();
             for &index in ways.placement().holders(layer, *expert) {
                 let worker = &ways.placement().workers()[index as usize];
-                let separator = if holders.is_empty() { "" } else { "; " };
                 let state = self.describe(ways.epoch(), worker, views.workers.get(worker));
-                // Writing to a String cannot fail.
-                let _ = write!(holders, "{separator}{worker}: {state}");
+                holders.push(format!("{worker}: {state}"));
             }
         }
-        DispatchError::Unreachable { layer, experts, after, holders }
+        DispatchError::Unreachable { layer, experts, after, holders: holders.join("; ") }
     }
 
     fn finish(&self, call: CallId, result: Answers) {

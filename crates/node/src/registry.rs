@@ -40,6 +40,12 @@ pub struct Leader {
 }
 
 impl View {
+    /// Whether an expert worker has in memory what a placement gives it.
+    pub fn has_loaded(&self, worker: &WorkerId, placement: &Placement) -> bool {
+        let member = self.members.get(&(Role::ExpertWorker, worker.clone()));
+        member.is_some_and(|member| member.epoch_loaded >= placement.epoch())
+    }
+
     pub fn of_role(&self, role: Role) -> impl Iterator<Item = &Member> {
         self.members.values().filter(move |member| member.hello.role() == role)
     }
@@ -148,6 +154,12 @@ pub async fn open(spec: &str, cluster: &str) -> Result<Arc<dyn Registry>, Regist
 }
 
 impl Member {
+    /// One that has loaded nothing and stays. Its node is its own id if none is given.
+    pub fn new(hello: Hello, id: WorkerId, address: String, node: Option<&str>) -> Self {
+        let node = node.unwrap_or(id.as_str()).to_owned();
+        Self { hello, id, address, epoch_loaded: Epoch(0), node, expert_slots: 0, draining: false }
+    }
+
     pub fn to_record(&self) -> MemberRecord {
         let (hello, address) = (Some(self.hello.clone()), self.address.clone());
         let (epoch_loaded, node, expert_slots) = (self.epoch_loaded.0, self.node.clone(), self.expert_slots);

@@ -96,8 +96,8 @@ async fn until(registry: &Arc<dyn Registry>, what: &str, holds: impl Fn(&View) -
 fn member(id: &str, epoch: u32) -> Member {
     let id = WorkerId::new(id).unwrap();
     let hello = handshake::hello("test", Role::ExpertWorker, &id, "f00d", "f32");
-    let (address, node) = ("127.0.0.1:7000".into(), "n".into());
-    Member { hello, id, address, epoch_loaded: Epoch(epoch), node, expert_slots: 5, draining: false }
+    let member = Member::new(hello, id, "127.0.0.1:7000".into(), Some("n"));
+    Member { epoch_loaded: Epoch(epoch), expert_slots: 5, ..member }
 }
 
 fn has(view: &View, id: &str, epoch: u32) -> bool {

@@ -5,6 +5,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::fixtures;
+
 /// Names the `moesaic` to test.
 const MOESAIC_VARIABLE: &str = "MOESAIC_BIN";
 /// Names the etcd to run, as for `moesaic up`.
@@ -40,7 +42,7 @@ impl Programs {
         };
         let model = match std::env::var_os(MODEL_VARIABLE) {
             Some(folder) => PathBuf::from(folder),
-            None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/moesaic/models/tiny-r1"),
+            None => fixtures::folder("tiny-r1"),
         };
         ensure!(model.is_dir(), "there is no folder {}", model.display());
         let etcd_skips_fsync = help(&etcd, &[]).contains("--unsafe-no-fsync");

@@ -1,5 +1,7 @@
 //! The leader told what is there, at one time after another.
 
+use moesaic_proto::ExpertId;
+
 use super::*;
 
 const LAYERS: [LayerId; 2] = [LayerId(1), LayerId(2)];

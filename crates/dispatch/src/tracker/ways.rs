@@ -92,9 +92,6 @@ impl Ways {
 
     /// Whether every expert of every layer has a holder that can be asked.
     pub fn is_complete(&self, ranks: &[Rank]) -> bool {
-        let can_be_asked = |worker: &u32| ranks[*worker as usize] <= Rank::Silent;
-        let experts = (0..self.placement.experts()).map(|e| ExpertId(e as u16));
-        let has = |layer, e| self.placement.holders(layer, e).iter().any(can_be_asked);
-        self.placement.layers().all(|layer| experts.clone().all(|e| has(layer, e)))
+        self.placement.is_covered(|worker| ranks[worker as usize] <= Rank::Silent)
     }
 }

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp,
-    WatchOptions, WatchStream,
+    Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, KeyValue, LeaseKeepAliveStream,
+    LeaseKeeper, PutOptions, Txn, TxnOp, WatchOptions, WatchStream,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -109,7 +109,7 @@ impl Registry for Etcd {
         let (mut client, key) = (self.client.clone(), format!("{}placement", self.prefix));
         async move {
             let in_force = || self.view.borrow().placement.as_ref().map_or(0, |p| p.epoch().0);
-            let stored = call(client.get(key.clone(), None).map(|r| r.map_err(RegistryError::from))).await?;
+            let stored = call(client.get(key.clone(), None)).await?;
             let (epoch, revision) = match stored.kvs().first() {
                 Some(kv) => {
                     (decode_placement(kv.value()).map_or_else(|_| in_force(), |p| p.epoch().0), kv.mod_revision())
@@ -126,7 +126,7 @@ impl Registry for Etcd {
             }
             let put = TxnOp::put(key, placement.to_proto().encode_to_vec(), None);
             let txn = client.txn(Txn::new().when(when).and_then([put]));
-            Ok(call(txn.map(|r| r.map_err(RegistryError::from))).await?.succeeded())
+            Ok(call(txn).await?.succeeded())
         }
         .boxed()
     }
@@ -140,22 +140,25 @@ impl Registry for Etcd {
         let mut client = self.client.clone();
         let key = format!("{}cordons/{}", self.prefix, role_and_id(role, &id));
         async move {
-            call(async {
-                match cordon {
-                    Some(cordon) => drop(client.put(key, cordon.encode_to_vec(), None).await?),
-                    None => drop(client.delete(key, None).await?),
-                }
-                Ok(())
-            })
-            .await
+            match cordon {
+                Some(cordon) => call(client.put(key, cordon.encode_to_vec(), None)).await.map(drop),
+                None => call(client.delete(key, None)).await.map(drop),
+            }
         }
         .boxed()
     }
 }
 
-async fn call<T>(work: impl Future<Output = Result<T, RegistryError>>) -> Result<T, RegistryError> {
+async fn call<T, E: Into<RegistryError>>(work: impl Future<Output = Result<T, E>>) -> Result<T, RegistryError> {
     let seconds = CALL_TIMEOUT.as_secs();
-    timeout(CALL_TIMEOUT, work).await.unwrap_or(Err(RegistryError::Timeout { seconds }))
+    timeout(CALL_TIMEOUT, work).await.map_err(|_| RegistryError::Timeout { seconds })?.map_err(Into::into)
+}
+
+/// Has a lease prolonged; an error if it has run out.
+async fn beat(keeper: &mut LeaseKeeper, answers: &mut LeaseKeepAliveStream) -> Result<(), Error> {
+    keeper.keep_alive().await?;
+    let alive = answers.message().await?.is_some_and(|answer| answer.ttl() > 0);
+    alive.then_some(()).ok_or_else(|| Error::LeaseKeepAliveError("the lease has run out".into()))
 }
 
 // === the watch ===
@@ -301,7 +304,7 @@ async fn follow_from(
     view: &watch::Sender<Arc<View>>,
 ) -> String {
     let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
-    let open = client.watch(prefix, Some(options)).map(|r| r.map_err(RegistryError::from));
+    let open = client.watch(prefix, Some(options));
     let mut stream = match call(open).await {
         Ok(stream) => stream,
         Err(error) => return error.to_string(),
@@ -402,7 +405,7 @@ impl Lease {
     /// Keeps the entry until `stop`, then gives it up.
     async fn keep(mut self, mut record: watch::Receiver<Member>, stop: CancellationToken) {
         stop.run_until_cancelled(self.keep_up(&mut record)).await;
-        let revoke = self.client.lease_revoke(self.id).map(|r| r.map_err(RegistryError::from));
+        let revoke = self.client.lease_revoke(self.id);
         if let Err(error) = call(revoke).await {
             tracing::warn!(key = self.key, %error, "registry: entry not removed; its lease runs out by itself");
         }
@@ -438,7 +441,7 @@ impl Lease {
         &mut self,
         record: &mut watch::Receiver<Member>,
     ) -> Result<std::convert::Infallible, RegistryError> {
-        let opened = self.client.lease_keep_alive(self.id).map(|r| r.map_err(RegistryError::from));
+        let opened = self.client.lease_keep_alive(self.id);
         let (mut keeper, mut answers) = call(opened).await?;
         let interval = Duration::from_secs(self.ttl.unsigned_abs()) / 3;
         loop {
@@ -451,13 +454,7 @@ impl Lease {
                     }
                 }
             }
-            let beat = async {
-                keeper.keep_alive().await?;
-                let alive = answers.message().await?.is_some_and(|answer| answer.ttl() > 0);
-                let gone = || Error::LeaseKeepAliveError("the lease has run out".into());
-                alive.then_some(()).ok_or_else(gone).map_err(RegistryError::from)
-            };
-            call(beat).await?;
+            call(beat(&mut keeper, &mut answers)).await?;
         }
     }
 }

@@ -7,14 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Client, Compare, CompareOp, Error, PutOptions, Txn, TxnOp};
-use futures::FutureExt;
 use moesaic_proto::{WorkerId, v1};
 use prost::Message;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::{BACKOFF_MAX, BACKOFF_MIN, call};
+use super::{BACKOFF_MAX, BACKOFF_MIN, beat, call};
 use crate::registry::{Campaign, RegistryError, View};
 
 pub fn campaign(client: Client, key: String, id: WorkerId, ttl: i64, view: watch::Receiver<Arc<View>>) -> Campaign {
@@ -40,7 +39,7 @@ impl Candidate {
         stop.run_until_cancelled(self.campaign(&mut view)).await;
         self.step_down();
         if self.lease != 0 {
-            let revoke = self.client.lease_revoke(self.lease).map(|r| r.map_err(RegistryError::from));
+            let revoke = self.client.lease_revoke(self.lease);
             if let Err(error) = call(revoke).await {
                 tracing::warn!(%error, "registry: the lead was not given up; it runs out by itself");
             }
@@ -78,15 +77,15 @@ impl Candidate {
 
     /// The term, if this coordinator was first.
     async fn run_for_it(&mut self) -> Result<Option<u64>, RegistryError> {
-        let lease = call(self.client.lease_grant(self.ttl, None).map(|r| r.map_err(RegistryError::from))).await?.id();
+        let lease = call(self.client.lease_grant(self.ttl, None)).await?.id();
         let record = v1::LeaderRecord { id: self.id.as_str().to_owned() }.encode_to_vec();
         let nobody = Compare::create_revision(self.key.clone(), CompareOp::Equal, 0);
         let put = TxnOp::put(self.key.clone(), record, Some(PutOptions::new().with_lease(lease)));
         let txn = self.client.txn(Txn::new().when([nobody]).and_then([put]));
-        let answer = call(txn.map(|r| r.map_err(RegistryError::from))).await?;
+        let answer = call(txn).await?;
         if !answer.succeeded() {
             // Runs out by itself where this fails.
-            let _ = call(self.client.lease_revoke(lease).map(|r| r.map_err(RegistryError::from))).await;
+            let _ = call(self.client.lease_revoke(lease)).await;
             return Ok(None);
         }
         self.lease = lease;
@@ -117,12 +116,7 @@ impl Candidate {
         };
         loop {
             let sent = Instant::now();
-            let beat = async {
-                keeper.keep_alive().await?;
-                let alive = answers.message().await?.is_some_and(|answer| answer.ttl() > 0);
-                alive.then_some(()).ok_or_else(|| Error::LeaseKeepAliveError("the lease has run out".into()))
-            };
-            match timeout_at(*heard + ttl, beat).await {
+            match timeout_at(*heard + ttl, beat(&mut keeper, &mut answers)).await {
                 Ok(Ok(())) => *heard = sent,
                 Ok(Err(error)) => return error.into(),
                 Err(_) => return silent(),
