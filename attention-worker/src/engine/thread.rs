@@ -164,7 +164,9 @@ impl Engine<'_> {
         }
     }
 
+    /// Says the last word of a sequence, whose pages the batcher has taken back: who hears it sees them free.
     fn end(&mut self, id: SequenceId, last: Event) {
+        self.counts.send_replace(self.batcher.counts());
         if let Some(stream) = self.streams.remove(&id) {
             stream.events.0.push(last);
         }
