@@ -18,6 +18,7 @@ use moesaic_dispatch::{
 };
 use moesaic_kernels::{Dtype, Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
+use moesaic_node::Connector;
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId, v1};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -55,6 +56,7 @@ fn decoder() -> Decoder {
             source: 1,
             layer_deadline: Duration::from_secs(10),
             hello: v1::Hello::default(),
+            connector: Connector::default(),
             ops: CombineOps { first: combine_first, next: combine_next, add },
         },
         Some(hub),

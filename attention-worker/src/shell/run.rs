@@ -10,7 +10,7 @@ use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::{Member, Registry, View, handshake};
+use moesaic_node::{Connector, Member, Registry, View, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::{Hello, Role};
 use tokio::sync::watch;
@@ -125,6 +125,7 @@ fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello) -> Di
         source: hello.source as u16,
         layer_deadline: Duration::from_millis(config.layer_deadline_ms),
         hello,
+        connector: Connector::default(),
         ops: CombineOps { first: combine_first, next: combine_next, add },
     }
 }
@@ -153,7 +154,7 @@ async fn start_engine(
 }
 
 /// Keeps the dispatcher's placement and addresses as the registry has them, for as long as it is polled.
-async fn follow(mut view: watch::Receiver<Arc<View>>, checkpoint: Arc<Checkpoint>, dispatcher: Dispatcher) {
+pub async fn follow(mut view: watch::Receiver<Arc<View>>, checkpoint: Arc<Checkpoint>, dispatcher: Dispatcher) {
     loop {
         let now = view.borrow_and_update().clone();
         if let Some(placement) = &now.placement {
@@ -175,7 +176,8 @@ fn holders(view: &View) -> BTreeMap<WorkerId, Holder> {
     view.of_role(Role::ExpertWorker).map(|member| (member.id.clone(), holder(member))).collect()
 }
 
-async fn sweep(requests: Requests) {
+/// Forgets sequences that nobody has resumed in time, for as long as it is polled.
+pub async fn sweep(requests: Requests) {
     loop {
         tokio::time::sleep(SWEEP_INTERVAL).await;
         requests.sweep();

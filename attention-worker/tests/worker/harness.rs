@@ -14,6 +14,7 @@ use moesaic_attention_worker::engine::weights::Weights;
 use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
+use moesaic_node::Connector;
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId, v1};
 
 use crate::experts::Experts;
@@ -71,6 +72,7 @@ impl Model {
             source: 1,
             layer_deadline: Duration::from_secs(10),
             hello: v1::Hello::default(),
+            connector: Connector::default(),
             ops: CombineOps { first: combine_first, next: combine_next, add },
         };
         Dispatcher::new(config, Some(self.hub.clone()))

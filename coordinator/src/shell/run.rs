@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use moesaic_node::config::check_address;
 use moesaic_node::server::{set_serving, with_health_and_reflection};
-use moesaic_node::{Member, Registration, Registry, handshake};
+use moesaic_node::{Connector, Member, Registration, Registry, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
 use tokio::net::TcpListener;
@@ -56,7 +56,8 @@ impl Coordinator {
         }
         let id = handshake::worker_id(config.id.as_deref(), "coordinator")?;
         let registry = context.registry;
-        let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, &*registry);
+        let connector = Connector::default();
+        let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, &*registry, connector);
         let service = Service::new(model, tokenizer, template, Arc::new(workers), config.sequences_max);
         let listener =
             TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;

@@ -2,13 +2,13 @@
 //! Follows the registry's view, and what the workers answer: one that has left the registry but answers is there. Which
 //! one gets a sequence is decided in `core::routing`.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use moesaic_node::{Member, Registry, View, handshake};
+use moesaic_node::{Connector, Member, Registry, View, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::limits::WORKER_MESSAGE_BYTES_MAX;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
@@ -52,6 +52,7 @@ pub struct Workers {
     not_ready: watch::Sender<Option<String>>,
     /// What this coordinator says of itself; the model's fingerprint is added when it is known.
     hello: Hello,
+    connector: Connector,
     has_experts: bool,
     expert_workers: usize,
 }
@@ -59,7 +60,7 @@ pub struct Workers {
 #[derive(Default)]
 struct State {
     router: Router,
-    clients: HashMap<WorkerId, Connected>,
+    clients: BTreeMap<WorkerId, Connected>,
     /// Members with another model, so that each is warned of once.
     refused: Vec<(Role, WorkerId, u64)>,
 }
@@ -118,12 +119,20 @@ impl Place {
 }
 
 impl Workers {
-    pub fn new(cluster: &str, id: &WorkerId, model: &Model, expert_workers: usize, registry: &dyn Registry) -> Self {
+    pub fn new(
+        cluster: &str,
+        id: &WorkerId,
+        model: &Model,
+        expert_workers: usize,
+        registry: &dyn Registry,
+        connector: Connector,
+    ) -> Self {
         Self {
             state: Mutex::default(),
             view: registry.view(),
             not_ready: watch::Sender::new(Some("starting".into())),
             hello: handshake::hello(cluster, Role::Coordinator, id, "", ""),
+            connector,
             has_experts: !model.moe_layers.is_empty(),
             expert_workers,
         }
@@ -237,7 +246,7 @@ impl Workers {
         for member in view.members.values().filter(|member| member.hello.role() != Role::Coordinator) {
             state.warn_if_refused(member);
         }
-        let known: HashMap<_, _> = view.of_role(Role::AttentionWorker).map(|m| (m.id.clone(), m)).collect();
+        let known: BTreeMap<_, _> = view.of_role(Role::AttentionWorker).map(|m| (m.id.clone(), m)).collect();
         let mut gone = Vec::new();
         for (id, connected) in &mut state.clients {
             match known.get(id) {
@@ -254,7 +263,7 @@ impl Workers {
             if state.clients.contains_key(&id) || !state.router.accept(&identity_of(member)) {
                 continue;
             }
-            let Some(client) = connect(&member.address) else { continue };
+            let Some(client) = connect(&self.connector, &member.address) else { continue };
             tracing::info!(worker = %id, address = member.address, "an attention worker has joined");
             state.router.add(id.clone());
             let polling = tokio::spawn(poll(Arc::downgrade(self), id.clone(), client.clone())).abort_handle();
@@ -375,7 +384,7 @@ fn identity_of(member: &Member) -> Identity {
     Identity { fingerprint: member.hello.fingerprint.clone(), numerics: member.hello.numerics.clone() }
 }
 
-fn connect(address: &str) -> Option<Client> {
+fn connect(connector: &Connector, address: &str) -> Option<Client> {
     let endpoint = match Endpoint::from_shared(format!("http://{address}")) {
         Ok(endpoint) => endpoint,
         Err(error) => {
@@ -383,13 +392,13 @@ fn connect(address: &str) -> Option<Client> {
             return None;
         }
     };
-    let channel = endpoint
+    let endpoint = endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .connect_lazy();
+        .keep_alive_while_idle(true);
+    let channel = connector.connect_lazy(&endpoint);
     Some(AttentionWorkerClient::new(channel).max_decoding_message_size(WORKER_MESSAGE_BYTES_MAX))
 }
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Duration;
 
+use moesaic_node::Connector;
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId, v1};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
@@ -42,6 +43,8 @@ pub struct DispatchConfig {
     pub layer_deadline: Duration,
     /// Who this attention worker is, for the handshake with expert workers.
     pub hello: v1::Hello,
+    /// How expert workers are reached.
+    pub connector: Connector,
     pub ops: CombineOps,
 }
 
@@ -98,7 +101,7 @@ struct Core {
 #[derive(Default)]
 struct Views {
     /// Workers of the placement in use and of the next.
-    workers: HashMap<WorkerId, Known>,
+    workers: BTreeMap<WorkerId, Known>,
     /// The placement in use.
     current: Option<Arc<Ways>>,
 }
@@ -318,7 +321,7 @@ impl Inner {
     /// Makes `known` the workers of these placements that are registered, or still there.
     fn set_workers(
         &self,
-        known: &mut HashMap<WorkerId, Known>,
+        known: &mut BTreeMap<WorkerId, Known>,
         placements: &[Option<&Arc<Placement>>],
         members: &BTreeMap<WorkerId, Holder>,
     ) {
@@ -362,8 +365,8 @@ impl Inner {
             core.next_edge += 1;
             EdgeId(core.next_edge)
         };
-        let (hello, hidden) = (self.config.hello.clone(), self.config.hidden);
-        let config = EdgeConfig { id, worker: worker.clone(), address: address.to_owned(), hello, hidden };
+        let DispatchConfig { hello, hidden, connector, .. } = self.config.clone();
+        let config = EdgeConfig { id, worker: worker.clone(), address: address.to_owned(), hello, hidden, connector };
         // Before anything can be heard over it.
         self.core().tracker.set_way(&Destination { worker: worker.clone(), edge: Some(id) });
         Edge::connect(&self.runtime, config, self.this.clone(), self.stop.clone())

@@ -54,16 +54,8 @@ impl Bound {
 
     /// Serves until `stop`, then lets running calls finish for at most `grace`.
     pub async fn serve(self, routes: Routes, stop: CancellationToken, grace: Duration) -> Result<(), ServerError> {
-        let server = Server::builder()
-            .max_concurrent_streams(STREAMS_MAX)
-            .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
-            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_frame_size(FRAME_BYTES)
-            .add_routes(routes)
-            .serve_with_incoming_shutdown(self.incoming, stop.clone().cancelled_owned());
+        let server =
+            builder().add_routes(routes).serve_with_incoming_shutdown(self.incoming, stop.clone().cancelled_owned());
         let patience = async {
             stop.cancelled().await;
             tokio::time::sleep(grace).await;
@@ -76,6 +68,18 @@ impl Bound {
             }
         }
     }
+}
+
+/// A server with this module's limits.
+pub fn builder() -> Server {
+    Server::builder()
+        .max_concurrent_streams(STREAMS_MAX)
+        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
 }
 
 /// Adds grpc.health.v1 and reflection (v1 and v1alpha, which many clients still ask for). The reporter's services

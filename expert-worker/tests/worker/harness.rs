@@ -10,7 +10,7 @@ use moesaic_expert_worker::{Config, Context, run};
 use moesaic_kernels::{Dtype, Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::registry::embedded;
-use moesaic_node::{Member, Registry, handshake};
+use moesaic_node::{Connector, Member, Registry, handshake};
 use moesaic_proto::v1::Role;
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
 use tokio::task::JoinHandle;
@@ -99,6 +99,7 @@ impl Workers {
             source: 0,
             layer_deadline: DEADLINE,
             hello: handshake::hello("test", Role::AttentionWorker, &id, self.checkpoint.fingerprint(), "f32"),
+            connector: Connector::default(),
             ops: CombineOps { first: combine_first, next: combine_next, add },
         };
         let dispatcher = Dispatcher::new(config, local.then(|| self.hub.clone()));

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use futures::{StreamExt, stream};
-use moesaic_node::handshake;
+use moesaic_node::{Connector, handshake};
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1::exchange_message::Kind;
 use moesaic_proto::v1::experts_client::ExpertsClient;
@@ -42,6 +42,7 @@ pub struct EdgeConfig {
     /// This side's Hello.
     pub hello: v1::Hello,
     pub hidden: usize,
+    pub connector: Connector,
 }
 
 /// A connection to one expert worker, made in the background and made anew when it breaks. Clones share it; the last
@@ -201,7 +202,7 @@ async fn open(
     config: &EdgeConfig,
     outbound: mpsc::Receiver<Outbound>,
 ) -> Result<Streaming<v1::ExchangeMessage>, String> {
-    let channel = endpoint(&config.address)?.connect().await.map_err(|error| chain(&error))?;
+    let channel = config.connector.connect(&endpoint(&config.address)?).await.map_err(|error| chain(&error))?;
     let mut client = ExpertsClient::new(channel)
         .max_decoding_message_size(FRAME_BYTES_MAX)
         .max_encoding_message_size(FRAME_BYTES_MAX);

@@ -14,6 +14,7 @@ use moesaic_dispatch::{
     Activations, CombineOps, DispatchConfig, DispatchError, Dispatcher, ExpertHost, Holder, Hub, Pending, Refusal,
     ReplySender, RequestFrame, Route, Rows, Shape, grpc,
 };
+use moesaic_node::Connector;
 use moesaic_proto::v1::{self, RefusalReason};
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId};
 use tokio::net::TcpListener;
@@ -278,6 +279,7 @@ pub fn config(layer_deadline: Duration) -> DispatchConfig {
         source: SOURCE,
         layer_deadline,
         hello: hello(v1::Role::AttentionWorker, "a0"),
+        connector: Connector::default(),
         ops: OPS,
     }
 }

@@ -78,9 +78,9 @@ impl Registry for Embedded {
             if stopped.run_until_cancelled(elect).await.is_none() {
                 return;
             }
+            let _lead = Lead(view);
             term.send_replace(Some(TERM));
             stopped.cancelled().await;
-            view.send_modify(|view| Arc::make_mut(view).leader = None);
         });
         Campaign { term: elected, task, stop: stop.drop_guard() }
     }
@@ -94,6 +94,15 @@ impl Registry for Embedded {
             };
         });
         async { Ok(()) }.boxed()
+    }
+}
+
+/// The lead, until it is dropped: with its campaign, or with the runtime that this ran in.
+struct Lead(watch::Sender<Arc<View>>);
+
+impl Drop for Lead {
+    fn drop(&mut self) {
+        self.0.send_modify(|view| Arc::make_mut(view).leader = None);
     }
 }
 
