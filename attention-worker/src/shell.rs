@@ -1,6 +1,6 @@
 //! A worker's life and its gRPC service, around the engine.
 
 pub mod request;
-mod requests;
+pub mod requests;
 pub mod run;
 pub mod service;

@@ -1,4 +1,5 @@
-//! The engine as the rest of the process sees it: requests in, events out. Usable without any network.
+//! The engine as the rest of the process sees it: requests in, events out. Usable without any network, and without an
+//! engine: whoever has the other end of a handle plays one.
 
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use crate::core::batcher::{Counts, Refused, Request, SequenceId};
 use crate::core::sampler::{Logprobs, Sampling};
 
 /// Commands that may wait for the engine, which takes all of them between two steps of its work. Past it callers wait.
-pub(super) const COMMANDS_MAX: usize = 256;
+const COMMANDS_MAX: usize = 256;
 
 /// A sequence to run. Its tokens and those of `sampling` are below the vocabulary size, and prompt and output together
 /// fit the model's context: the caller has checked.
@@ -48,7 +49,8 @@ pub enum SubmitError {
     Stopped,
 }
 
-pub(super) enum Command {
+/// What an engine hears.
+pub enum Command {
     Submit(Box<Submit>, oneshot::Sender<Result<Running, Refused>>),
     Abort(SequenceId),
 }
@@ -56,10 +58,24 @@ pub(super) enum Command {
 /// Clones share the engine, which ends when the last one is dropped.
 #[derive(Clone)]
 pub struct EngineHandle {
-    pub(super) commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<Command>,
     /// As of the engine's last step.
-    pub(super) counts: watch::Receiver<Counts>,
-    pub(super) experts: Arc<ExpertCounts>,
+    counts: watch::Receiver<Counts>,
+    experts: Arc<ExpertCounts>,
+}
+
+/// The engine's end of its handles.
+pub struct Inbox {
+    /// Ends when the last handle is dropped.
+    pub commands: mpsc::Receiver<Command>,
+    pub counts: watch::Sender<Counts>,
+}
+
+/// A handle and the engine's end of it.
+pub fn channel(counts: Counts, experts: Arc<ExpertCounts>) -> (EngineHandle, Inbox) {
+    let (sender, commands) = mpsc::channel(COMMANDS_MAX);
+    let (counts, published) = watch::channel(counts);
+    (EngineHandle { commands: sender, counts: published, experts }, Inbox { commands, counts })
 }
 
 impl EngineHandle {

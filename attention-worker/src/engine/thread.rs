@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::decoder::{Buffers, Decoder};
 use super::events::{Event, Events, Speaker};
 use super::expert_counts::ExpertCounts;
-use super::handle::{COMMANDS_MAX, Command, EngineHandle, Running, Submit, Token};
+use super::handle::{self, Command, EngineHandle, Inbox, Running, Submit, Token};
 use super::profile::{Part as Time, Profile};
 use super::weights::Weights;
 use crate::core::batcher::{Batcher, Counts, Finish, Limits, Part, Refused, SequenceId};
@@ -37,21 +37,19 @@ pub fn start(
     limits: Limits,
     profile: Arc<Profile>,
 ) -> std::io::Result<(EngineHandle, Ended)> {
-    let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
     let (alive, ended) = oneshot::channel();
     let batcher = Batcher::new(limits);
-    let (counts, published) = watch::channel(batcher.counts());
     let experts = Arc::new(ExpertCounts::new(weights.config()));
-    let chosen = experts.clone();
+    let (handle, Inbox { commands, counts }) = handle::channel(batcher.counts(), experts.clone());
     let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
     thread::Builder::new().name("engine".into()).spawn(move || {
         pool.pin_caller();
-        let decoder = Decoder::new(weights, dispatcher, pool, limits.pages, profile, chosen);
+        let decoder = Decoder::new(weights, dispatcher, pool, limits.pages, profile, experts);
         let engine = Engine { decoder: &decoder, batcher, streams: BTreeMap::new(), counts };
-        runtime.block_on(engine.run(inbox, limits.micro_batches));
+        runtime.block_on(engine.run(commands, limits.micro_batches));
         drop(alive);
     })?;
-    Ok((EngineHandle { commands, counts: published, experts }, ended))
+    Ok((handle, ended))
 }
 
 struct Engine<'a> {
