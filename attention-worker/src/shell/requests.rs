@@ -30,6 +30,8 @@ struct Entry {
     number: u64,
     /// What was asked for, without who asked.
     run: RunRequest,
+    /// The last call to read it.
+    call: u64,
     /// None until the engine has taken it.
     sequence: Option<(SequenceId, Arc<Events>)>,
     reading: Reading,
@@ -70,7 +72,7 @@ impl Requests {
         }
         let (number, taken_over) = (before.map_or(0, |entry| entry.number + 1), CancellationToken::new());
         let reading = Reading::By(taken_over.clone());
-        table.insert(id.clone(), Entry { number, run: anonymous(run), sequence: None, reading });
+        table.insert(id.clone(), Entry { number, run: anonymous(run), call: run.call, sequence: None, reading });
         Ok(Ticket { requests: self.clone(), id: id.clone(), number, taken_over })
     }
 
@@ -87,6 +89,7 @@ impl Requests {
             return Err(not_found());
         };
         let reader = events.reader(0);
+        entry.call = run.call;
         let taken_over = CancellationToken::new();
         if let Reading::By(before) = std::mem::replace(&mut entry.reading, Reading::By(taken_over.clone())) {
             before.cancel();
@@ -94,9 +97,11 @@ impl Requests {
         Ok((Ticket { requests: self.clone(), id: id.clone(), number: entry.number, taken_over }, reader))
     }
 
-    /// Forgets a sequence; its id in the engine, if it was there.
-    pub fn remove(&self, id: &str) -> Option<SequenceId> {
-        self.lock().remove(id)?.sequence.map(|(sequence, _)| sequence)
+    /// Forgets a sequence, unless it has been taken over from this call; its id in the engine, if it was there.
+    pub fn abort(&self, id: &str, call: u64) -> Option<SequenceId> {
+        let mut table = self.lock();
+        table.get(id).filter(|entry| entry.call == call)?;
+        table.remove(id)?.sequence.map(|(sequence, _)| sequence)
     }
 
     /// Sequences that run and that nobody reads.
@@ -129,7 +134,7 @@ impl Entry {
 
 /// A request without its caller, as those of several coordinators are compared.
 fn anonymous(run: &RunRequest) -> RunRequest {
-    RunRequest { hello: None::<Hello>, resume: false, ..run.clone() }
+    RunRequest { hello: None::<Hello>, resume: false, call: 0, ..run.clone() }
 }
 
 impl Ticket {
@@ -156,7 +161,7 @@ impl Drop for Ticket {
             entry.reading = Reading::Nobody(Instant::now());
         });
         if is_unborn {
-            self.requests.remove(&self.id);
+            self.requests.lock().remove(&self.id);
         }
     }
 }

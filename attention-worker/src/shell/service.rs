@@ -76,8 +76,9 @@ impl AttentionWorker for Service {
         Ok(Response::new(events(running.events, ticket, position).boxed()))
     }
 
-    async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
-        let sequence = self.requests.remove(&request.into_inner().request_id);
+    async fn abort(&self, request: Request<v1::AbortCallRequest>) -> Result<Response<v1::AbortResponse>, Status> {
+        let v1::AbortCallRequest { request_id, call } = request.into_inner();
+        let sequence = self.requests.abort(&request_id, call);
         if let Some(id) = sequence {
             self.engine.abort(id).await;
         }

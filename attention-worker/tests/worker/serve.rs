@@ -10,7 +10,7 @@ use moesaic_node::registry::embedded;
 use moesaic_node::{Member, Registration, Registry, handshake};
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
 use moesaic_proto::v1::{
-    AbortRequest, FinishReason, Hello, LoadRequest, LoadResponse, Role, RunEvent, RunRequest, SamplingParams,
+    AbortCallRequest, FinishReason, Hello, LoadRequest, LoadResponse, Role, RunEvent, RunRequest, SamplingParams,
 };
 use moesaic_proto::{Epoch, WorkerId};
 use tokio::task::JoinHandle;
@@ -182,7 +182,7 @@ async fn abort_ends_a_stream_and_gives_its_id_back() {
     let mut events = worker.client.run(run.clone()).await.unwrap().into_inner();
     assert!(events.message().await.unwrap().is_some());
     assert_eq!(worker.refusal(run.clone()).await.code(), Code::AlreadyExists);
-    let abort = AbortRequest { request_id: "r".into() };
+    let abort = AbortCallRequest { request_id: "r".into(), call: 0 };
     assert!(worker.client.abort(abort.clone()).await.unwrap().into_inner().aborted);
     let last = all(events).await.pop().unwrap();
     assert_eq!((last.finish(), last.token), (FinishReason::Aborted, None));
@@ -231,6 +231,23 @@ async fn a_sequence_whose_call_has_broken_is_resumed_from_its_first_event() {
     assert_eq!(worker.load().await.pages_free, worker.load().await.pages_total);
 }
 
+/// A coordinator that has lost a sequence may hear of it late, and its Abort may come when another one has the sequence.
+#[tokio::test]
+async fn an_abort_from_a_call_that_has_been_taken_over_ends_nothing() {
+    let model = model();
+    let mut worker = Worker::start(&model, 512).await;
+    worker.place(&model).await;
+    let run = RunRequest { call: 1, ..worker.request("r", &[5; 4], 120) };
+    let mut first = worker.client.run(run.clone()).await.unwrap().into_inner();
+    assert!(first.message().await.unwrap().is_some());
+    let second = worker.client.run(RunRequest { resume: true, call: 2, ..run }).await.unwrap().into_inner();
+    let abort = |call| AbortCallRequest { request_id: "r".into(), call };
+    assert!(!worker.client.abort(abort(1)).await.unwrap().into_inner().aborted);
+    let events = all(second).await;
+    assert_eq!((events.len(), events[119].finish()), (120, FinishReason::Length));
+    assert!(worker.client.abort(abort(2)).await.unwrap().into_inner().aborted);
+}
+
 #[tokio::test]
 async fn a_sequence_that_nobody_resumes_or_that_is_aborted_gives_its_pages_back() {
     let model = model();
@@ -243,7 +260,7 @@ async fn a_sequence_that_nobody_resumes_or_that_is_aborted_gives_its_pages_back(
         until("the orphan", async || (worker.load().await.orphans == 1).then_some(())).await;
         assert_eq!(worker.load().await.sequences_running, 1, "it goes on");
         if is_aborted {
-            let abort = AbortRequest { request_id: "r".into() };
+            let abort = AbortCallRequest { request_id: "r".into(), call: 0 };
             assert!(worker.client.abort(abort).await.unwrap().into_inner().aborted);
         }
         let pages = async || {

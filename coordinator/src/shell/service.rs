@@ -200,6 +200,7 @@ impl Service {
             prompt_logprobs: request.prompt_logprobs,
             emitted: Vec::new(),
             resume: false,
+            call: 0,
         };
         let resumed = match known {
             Some(_) => self.workers.resume(run.clone()).await,

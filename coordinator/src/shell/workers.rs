@@ -12,7 +12,7 @@ use moesaic_node::{Connector, Member, Registry, View, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::limits::WORKER_MESSAGE_BYTES_MAX;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
-use moesaic_proto::v1::{AbortRequest, Hello, LoadRequest, LoadResponse, Role, RunEvent, RunRequest};
+use moesaic_proto::v1::{AbortCallRequest, Hello, LoadRequest, LoadResponse, Role, RunEvent, RunRequest};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -96,6 +96,8 @@ pub struct Place {
     pub worker: WorkerId,
     client: Client,
     tokens: u64,
+    /// Its call's number.
+    call: u64,
     /// Cancelled when the sequence is better off elsewhere.
     pub lost: CancellationToken,
 }
@@ -107,9 +109,11 @@ impl Drop for Place {
 }
 
 impl Place {
-    /// Has the worker forget the sequence, in the background: else it would keep it for a while.
+    /// Has the worker forget the sequence, in the background: else it would keep it for a while. One that has been taken
+    /// over from this call goes on, however late the worker hears of this.
     pub fn abort(&self, request_id: &str) {
-        let (mut client, request) = (self.client.clone(), AbortRequest { request_id: request_id.to_owned() });
+        let request = AbortCallRequest { request_id: request_id.to_owned(), call: self.call };
+        let mut client = self.client.clone();
         let abort = async move { drop(timeout(ABORT_TIMEOUT, client.abort(request)).await) };
         // Without a runtime the process is ending, and the worker will find out.
         if let Ok(runtime) = Handle::try_current() {
@@ -170,6 +174,7 @@ impl Workers {
         };
         while let Some(mut place) = next(&tried) {
             let lost = place.lost.clone();
+            run.call = place.call;
             let call = lost.run_until_cancelled(timeout(RUN_TIMEOUT, place.client.run(run.clone())));
             let status = match call.await {
                 Some(Ok(Ok(events))) => return Ok(Call { events: events.into_inner(), place }),
@@ -200,7 +205,7 @@ impl Workers {
         let ids: Vec<WorkerId> = self.lock().clients.keys().cloned().collect();
         let asked = ids.into_iter().filter_map(|id| {
             let mut place = self.place(id, tokens)?;
-            let run = run.clone();
+            let run = RunRequest { call: place.call, ..run.clone() };
             Some(async move {
                 let events = timeout(RESUME_TIMEOUT, place.client.run(run)).await.ok()?.ok()?.into_inner();
                 Some(Call { events, place })
@@ -221,7 +226,8 @@ impl Workers {
         let (client, lost) = (connected.client.clone(), connected.lost.clone());
         state.router.hold(&worker, tokens);
         drop(state);
-        Some(Place { workers: self.clone(), worker, client, tokens, lost })
+        let call = uuid::Uuid::new_v4().as_u64_pair().0;
+        Some(Place { workers: self.clone(), worker, client, tokens, call, lost })
     }
 
     fn own_hello(&self) -> Hello {

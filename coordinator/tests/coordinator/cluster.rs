@@ -13,8 +13,8 @@ use moesaic_node::{Member, Registration, Registry, handshake, registry, server};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::attention_worker_server::{AttentionWorker, AttentionWorkerServer};
 use moesaic_proto::v1::{
-    AbortRequest, AbortResponse, ExpertLoadRequest, ExpertLoadResponse, FinishReason, LoadRequest, LoadResponse, Role,
-    RunEvent, RunRequest, TokenInfo, TopLogprob,
+    AbortCallRequest, AbortResponse, ExpertLoadRequest, ExpertLoadResponse, FinishReason, LoadRequest, LoadResponse,
+    Role, RunEvent, RunRequest, TokenInfo, TopLogprob,
 };
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
@@ -68,7 +68,7 @@ pub struct Fake {
     pub reachable: AtomicBool,
     pub running: AtomicUsize,
     pub requests: Mutex<Vec<RunRequest>>,
-    /// Ids that were to be forgotten.
+    /// Ids that were to be forgotten, by the call that reads them.
     pub aborted: Mutex<Vec<String>>,
 }
 
@@ -158,9 +158,14 @@ impl AttentionWorker for Shared {
         Ok(Response::new(Box::pin(events)))
     }
 
-    async fn abort(&self, request: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
-        self.0.aborted.lock().unwrap().push(request.into_inner().request_id);
-        Ok(Response::new(AbortResponse { aborted: true }))
+    async fn abort(&self, request: Request<AbortCallRequest>) -> Result<Response<AbortResponse>, Status> {
+        let AbortCallRequest { request_id, call } = request.into_inner();
+        let reads = |run: &RunRequest| (&run.request_id, run.call) == (&request_id, call);
+        let aborted = self.0.requests.lock().unwrap().iter().any(reads);
+        if aborted {
+            self.0.aborted.lock().unwrap().push(request_id);
+        }
+        Ok(Response::new(AbortResponse { aborted }))
     }
 
     async fn expert_load(&self, _: Request<ExpertLoadRequest>) -> Result<Response<ExpertLoadResponse>, Status> {

@@ -9,7 +9,7 @@ use futures::StreamExt;
 use moesaic_node::{Member, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
-use moesaic_proto::v1::{AbortRequest, Hello, Role, RunEvent, RunRequest, SamplingParams};
+use moesaic_proto::v1::{AbortCallRequest, Hello, Role, RunEvent, RunRequest, SamplingParams};
 use tonic::Streaming;
 use tonic::transport::Channel;
 
@@ -110,7 +110,7 @@ impl Load {
     /// Else the worker would go on with them for a while.
     async fn abort(&self, ids: Vec<String>) -> Result<()> {
         for request_id in ids {
-            self.worker.clone().abort(AbortRequest { request_id }).await?;
+            self.worker.clone().abort(AbortCallRequest { request_id, call: 0 }).await?;
         }
         Ok(())
     }
