@@ -7,3 +7,4 @@ pub mod faults;
 pub mod fixtures;
 pub mod processes;
 pub mod requests;
+pub mod wire;
