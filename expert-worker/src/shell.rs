@@ -10,15 +10,16 @@ use moesaic_kernels::{Ffn, Numerics, Pool};
 use moesaic_model::packed::Experts;
 use moesaic_model::{Checkpoint, ModelError, load};
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::{Member, Registration, Registry, View, handshake};
+use moesaic_node::{Member, Registration, Registry, handshake};
 use moesaic_proto::v1::Role;
-use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId};
+use moesaic_proto::{Epoch, ExpertId, LayerId, Placement};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 
 use crate::config::Config;
+use crate::core::handover::{is_covered, may_leave};
 use crate::engine::{Engine, Profile};
 use crate::shard::Shard;
 
@@ -165,7 +166,8 @@ impl Follower {
         if !placement.is_for(&model.moe_layers(), model.n_routed_experts) {
             anyhow::bail!("the placement of epoch {epoch} is of another model's experts");
         }
-        let (checkpoint, numerics, held) = (self.checkpoint.clone(), self.numerics, self.engine.shards().newest());
+        let held = self.engine.shards().newest().map(|(_, shard)| shard);
+        let (checkpoint, numerics) = (self.checkpoint.clone(), self.numerics);
         let shard = placement.shard(&self.member.id);
         // Nobody is served yet, or somebody waits for just these.
         let is_hurried = held.is_none() || placement.is_urgent();
@@ -181,29 +183,18 @@ impl Follower {
     /// Says that this worker is about to stop, and waits until nobody needs it: every expert that it holds has another
     /// holder. At once where nobody leads, or nobody else is there.
     async fn hand_over(&self, registry: &dyn Registry, registration: &Registration) {
-        let epoch_loaded = self.engine.shards().newest_epoch();
+        let epoch_loaded = self.engine.shards().newest().map_or(Epoch(0), |(epoch, _)| epoch);
         registration.update(Member { epoch_loaded, draining: true, ..self.member.clone() });
         let mut view = registry.view();
         let id = &self.member.id;
-        let is_alone = |view: &View| {
-            view.leader.is_none() || view.of_role(Role::ExpertWorker).all(|member| member.id == *id || member.draining)
-        };
         let was_covered = is_covered(&view.borrow_and_update(), id);
         // The registry has ended where this fails: there is nobody to wait for.
-        let _ = view.wait_for(|view| is_alone(view) || is_covered(view, id)).await;
+        let _ = view.wait_for(|view| may_leave(view, id)).await;
         if !was_covered {
             // Attention workers are about to use the new placement.
             sleep(MOVED_ON).await;
         }
     }
-}
-
-/// Whether every expert that a worker holds in the placement in force has another holder that has loaded it.
-fn is_covered(view: &View, id: &WorkerId) -> bool {
-    let Some(placement) = &view.placement else { return true };
-    let has_it = |worker: &WorkerId| worker != id && view.has_loaded(worker, placement);
-    let have_it: Vec<bool> = placement.workers().iter().map(has_it).collect();
-    placement.is_covered(|worker| have_it[worker as usize])
 }
 
 /// Loads what `held` does not have: in parallel, or one after the other at a bounded rate.

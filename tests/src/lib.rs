@@ -7,4 +7,5 @@ pub mod faults;
 pub mod fixtures;
 pub mod processes;
 pub mod requests;
+pub mod sim;
 pub mod wire;

@@ -46,6 +46,10 @@ impl Service {
     pub fn is_reachable(checkpoint: &Checkpoint, dispatcher: &Dispatcher) -> bool {
         checkpoint.config().moe_layers().is_empty() || dispatcher.reachable()
     }
+
+    fn has_experts(&self) -> bool {
+        !self.checkpoint.config().moe_layers().is_empty()
+    }
 }
 
 #[tonic::async_trait]
@@ -63,6 +67,9 @@ impl AttentionWorker for Service {
         }
         if self.stop.is_cancelled() {
             return Err(Status::unavailable("this worker is stopping"));
+        }
+        if self.has_experts() && self.dispatcher.epoch().is_none() {
+            return Err(Status::unavailable("this worker does not know yet who holds the experts"));
         }
         let position = run.emitted.len() as u32;
         let submit = check(run.clone(), self.checkpoint.config())

@@ -174,6 +174,17 @@ async fn what_is_wrong_is_refused_with_the_reason_and_disturbs_nobody() {
 }
 
 #[tokio::test]
+async fn a_worker_without_a_placement_sends_sequences_elsewhere() {
+    let model = model();
+    let mut worker = Worker::start(&model, 128).await;
+    let status = worker.refusal(worker.request("r", &[5], 8)).await;
+    assert_eq!(status.code(), Code::Unavailable);
+    assert_eq!(status.message(), "this worker does not know yet who holds the experts");
+    worker.place(&model).await;
+    assert_eq!(all(worker.client.run(worker.request("r", &[5], 8)).await.unwrap().into_inner()).await.len(), 8);
+}
+
+#[tokio::test]
 async fn abort_ends_a_stream_and_gives_its_id_back() {
     let model = model();
     let mut worker = Worker::start(&model, 512).await;

@@ -162,7 +162,9 @@ impl Running {
 fn failure(status: &Status) -> ApiError {
     let reason = status.message().to_owned();
     match status.code() {
-        tonic::Code::DeadlineExceeded => ApiError::Unavailable { reason },
+        // Of its experts none was to be had; or another call has taken it over, whose client may be gone and this one's
+        // may not: who asks again is served.
+        tonic::Code::DeadlineExceeded | tonic::Code::Aborted => ApiError::Unavailable { reason },
         _ => ApiError::Failed { reason },
     }
 }

@@ -78,6 +78,7 @@ async fn a_worker_that_stutters_or_leaves_a_token_out_is_not_believed() {
 async fn what_cannot_be_helped_elsewhere_ends_the_request() {
     for (status, expected) in [
         (Status::deadline_exceeded("layer 3, expert 5: no holder"), 503),
+        (Status::aborted("the sequence was resumed by another call"), 503),
         (Status::internal("broken"), 500),
         (Status::invalid_argument("no"), 500),
     ] {

@@ -11,4 +11,4 @@ pub mod telemetry;
 
 pub use connect::Connector;
 pub use handshake::Mismatch;
-pub use registry::{Member, Registration, Registry, RegistryError, View};
+pub use registry::{Leader, Member, Registration, Registry, RegistryError, View};

@@ -53,11 +53,12 @@ impl Candidate {
             if view.wait_for(is_free).await.is_err() {
                 return;
             }
+            let asked = Instant::now();
             match self.run_for_it().await {
                 Ok(Some(term)) => {
                     tracing::info!(term, "this coordinator leads");
                     self.term.send_replace(Some(term));
-                    let reason = self.lead().await;
+                    let reason = self.lead(asked).await;
                     tracing::warn!(term, %reason, "this coordinator does not lead any more");
                     self.step_down();
                     backoff = BACKOFF_MIN;
@@ -92,10 +93,10 @@ impl Candidate {
         Ok(answer.header().map(|header| header.revision().unsigned_abs()))
     }
 
-    /// Keeps the lease, over one connection after the other, and says why it is lost.
-    async fn lead(&mut self) -> RegistryError {
+    /// Keeps the lease, over one connection after the other, and says why it is lost. It was asked for at `heard`, from
+    /// when on it may run.
+    async fn lead(&mut self, mut heard: Instant) -> RegistryError {
         let ttl = Duration::from_secs(self.ttl.unsigned_abs());
-        let mut heard = Instant::now();
         loop {
             let error = self.keep_alive(ttl, &mut heard).await;
             let has_run_out = matches!(&error, RegistryError::Etcd(Error::LeaseKeepAliveError(_)));
