@@ -5,5 +5,6 @@
 pub mod cluster;
 pub mod faults;
 pub mod fixtures;
+pub mod fuzz;
 pub mod processes;
 pub mod requests;
