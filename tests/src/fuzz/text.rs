@@ -41,6 +41,11 @@ pub fn tokenizer(data: &[u8]) {
         match tokenizer.encode(text, add_special) {
             Err(error) => check_error(error),
             Ok(ids) => {
+                assert_eq!(
+                    tokenizer.encode(text, add_special).ok().as_ref(),
+                    Some(&ids),
+                    "the same text, other tokens"
+                );
                 let mut detokenizer = Detokenizer::new(tokenizer.clone());
                 let pieces: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
                 drop((pieces + &detokenizer.finish(), tokenizer.decode(&ids), tokenizer.find_special(text)));
