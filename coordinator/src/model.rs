@@ -4,9 +4,14 @@
 use std::path::{Path, PathBuf};
 
 use moesaic_proto::LayerId;
-use moesaic_proto::limits::{EXPERTS_MAX, LAYERS_MAX};
+use moesaic_proto::limits::{EOS_TOKENS_MAX, EXPERTS_MAX, LAYERS_MAX};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+
+use crate::text::read_bounded;
+
+/// As much of config.json as a worker reads.
+const FILE_BYTES_MAX: u64 = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -80,6 +85,15 @@ enum OneOrMore {
     More(Vec<u32>),
 }
 
+impl OneOrMore {
+    fn into_list(self) -> Vec<u32> {
+        match self {
+            Self::One(id) => vec![id],
+            Self::More(ids) => ids,
+        }
+    }
+}
+
 fn one() -> u64 {
     1
 }
@@ -104,10 +118,22 @@ impl Model {
         let experts = within("n_routed_experts", config.n_routed_experts.unwrap_or(0), 0, EXPERTS_MAX as u64)?;
         let every = within("moe_layer_freq", config.moe_layer_freq, 1, LAYERS_MAX as u64)?;
         let is_moe = |layer: &u64| experts > 0 && *layer >= config.first_k_dense_replace && layer.is_multiple_of(every);
-        let eos = match generation.eos_token_id.or(config.eos_token_id) {
-            None => Vec::new(),
-            Some(OneOrMore::One(id)) => vec![id],
-            Some(OneOrMore::More(ids)) => ids,
+        let vocabulary = within("vocab_size", config.vocab_size, 1, 1 << 24)? as u32;
+        // Every request carries them, and a worker takes no others.
+        let valid = |ids: &[u32]| ids.len() <= EOS_TOKENS_MAX && ids.iter().all(|id| *id < vocabulary);
+        let eos = |given: Option<OneOrMore>, path: &Path| match given.map_or_else(Vec::new, OneOrMore::into_list) {
+            ids if valid(&ids) => Ok(ids),
+            ids => {
+                let (path, field) = (path.to_owned(), "eos_token_id");
+                let value = format!("{} ids, the largest {}", ids.len(), ids.iter().max().copied().unwrap_or(0));
+                let expected = format!("at most {EOS_TOKENS_MAX} below vocab_size, {vocabulary}");
+                Err(ModelError::Field { path, field, value, expected })
+            }
+        };
+        let own_eos = eos(config.eos_token_id, &path)?;
+        let eos = match generation.eos_token_id {
+            None => own_eos,
+            given => eos(given, &generation_path)?,
         };
         let defaults =
             Defaults { temperature: generation.temperature.unwrap_or(1.0), top_p: generation.top_p.unwrap_or(1.0) };
@@ -119,7 +145,7 @@ impl Model {
         }
         Ok(Self {
             name: served_name.map_or_else(|| folder_name(dir), str::to_owned),
-            vocabulary: within("vocab_size", config.vocab_size, 1, 1 << 24)? as u32,
+            vocabulary,
             context_max: within("max_position_embeddings", config.max_position_embeddings, 2, 1 << 28)? as usize,
             family: config.model_type,
             eos,
@@ -138,9 +164,9 @@ fn folder_name(dir: &Path) -> String {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    let path = || path.to_owned();
-    let text = std::fs::read(path()).map_err(|e| ModelError::Read { path: path(), reason: e.to_string() })?;
-    serde_json::from_slice(&text).map_err(|e| ModelError::Parse { path: path(), reason: e.to_string() })
+    let text = read_bounded(path, FILE_BYTES_MAX)
+        .map_err(|e| ModelError::Read { path: path.to_owned(), reason: e.to_string() })?;
+    serde_json::from_slice(&text).map_err(|e| ModelError::Parse { path: path.to_owned(), reason: e.to_string() })
 }
 
 #[cfg(test)]

@@ -17,5 +17,7 @@ pub const REQUEST_ID_LEN_MAX: usize = 128;
 pub const STOP_STRINGS_MAX: usize = 16;
 pub const STOP_STRING_BYTES_MAX: usize = 256;
 pub const STOP_TOKENS_MAX: usize = 64;
+/// Most tokens that end a sequence by the model's own files, beside a request's stop tokens.
+pub const EOS_TOKENS_MAX: usize = 16;
 pub const LOGPROBS_MAX: u32 = 20;
 pub const LOGIT_BIAS_MAX: usize = 1024;

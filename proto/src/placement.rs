@@ -1,6 +1,6 @@
 //! A placement: for each layer and routed expert, which expert workers hold it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::limits::{EXPERTS_MAX, LAYERS_MAX};
 use crate::{Epoch, ExpertId, LayerId, WorkerId, v1};
@@ -19,6 +19,9 @@ pub struct Placement {
     layers: BTreeMap<LayerId, Vec<Vec<u32>>>,
 }
 
+/// Characters of a wrong id and entries of a wrong list that an error repeats.
+const SHOWN_MAX: usize = 80;
+
 /// Why a message is no placement.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlacementError {
@@ -33,9 +36,9 @@ pub enum PlacementError {
     )]
     Experts { layer: u32, experts: usize, expected: usize },
     #[error(
-        "placement: layer {layer}, expert {expert} has holders {holders:?}; expected distinct indices below {workers}, at least one"
+        "placement: layer {layer}, expert {expert} has {count} holders that begin with {holders:?}; expected distinct indices below {workers}, at least one"
     )]
-    Holders { layer: u32, expert: usize, holders: Vec<u32>, workers: usize },
+    Holders { layer: u32, expert: usize, count: usize, holders: Vec<u32>, workers: usize },
 }
 
 impl Placement {
@@ -147,10 +150,11 @@ impl TryFrom<&v1::Placement> for Placement {
             return Err(PlacementError::EpochZero);
         }
         let mut workers: Vec<WorkerId> = Vec::with_capacity(message.workers.len());
+        let mut seen = BTreeSet::new();
         for (index, id) in message.workers.iter().enumerate() {
             match WorkerId::new(id) {
-                Ok(worker) if !workers.contains(&worker) => workers.push(worker),
-                _ => return Err(PlacementError::Worker { index, id: id.clone() }),
+                Ok(worker) if seen.insert(id) => workers.push(worker),
+                _ => return Err(PlacementError::Worker { index, id: id.chars().take(SHOWN_MAX).collect() }),
             }
         }
         let expected = message.layers.first().map_or(0, |layer| layer.experts.len());
@@ -173,13 +177,14 @@ fn experts_of(layer: &v1::LayerPlacement, expected: usize, workers: usize) -> Re
         return Err(PlacementError::Experts { layer: layer.layer, experts, expected });
     }
     let valid = |holders: &[u32]| {
-        let distinct = (1..holders.len()).all(|i| !holders[..i].contains(&holders[i]));
-        !holders.is_empty() && distinct && holders.iter().all(|&w| (w as usize) < workers)
+        // More holders than workers cannot be distinct, and are not compared.
+        let may_be = (1..=workers).contains(&holders.len()) && holders.iter().all(|&w| (w as usize) < workers);
+        may_be && holders.iter().collect::<BTreeSet<_>>().len() == holders.len()
     };
     for (expert, holders) in layer.experts.iter().enumerate() {
         if !valid(&holders.workers) {
-            let holders = holders.workers.clone();
-            return Err(PlacementError::Holders { layer: layer.layer, expert, holders, workers });
+            let (count, holders) = (holders.workers.len(), holders.workers.iter().copied().take(SHOWN_MAX).collect());
+            return Err(PlacementError::Holders { layer: layer.layer, expert, count, holders, workers });
         }
     }
     Ok(layer.experts.iter().map(|holders| holders.workers.clone()).collect())
@@ -226,8 +231,8 @@ mod tests {
             (|m| m.workers[1] = "B_".into(), "workers[1]"),
             (|m| m.layers[0].layer = 256, "layers[0].layer is 256"),
             (|m| m.layers.push(m.layers[0].clone()), "layers[1].layer is 3"),
-            (|m| m.layers[0].experts[1].workers = vec![1, 1], "expert 1 has holders [1, 1]"),
-            (|m| m.layers[0].experts[0].workers = vec![2], "expert 0 has holders [2]"),
+            (|m| m.layers[0].experts[1].workers = vec![1, 1], "expert 1 has 2 holders that begin with [1, 1]"),
+            (|m| m.layers[0].experts[0].workers = vec![2], "expert 0 has 1 holders that begin with [2]"),
         ];
         for (break_it, expected) in table {
             let mut bad = message();

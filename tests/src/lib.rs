@@ -5,6 +5,7 @@
 pub mod cluster;
 pub mod faults;
 pub mod fixtures;
+pub mod fuzz;
 pub mod processes;
 pub mod requests;
 pub mod sim;

@@ -1,7 +1,7 @@
 //! From a `RunRequest` to what the engine takes: every field is checked, and an error names it, its limit and the value.
 
 use moesaic_model::Config;
-use moesaic_proto::limits::{LOGIT_BIAS_MAX, LOGPROBS_MAX, REQUEST_ID_LEN_MAX, STOP_TOKENS_MAX};
+use moesaic_proto::limits::{EOS_TOKENS_MAX, LOGIT_BIAS_MAX, LOGPROBS_MAX, REQUEST_ID_LEN_MAX, STOP_TOKENS_MAX};
 use moesaic_proto::v1::{RunRequest, SamplingParams, TokenInfo};
 
 use crate::core::batcher::Request;
@@ -10,7 +10,7 @@ use crate::engine::handle::{Submit, Token};
 
 /// A coordinator adds a number to a request's id, and the model's own end tokens to its stop tokens.
 const ID_LEN_MAX: usize = REQUEST_ID_LEN_MAX + 16;
-const STOPS_MAX: usize = STOP_TOKENS_MAX + 16;
+const STOPS_MAX: usize = STOP_TOKENS_MAX + EOS_TOKENS_MAX;
 
 /// What is wrong with a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -38,6 +38,14 @@ pub enum ApiError {
     Failed { reason: String },
 }
 
+/// Characters of what a client gave that an error repeats.
+const SHOWN_CHARS_MAX: usize = 200;
+
+/// The beginning of what was given, for an error.
+pub fn shortened(given: &str) -> String {
+    given.chars().take(SHOWN_CHARS_MAX).collect()
+}
+
 fn asked(max_tokens: Option<usize>) -> String {
     max_tokens.map_or_else(String::new, |n| format!(" and max_tokens asks for {n} more"))
 }

@@ -14,6 +14,7 @@ use moesaic_proto::v1::{
 use tonic::{Code, Request, Response, Status};
 
 use super::service::{Service, draw_id, draw_seed};
+use crate::core::error::shortened;
 use crate::core::{ApiError, Delta, Params};
 use crate::text::template::Message;
 
@@ -74,6 +75,11 @@ impl Grpc {
             Some(_) if request_id.is_empty() => {
                 return Err(ApiError::invalid("request_id", "is empty; resume_position is of a request that has one"));
             }
+            Some(given) if given as usize > service.model.context_max => {
+                let context = service.model.context_max;
+                let reason = format!("is {given}; the model's context has {context} tokens");
+                return Err(ApiError::invalid("resume_position", reason));
+            }
             _ if request_id.is_empty() => request_id = draw_id("gen-"),
             _ => {}
         }
@@ -109,7 +115,7 @@ impl Grpc {
                 Ok(Message { role: message.role, content: message.content, name: None, reasoning_content: None })
             }
             other => {
-                let reason = format!("is {other:?}; expected system, user, assistant or tool");
+                let reason = format!("is {:?}; expected system, user, assistant or tool", shortened(other));
                 Err(ApiError::invalid(format!("chat.messages[{i}].role"), reason))
             }
         };
@@ -118,7 +124,8 @@ impl Grpc {
     }
 }
 
-fn params(message: GenerateRequest) -> Params {
+/// A message's parameters as they were given: nothing is checked yet.
+pub fn params(message: GenerateRequest) -> Params {
     let s: SamplingParams = message.sampling.unwrap_or_default();
     Params {
         temperature: s.temperature.map(f64::from),

@@ -4,9 +4,9 @@ mod batch;
 mod chat;
 mod completions;
 mod error;
-mod fields;
+pub mod fields;
 mod logprobs;
-mod progress;
+pub mod progress;
 mod types;
 
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::service::Service;
 use crate::core::ApiError;
+use crate::core::error::shortened;
 use error::ChatError;
 use fields::Fields;
 use progress::Progress;
@@ -114,11 +115,13 @@ async fn health(State(app): State<App>) -> Result<Response, ApiError> {
 }
 
 async fn unknown_path(request: Request) -> ApiError {
-    ApiError::UnknownPath { method: request.method().to_string(), path: request.uri().path().to_owned() }
+    let (method, path) = (shortened(request.method().as_str()), shortened(request.uri().path()));
+    ApiError::UnknownPath { method, path }
 }
 
 async fn unknown_method(request: Request) -> ApiError {
-    ApiError::Method { method: request.method().to_string(), path: request.uri().path().to_owned() }
+    let (method, path) = (shortened(request.method().as_str()), shortened(request.uri().path()));
+    ApiError::Method { method, path }
 }
 
 impl App {

@@ -14,8 +14,12 @@ use serde_json::Serializer;
 use serde_json::Value as Json;
 use serde_json::ser::{Formatter, PrettyFormatter};
 
+use super::read_bounded;
+
 /// Template instructions for one conversation; a message takes some dozens.
 const FUEL: u64 = 5_000_000;
+/// Largest file that has a template: some list every token that was added.
+const FILE_BYTES_MAX: u64 = 16 << 20;
 /// Bytes of a rendered conversation: twice the largest request.
 const OUTPUT_BYTES_MAX: usize = 8 << 20;
 const INDENT_MAX: usize = 16;
@@ -59,7 +63,8 @@ impl ChatTemplate {
     pub fn open(dir: &Path) -> Result<Option<Self>, TemplateError> {
         let (path, jinja) = (dir.join("tokenizer_config.json"), dir.join("chat_template.jinja"));
         let read = |path: &Path| {
-            std::fs::read_to_string(path)
+            read_bounded(path, FILE_BYTES_MAX)
+                .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
                 .map_err(|e| TemplateError::Read { path: path.to_owned(), reason: e.to_string() })
         };
         let config: Json = if path.exists() {

@@ -4,12 +4,17 @@
 //! from the caller's wish.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
+use tokenizers::ModelWrapper;
 use tokenizers::decoders::DecoderWrapper;
 
 /// Largest `tokenizer.json`: DeepSeek-V3's has 8 MB.
 pub const FILE_BYTES_MAX: u64 = 64 << 20;
+/// Of what the library says of a file or a text: it may repeat all of it.
+const REASON_CHARS_MAX: usize = 300;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -26,7 +31,7 @@ pub enum TokenizerError {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Exact bytes of each token, where tokens are bytes (byte-level BPE, as all of DeepSeek's are).
-    bytes: Option<Vec<Box<[u8]>>>,
+    bytes: Option<HashMap<u32, Box<[u8]>>>,
     /// Tokens that are markup and never text.
     special: HashMap<u32, String>,
     /// Bytes of the longest token: bounds how few tokens a text can have.
@@ -47,15 +52,23 @@ impl Tokenizer {
     }
 
     fn from_json(json: &[u8]) -> Result<Self, String> {
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| e.to_string())?;
+        serde_json::from_slice::<IgnoredAny>(json).map_err(|e| e.to_string())?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(json))?;
+        if let ModelWrapper::BPE(model) = inner.get_model()
+            && model.dropout.is_some_and(|share| share != 0.0)
+        {
+            return Err("model.dropout is set; expected null, so that a text always has the same tokens".into());
+        }
+        // For batches of training: a prompt is never cut short and never filled up.
+        inner.with_padding(None).with_truncation(None).map_err(|e| e.to_string())?;
         let added = inner.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, t)| t.special).map(|(id, t)| (*id, t.content.clone())).collect();
         let vocabulary = inner.get_vocab(true);
-        let size = vocabulary.values().max().map_or(0, |id| *id as usize + 1);
         let longest = vocabulary.keys().map(String::len).max().unwrap_or(1).max(1);
         let bytes = inner.get_decoder().is_some_and(is_byte_level).then(|| {
             let table = byte_of_char();
-            (0..size as u32).map(|id| bytes_of(&inner.id_to_token(id).unwrap_or_default(), &table)).collect()
+            // By id, because ids may leave gaps of any size.
+            vocabulary.values().map(|id| (*id, bytes_of(&inner.id_to_token(*id).unwrap_or_default(), &table))).collect()
         });
         Ok(Self { inner, bytes, special, longest })
     }
@@ -63,7 +76,8 @@ impl Tokenizer {
     /// The text's tokens. Special tokens written out in the text are recognised; `add_special` lets the tokenizer add
     /// its own (beginning of sentence, if its post-processor has one).
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let encode = || self.inner.encode_fast(text, add_special);
+        let encoding = guarded(encode).map_err(TokenizerError::Encode)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -84,7 +98,7 @@ impl Tokenizer {
             return content.as_bytes().to_vec();
         }
         match &self.bytes {
-            Some(table) => table.get(id as usize).map_or_else(Vec::new, |bytes| bytes.to_vec()),
+            Some(table) => table.get(&id).map_or_else(Vec::new, |bytes| bytes.to_vec()),
             None => self.decode_window(&[id]).into_bytes(),
         }
     }
@@ -110,9 +124,20 @@ impl Tokenizer {
     }
 
     pub(super) fn decode_window(&self, ids: &[u32]) -> String {
-        // The only failure of `decode` is a decoder that refuses its input; that text is empty for a client.
-        self.inner.decode(ids, true).unwrap_or_default()
+        // It fails where a decoder refuses its input; that text is empty for a client.
+        guarded(|| self.inner.decode(ids, true)).unwrap_or_default()
     }
+}
+
+/// What the library is asked for, with an error where it fails or panics: it takes some files for right whose parts do
+/// not fit each other, and finds out later.
+fn guarded<T>(work: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T, String> {
+    let reason = match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(done)) => return Ok(done),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "its parts do not fit each other".to_owned(),
+    };
+    Err(reason.chars().take(REASON_CHARS_MAX).collect())
 }
 
 fn is_byte_level(decoder: &DecoderWrapper) -> bool {

@@ -178,6 +178,7 @@ async fn what_cannot_be_resumed_is_refused_with_the_field() {
     assert_eq!((status.code(), status.message().starts_with("request_id: is empty")), (Code::InvalidArgument, true));
     for (last, stream, words) in [
         ("nonsense", true, "Last-Event-ID: is not the id of an event"),
+        ("r/1/4294967295.", true, "Last-Event-ID: has a choice of 4294967295 tokens; the model's context has 4096"),
         ("r/1/0", false, "Last-Event-ID: is set; only a stream"),
         ("r/1/0,0", true, "is of a request with 2 choices; this one has 1"),
     ] {

@@ -139,6 +139,7 @@ impl<'a> Typed<'a> {
     }
 
     pub fn ffn(&self, [gate, up, down]: &FfnSpecs) -> Result<FfnBlock<'a>, ModelError> {
+        self.check_alike(gate, up)?;
         Ok(FfnBlock { gate: self.matrix(gate)?, up: self.matrix(up)?, down: self.matrix(down)? })
     }
 }

@@ -87,7 +87,11 @@ impl Checkpoint {
         if layer >= layers || expert >= experts || !self.config.is_moe(layer) {
             return Err(ModelError::NoExpert { layer, layers, expert, experts });
         }
-        self.typed().ffn(&LayerNames { config: &self.config, layer }.expert(expert))
+        let (typed, names) = (self.typed(), LayerNames { config: &self.config, layer });
+        let specs = names.expert(expert);
+        // A layer's experts are one call of the kernels.
+        names.expert(0).iter().zip(&specs).try_for_each(|(first, own)| typed.check_alike(first, own))?;
+        typed.ffn(&specs)
     }
 
     /// Some matrices have been read and are not needed any more: they no longer count as this process's memory.

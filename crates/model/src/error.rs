@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+/// Characters of a tensor's name, and of what is wrong.
+const SHOWN_CHARS_MAX: usize = 300;
+
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     #[error("{}: {cause}", file.display())]
@@ -27,10 +30,18 @@ impl ModelError {
     }
 
     pub(crate) fn file(file: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
-        Self::File { file: file.into(), detail: detail.into() }
+        Self::File { file: file.into(), detail: shortened(detail.into()) }
     }
 
     pub(crate) fn tensor(file: impl Into<PathBuf>, tensor: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Tensor { file: file.into(), tensor: tensor.into(), detail: detail.into() }
+        Self::Tensor { file: file.into(), tensor: shortened(tensor.into()), detail: shortened(detail.into()) }
+    }
+}
+
+/// Names and values of a file may be as long as the file.
+fn shortened(text: String) -> String {
+    match text.char_indices().nth(SHOWN_CHARS_MAX) {
+        None => text,
+        Some((end, _)) => format!("{}...", &text[..end]),
     }
 }

@@ -69,6 +69,23 @@ impl<'a> Typed<'a> {
         Ok(Matrix { rows, cols, data })
     }
 
+    /// What the kernels multiply with the same rows: FP8 in blocks with an odd number of columns, which cannot be read in
+    /// pairs, and other dtypes do not go together.
+    pub fn check_alike(&self, first: &Spec, other: &Spec) -> Result<(), ModelError> {
+        if self.config.quantization.is_none_or(|q| q.block[1].is_multiple_of(2)) {
+            return Ok(());
+        }
+        let (a, b) = (self.find(&first.name, &first.shape)?, self.find(&other.name, &other.shape)?);
+        if (a.dtype == Dtype::F8_E4M3) == (b.dtype == Dtype::F8_E4M3) {
+            return Ok(());
+        }
+        let detail = format!(
+            "has dtype {}, expected {} as {} has, because weight_block_size has an odd number of columns",
+            b.dtype, a.dtype, first.name
+        );
+        Err(ModelError::tensor(b.file, &other.name, detail))
+    }
+
     fn find(&self, name: &str, shape: &[usize]) -> Result<Tensor<'a>, ModelError> {
         let tensor = self.shards.get(name).ok_or_else(|| self.missing(name))?;
         if tensor.shape == shape {

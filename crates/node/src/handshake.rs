@@ -4,6 +4,9 @@ use moesaic_proto::ids::InvalidWorkerId;
 use moesaic_proto::v1::{Hello, Role};
 use moesaic_proto::{PROTOCOL_VERSION, WorkerId};
 
+/// Characters of a field that a mismatch repeats.
+const SHOWN_CHARS_MAX: usize = 80;
+
 /// The first field in which two nodes do not match.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field} does not match: here {own:?}, peer {peer:?}")]
@@ -40,7 +43,10 @@ pub fn worker_id(given: Option<&str>, role: &str) -> Result<WorkerId, InvalidWor
 pub fn check(own: &Hello, peer: &Hello, expected: Role) -> Result<(), Mismatch> {
     let same = |field, own: &dyn ToString, peer: &dyn ToString| {
         let (own, peer) = (own.to_string(), peer.to_string());
-        if own == peer { Ok(()) } else { Err(Mismatch { field, own, peer }) }
+        if own == peer {
+            return Ok(());
+        }
+        Err(Mismatch { field, own, peer: peer.chars().take(SHOWN_CHARS_MAX).collect() })
     };
     same("protocol_version", &own.protocol_version, &peer.protocol_version)?;
     same("cluster", &own.cluster, &peer.cluster)?;

@@ -2,6 +2,7 @@
 
 mod embedded;
 mod etcd;
+pub mod records;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -175,7 +176,8 @@ impl Member {
             return Err(refused(format!("role {} is unknown", hello.role)));
         }
         if record.address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
-            return Err(refused(format!("address {:?} is not host:port", record.address)));
+            let given: String = record.address.chars().take(80).collect();
+            return Err(refused(format!("address {given:?} is not host:port")));
         }
         if record.node.len() > NODE_LEN_MAX {
             return Err(refused(format!("node has {} bytes; expected at most {NODE_LEN_MAX}", record.node.len())));

@@ -73,6 +73,11 @@ impl Batch {
         let is_resumed = resumed.is_some();
         let new = || Progress::new(ticket.request_id().to_owned(), params.seed.unwrap_or_else(draw_seed), count);
         let progress = resumed.unwrap_or_else(new);
+        let context = service.model.context_max;
+        if let Some(choice) = progress.choices.iter().find(|choice| choice.position as usize > context) {
+            let reason = format!("has a choice of {} tokens; the model's context has {context}", choice.position);
+            return Err(ApiError::invalid("Last-Event-ID", reason));
+        }
         let mut usage = Usage::default();
         let mut starts = Vec::new();
         let mut sequence = 0;
@@ -82,7 +87,7 @@ impl Batch {
             for choice in 0..prompts.n {
                 let ChoiceProgress { position, has_ended } = progress.choices[sequence];
                 if has_ended {
-                    usage.completion_tokens += position;
+                    usage.completion_tokens = usage.completion_tokens.saturating_add(position);
                 } else {
                     let (numbers, known) = ((sequence as u32, choice), is_resumed.then_some(position));
                     let start = service.generate(ticket.clone(), request.clone(), progress.seed, numbers, known);
@@ -91,7 +96,7 @@ impl Batch {
                 sequence += 1;
             }
         }
-        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens;
+        usage.total_tokens = usage.prompt_tokens.saturating_add(usage.completion_tokens);
         let sequences = try_join_all(starts).await?.into_iter();
         let sequences = sequences.map(|(i, generation)| generation.into_stream().map(move |news| (i, news)).boxed());
         Ok(Self { sequences: stream::select_all(sequences), progress, usage })
@@ -106,8 +111,8 @@ impl Batch {
         let (index, news) = self.sequences.next().await?;
         Some(news.map(|delta| {
             let ended = delta.ending.as_ref().map_or(0, |ending| ending.completion_tokens);
-            self.usage.completion_tokens += ended;
-            self.usage.total_tokens += ended;
+            self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(ended);
+            self.usage.total_tokens = self.usage.total_tokens.saturating_add(ended);
             (index, delta)
         }))
     }

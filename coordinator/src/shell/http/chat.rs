@@ -13,6 +13,7 @@ use super::fields::{Fields, wrong};
 use super::logprobs::{chat_logprobs, prompt_logprobs};
 use super::progress::Progress;
 use super::types::{Answer, ChatChoice, ChatChunkChoice, ChatDelta, ChatMessage, Head, Usage};
+use crate::core::error::shortened;
 use crate::core::{ApiError, Delta, Params};
 use crate::shell::service::Service;
 use crate::text::template::Message;
@@ -106,7 +107,8 @@ fn message(index: usize, value: Value) -> Result<Message, ApiError> {
         Some("developer") => "system".to_owned(),
         Some(role @ ("system" | "user" | "assistant" | "tool")) => role.to_owned(),
         other => {
-            let reason = format!("is {:?}; expected system, user, assistant or tool", other.unwrap_or_default());
+            let given = shortened(other.unwrap_or_default());
+            let reason = format!("is {given:?}; expected system, user, assistant or tool");
             return Err(ApiError::invalid(place("role"), reason));
         }
     };
@@ -123,7 +125,8 @@ fn content(value: Value, place: &str) -> Result<String, ApiError> {
     let part = |part: &Value| match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(text)) => Ok(text.to_owned()),
         (kind, _) => {
-            let reason = format!("has a part of type {:?}; only text is supported", kind.unwrap_or_default());
+            let kind = shortened(kind.unwrap_or_default());
+            let reason = format!("has a part of type {kind:?}; only text is supported");
             Err(ApiError::invalid(place, reason))
         }
     };

@@ -12,7 +12,8 @@ use crate::ModelError;
 use crate::json::Entries;
 
 const SHOWN_CHARS_MAX: usize = 60;
-const TOKEN_IDS_MAX: usize = 256;
+/// As many tokens that end a sequence as a coordinator sends with each.
+const TOKEN_IDS_MAX: usize = 16;
 
 pub(super) struct Fields<'a> {
     file: &'a Path,
@@ -140,7 +141,7 @@ impl<'a> Fields<'a> {
         let id = |v: &Value| v.as_u64().filter(|id| (*id as usize) < vocab_size).and_then(|id| u32::try_from(id).ok());
         let ids: Option<Vec<u32>> = values.iter().map(id).collect();
         ids.filter(|ids| ids.len() <= TOKEN_IDS_MAX).unwrap_or_else(|| {
-            self.problem(name, &format!("token ids below vocab_size, {vocab_size}"));
+            self.problem(name, &format!("at most {TOKEN_IDS_MAX} token ids below vocab_size, {vocab_size}"));
             Vec::new()
         })
     }

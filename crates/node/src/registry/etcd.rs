@@ -20,7 +20,7 @@ use etcd_client::{
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use moesaic_proto::v1::{self, Cordon, Role};
+use moesaic_proto::v1::{Cordon, Role};
 use moesaic_proto::{Placement, WorkerId};
 use prost::Message;
 use tokio::sync::watch;
@@ -28,6 +28,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::records::{self, Record, cordon_key, decode_placement, member_key};
 use super::{Campaign, Entry, Leader, Member, Registration, Registry, RegistryError, View};
 
 /// How long one call may take: far more than a healthy etcd needs, far less than anybody waits.
@@ -91,7 +92,7 @@ impl Registry for Etcd {
     fn register(&self, member: Member) -> BoxFuture<'_, Result<Registration, RegistryError>> {
         async move {
             let member = Member::from_record(member.to_record())?;
-            let key = member_key(&self.prefix, member.hello.role(), &member.id);
+            let key = format!("{}{}", self.prefix, member_key(member.hello.role(), &member.id));
             let mut lease = Lease { client: self.client.clone(), key, ttl: self.options.lease_ttl_seconds, id: 0 };
             call(lease.take(&member)).await?;
             let (record, stop) = (watch::Sender::new(member), CancellationToken::new());
@@ -106,7 +107,7 @@ impl Registry for Etcd {
     }
 
     fn publish(&self, placement: Placement) -> BoxFuture<'_, Result<bool, RegistryError>> {
-        let (mut client, key) = (self.client.clone(), format!("{}placement", self.prefix));
+        let (mut client, key) = (self.client.clone(), format!("{}{}", self.prefix, records::PLACEMENT));
         async move {
             let in_force = || self.view.borrow().placement.as_ref().map_or(0, |p| p.epoch().0);
             let stored = call(client.get(key.clone(), None)).await?;
@@ -121,7 +122,7 @@ impl Registry for Etcd {
             }
             let mut when = vec![Compare::mod_revision(key.clone(), CompareOp::Equal, revision)];
             if placement.term() > 0 {
-                let leader = format!("{}leader", self.prefix);
+                let leader = format!("{}{}", self.prefix, records::LEADER);
                 when.push(Compare::create_revision(leader, CompareOp::Equal, placement.term() as i64));
             }
             let put = TxnOp::put(key, placement.to_proto().encode_to_vec(), None);
@@ -132,13 +133,13 @@ impl Registry for Etcd {
     }
 
     fn campaign(&self, id: WorkerId) -> Campaign {
-        let key = format!("{}leader", self.prefix);
+        let key = format!("{}{}", self.prefix, records::LEADER);
         leader::campaign(self.client.clone(), key, id, self.options.leader_ttl_seconds, self.view())
     }
 
     fn set_cordon(&self, role: Role, id: WorkerId, cordon: Option<Cordon>) -> BoxFuture<'_, Result<(), RegistryError>> {
         let mut client = self.client.clone();
-        let key = format!("{}cordons/{}", self.prefix, role_and_id(role, &id));
+        let key = format!("{}{}", self.prefix, cordon_key(role, &id));
         async move {
             match cordon {
                 Some(cordon) => call(client.put(key, cordon.encode_to_vec(), None)).await.map(drop),
@@ -184,23 +185,14 @@ impl Listing {
     }
 
     fn put(&mut self, prefix: &str, kv: &KeyValue) {
-        let (name, value) = (String::from_utf8_lossy(kv.key()), kv.value());
+        let name = String::from_utf8_lossy(kv.key());
         let known = name.strip_prefix(prefix).unwrap_or_default();
-        let done = if known == "placement" {
-            decode_placement(value).map(|placement| self.placement = Some(Arc::new(placement)))
-        } else if known == "leader" {
-            decode_leader(value, kv.create_revision()).map(|leader| self.leader = Some(leader))
-        } else if let Some(worker) = known.strip_prefix("cordons/") {
-            decode_cordon(worker, value).map(|(worker, cordon)| {
-                self.cordons.insert(worker, cordon);
-            })
-        } else if known.starts_with("workers/") {
-            decode_member(prefix, &name, value).map(|member| drop(self.members.insert(kv.key().to_vec(), member)))
-        } else {
-            Err("the key is not one of ours".into())
-        };
-        if let Err(reason) = done {
-            tracing::warn!(key = %name, reason, "registry: entry ignored");
+        match Record::decode(known, kv.value(), kv.create_revision()) {
+            Ok(Record::Member(member)) => drop(self.members.insert(kv.key().to_vec(), member)),
+            Ok(Record::Placement(placement)) => self.placement = Some(Arc::new(placement)),
+            Ok(Record::Leader(leader)) => self.leader = Some(leader),
+            Ok(Record::Cordon { role, id, cordon }) => drop(self.cordons.insert((role, id), cordon)),
+            Err(reason) => tracing::warn!(key = %name, reason, "registry: entry ignored"),
         }
     }
 
@@ -208,9 +200,9 @@ impl Listing {
         self.members.remove(key);
         let name = String::from_utf8_lossy(key);
         let known = name.strip_prefix(prefix).unwrap_or_default();
-        if known == "leader" {
+        if known == records::LEADER {
             self.leader = None;
-        } else if let Some(worker) = known.strip_prefix("cordons/").and_then(decode_worker) {
+        } else if let Some(worker) = records::cordoned_worker(known) {
             self.cordons.remove(&worker);
         }
     }
@@ -220,54 +212,6 @@ impl Listing {
         let (placement, leader, cordons) = (self.placement.clone(), self.leader.clone(), self.cordons.clone());
         View { members, placement, leader, cordons, is_current }
     }
-}
-
-fn decode_placement(value: &[u8]) -> Result<Placement, String> {
-    let message = v1::Placement::decode(value).map_err(|e| e.to_string())?;
-    Placement::try_from(&message).map_err(|e| e.to_string())
-}
-
-/// A record must stand under its own key, so that nobody can speak for another.
-fn decode_member(prefix: &str, key: &str, value: &[u8]) -> Result<Member, String> {
-    let record = v1::MemberRecord::decode(value).map_err(|e| e.to_string())?;
-    let member = Member::from_record(record).map_err(|e| e.to_string())?;
-    match member_key(prefix, member.hello.role(), &member.id) == key {
-        true => Ok(member),
-        false => Err(format!("the record is that of {}", member.id)),
-    }
-}
-
-fn decode_leader(value: &[u8], created: i64) -> Result<Leader, String> {
-    let record = v1::LeaderRecord::decode(value).map_err(|e| e.to_string())?;
-    let id = WorkerId::new(&record.id).map_err(|e| e.to_string())?;
-    Ok(Leader { id, term: created.unsigned_abs() })
-}
-
-fn decode_cordon(worker: &str, value: &[u8]) -> Result<((Role, WorkerId), Cordon), String> {
-    let worker = decode_worker(worker).ok_or("the key names no worker")?;
-    Ok((worker, Cordon::decode(value).map_err(|e| e.to_string())?))
-}
-
-fn decode_worker(name: &str) -> Option<(Role, WorkerId)> {
-    let (role, id) = name.split_once('/')?;
-    let role = ROLES.iter().find(|(_, name)| *name == role)?.0;
-    Some((role, WorkerId::new(id).ok()?))
-}
-
-const ROLES: [(Role, &str); 4] = [
-    (Role::Unspecified, "unspecified"),
-    (Role::Coordinator, "coordinator"),
-    (Role::AttentionWorker, "attention-worker"),
-    (Role::ExpertWorker, "expert-worker"),
-];
-
-fn role_and_id(role: Role, id: &WorkerId) -> String {
-    let name = ROLES.iter().find(|(of, _)| *of == role).map_or("", |(_, name)| name);
-    format!("{name}/{id}")
-}
-
-fn member_key(prefix: &str, role: Role, id: &WorkerId) -> String {
-    format!("{prefix}workers/{}", role_and_id(role, id))
 }
 
 /// Follows the prefix for ever.
