@@ -202,16 +202,29 @@ impl Service {
             resume: false,
             call: 0,
         };
-        let resumed = match known {
+        let resume = async || match known {
             Some(_) => self.workers.resume(run.clone()).await,
             None => None,
         };
-        let call = match resumed {
-            Some(call) => call,
-            None => {
-                let retry_after_s = self.lock().admission.retry_after_s();
-                self.workers.start(run.clone(), retry_after_s, &[]).await?
+        let placed = async {
+            if let Some(call) = resume().await {
+                return Ok(call);
             }
+            let retry_after_s = self.lock().admission.retry_after_s();
+            match self.workers.start(run.clone(), retry_after_s, &[]).await {
+                // It runs on a worker that did not answer in time before.
+                Err(ApiError::Exists { request_id }) => resume().await.ok_or(ApiError::Exists { request_id }),
+                started => started,
+            }
+        };
+        // A worker that is cut off is given up only after seconds: nobody waits so long for the request's id.
+        let call = tokio::select! {
+            biased;
+            () = ticket.aborted() => {
+                let reason = "the request was aborted, or goes on on another stream".into();
+                return Err(ApiError::Unavailable { reason });
+            }
+            call = placed => call?,
         };
         Ok(Generation::new(call, Journal::new(run), output, ticket, known.unwrap_or(0)))
     }

@@ -186,7 +186,7 @@ impl Workers {
                 return Err(refusal(&status, &run.request_id, retry_after_s));
             }
             tracing::debug!(worker = %place.worker, code = ?status.code(), "a worker takes no sequence");
-            if status.code() == Code::Unavailable {
+            if is_transport(&status) {
                 self.set_load(&place.worker, None);
             }
             tried.push(place.worker.clone());
@@ -434,13 +434,28 @@ pub fn is_transport(status: &Status) -> bool {
 fn refusal(status: &Status, request_id: &str, retry_after_s: u64) -> ApiError {
     let reason = status.message().to_owned();
     match status.code() {
+        // Whatever its code: another worker may take it, a moment later.
+        _ if is_transport(status) => ApiError::Unavailable { reason },
         Code::ResourceExhausted => ApiError::Full { reason, retry_after_s },
-        Code::Unavailable => ApiError::Unavailable { reason },
         Code::InvalidArgument | Code::OutOfRange => ApiError::invalid("request", reason),
         Code::AlreadyExists => ApiError::Exists { request_id: request_id.to_owned() },
         Code::FailedPrecondition => {
             ApiError::Unavailable { reason: format!("the attention worker refuses this coordinator: {reason}") }
         }
         code => ApiError::Failed { reason: format!("{code:?}: {reason}") },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// tonic calls it Unknown; a sequence that looks for a worker would end with it.
+    #[test]
+    fn a_broken_connection_is_no_failure_of_the_request() {
+        let broken = Status::from_error(Box::new(std::io::Error::other("transport error")));
+        let own = Status::unknown("transport error");
+        assert_eq!((broken.code(), is_transport(&broken)), (Code::Unknown, true));
+        assert!(refusal(&broken, "r", 1).is_passing() && !refusal(&own, "r", 1).is_passing());
     }
 }

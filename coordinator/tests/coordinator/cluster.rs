@@ -42,6 +42,10 @@ pub struct Script {
     /// After the tokens: the first one again and again, until the request's own end.
     pub endless: bool,
     pub refusal: Option<Status>,
+    /// Runs every sequence for somebody else, and finds none the first time that it is asked.
+    pub is_running_it: bool,
+    /// Takes calls and does not answer them.
+    pub hangs: bool,
     /// In place of the token at this position.
     pub failure: Option<(usize, Status)>,
     /// Says each token twice, or leaves the one at this position out.
@@ -135,6 +139,15 @@ impl AttentionWorker for Shared {
         self.0.requests.lock().unwrap().push(run.clone());
         if let Some(refusal) = script.refusal {
             return Err(refusal);
+        }
+        if script.is_running_it && !run.resume {
+            return Err(Status::already_exists("it is running"));
+        }
+        if script.is_running_it && self.0.requests.lock().unwrap().len() == 1 {
+            return Err(Status::not_found("nothing to resume"));
+        }
+        if script.hangs {
+            std::future::pending::<()>().await;
         }
         if run.resume && !script.resumes {
             return Err(Status::not_found("nothing to resume"));

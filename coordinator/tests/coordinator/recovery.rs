@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use moesaic_proto::v1::generate_request::Prompt;
 use moesaic_proto::v1::inference_client::InferenceClient;
-use moesaic_proto::v1::{GenerateRequest, GenerateResponse};
+use moesaic_proto::v1::{GenerateRequest, GenerateResponse, SamplingParams};
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 
@@ -228,4 +228,43 @@ async fn a_stream_of_two_choices_is_resumed_over_http_after_any_event() {
             |events: &[(String, String)]| events[events.len() - 2].1.split("\"usage\"").last().unwrap().to_owned();
         assert_eq!((usage(&rest), &rest.last().unwrap().1), (usage(&whole), &"[DONE]".to_owned()));
     }
+}
+
+#[tokio::test]
+async fn a_request_that_waits_for_a_worker_gives_way_to_its_client() {
+    let cluster = Cluster::new(Script { hangs: true, ..Script::default() }).await;
+    let mut client = InferenceClient::connect(cluster.url.clone()).await.unwrap();
+    let sampling = Some(SamplingParams { seed: Some(7), ..Default::default() });
+    let prompt = Some(Prompt::Text("x".into()));
+    let request = GenerateRequest { request_id: "r".into(), prompt, sampling, ..Default::default() };
+    let (mut left, first) = (client.clone(), request.clone());
+    let left = tokio::spawn(async move { left.generate(first).await });
+    until("it is asked", Duration::from_secs(2), || !cluster.workers[0].requests.lock().unwrap().is_empty()).await;
+    cluster.set_script(Script::says(SAYS));
+    let again = GenerateRequest { resume_position: Some(0), ..request };
+    let mut answer = client.generate(again).await.unwrap().into_inner();
+    let mut text = String::new();
+    while let Some(part) = answer.message().await.unwrap() {
+        text.push_str(&part.text);
+    }
+    assert_eq!(text, SAYS);
+    assert_eq!(left.await.unwrap().unwrap_err().code(), Code::Unavailable);
+}
+
+/// A worker that was out of reach when it was asked for the sequence still has it when it is asked to start it.
+#[tokio::test]
+async fn a_client_that_comes_back_is_not_refused_because_its_sequence_runs() {
+    let cluster = Cluster::new(Script { is_running_it: true, resumes: true, ..Script::says(SAYS) }).await;
+    let mut client = InferenceClient::connect(cluster.url.clone()).await.unwrap();
+    let sampling = Some(SamplingParams { seed: Some(7), ..Default::default() });
+    let (prompt, resume_position) = (Some(Prompt::Text("x".into())), Some(0));
+    let request = GenerateRequest { request_id: "r".into(), prompt, sampling, resume_position, ..Default::default() };
+    let mut answer = client.generate(request).await.unwrap().into_inner();
+    let mut text = String::new();
+    while let Some(part) = answer.message().await.unwrap() {
+        text.push_str(&part.text);
+    }
+    assert_eq!(text, SAYS);
+    let asked: Vec<bool> = cluster.workers[0].requests.lock().unwrap().iter().map(|run| run.resume).collect();
+    assert_eq!(asked, [true, false, true]);
 }

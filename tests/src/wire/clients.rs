@@ -117,7 +117,7 @@ pub enum Break {
 /// What a client has of an answer.
 #[derive(Default)]
 struct Progress {
-    /// A coordinator has taken it: from now on it is resumed, not asked anew.
+    /// It was sent, and a coordinator may have taken it: from now on it is resumed, not asked anew.
     has_begun: bool,
     tokens: usize,
     last: Option<Instant>,
@@ -156,9 +156,9 @@ async fn stream(site: &Site, load: &Load, asked: &Asked, door: usize, progress: 
     let door = &load.doors[door % load.doors.len()];
     let mut client = InferenceClient::new(connect(&net::connector(), door).await?);
     let message = asked.message(progress.has_begun.then_some(progress.tokens as u32));
+    progress.has_begun = true;
     let called = timeout(SILENCE_MAX, client.generate(message)).await.map_err(|_| silent())?;
     let mut parts = called.map_err(|status| broken(&status))?.into_inner();
-    progress.has_begun = true;
     loop {
         let part = timeout(SILENCE_MAX, parts.message()).await.map_err(|_| silent())?;
         let Some(part) = part.map_err(|status| broken(&status))? else {
