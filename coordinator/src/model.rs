@@ -7,7 +7,9 @@ use moesaic_proto::LayerId;
 use moesaic_proto::limits::{EOS_TOKENS_MAX, EXPERTS_MAX, LAYERS_MAX};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value as Json;
 
+use crate::core::error::shortened;
 use crate::text::read_bounded;
 
 /// As much of config.json as a worker reads.
@@ -61,12 +63,13 @@ struct ConfigFile {
     num_hidden_layers: u64,
     #[serde(default)]
     n_routed_experts: Option<u64>,
+    /// This one and the next are read where there are experts only, as workers do.
     #[serde(default)]
-    n_group: Option<u64>,
+    n_group: Json,
     #[serde(default)]
-    first_k_dense_replace: u64,
-    #[serde(default = "one")]
-    moe_layer_freq: u64,
+    first_k_dense_replace: Json,
+    #[serde(default)]
+    moe_layer_freq: Option<u64>,
     #[serde(default)]
     eos_token_id: Option<OneOrMore>,
 }
@@ -94,10 +97,6 @@ impl OneOrMore {
     }
 }
 
-fn one() -> u64 {
-    1
-}
-
 impl Model {
     /// Reads the folder's two files; the second may be missing.
     pub fn open(dir: &Path, served_name: Option<&str>) -> Result<Self, ModelError> {
@@ -116,8 +115,21 @@ impl Model {
         };
         let layers = within("num_hidden_layers", config.num_hidden_layers, 1, LAYERS_MAX as u64)?;
         let experts = within("n_routed_experts", config.n_routed_experts.unwrap_or(0), 0, EXPERTS_MAX as u64)?;
-        let every = within("moe_layer_freq", config.moe_layer_freq, 1, LAYERS_MAX as u64)?;
-        let is_moe = |layer: &u64| experts > 0 && *layer >= config.first_k_dense_replace && layer.is_multiple_of(every);
+        let every = within("moe_layer_freq", config.moe_layer_freq.unwrap_or(1), 1, LAYERS_MAX as u64)?;
+        let of_experts = |field, given: &Json| match given.as_u64() {
+            _ if experts == 0 || given.is_null() => Ok(0),
+            Some(count) => Ok(count),
+            None => {
+                let (path, value) = (path.clone(), shortened(&given.to_string()));
+                Err(ModelError::Field { path, field, value, expected: "a number".into() })
+            }
+        };
+        let dense = of_experts("first_k_dense_replace", &config.first_k_dense_replace)?;
+        let groups = match of_experts("n_group", &config.n_group)? {
+            0 | 1 => UNGROUPED_BLOCKS,
+            groups => groups,
+        };
+        let is_moe = |layer: &u64| experts > 0 && *layer >= dense && layer.is_multiple_of(every);
         let vocabulary = within("vocab_size", config.vocab_size, 1, 1 << 24)? as u32;
         // Every request carries them, and a worker takes no others.
         let valid = |ids: &[u32]| ids.len() <= EOS_TOKENS_MAX && ids.iter().all(|id| *id < vocabulary);
@@ -151,8 +163,7 @@ impl Model {
             eos,
             moe_layers: (0..layers).filter(is_moe).map(|layer| LayerId(layer as u8)).collect(),
             experts: experts as usize,
-            groups: config.n_group.filter(|groups| *groups > 1).unwrap_or(UNGROUPED_BLOCKS).min(experts.max(1))
-                as usize,
+            groups: groups.min(experts.max(1)) as usize,
             defaults,
         })
     }
@@ -166,7 +177,8 @@ fn folder_name(dir: &Path) -> String {
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
     let text = read_bounded(path, FILE_BYTES_MAX)
         .map_err(|e| ModelError::Read { path: path.to_owned(), reason: e.to_string() })?;
-    serde_json::from_slice(&text).map_err(|e| ModelError::Parse { path: path.to_owned(), reason: e.to_string() })
+    let broken = |e: serde_json::Error| ModelError::Parse { path: path.to_owned(), reason: shortened(&e.to_string()) };
+    serde_json::from_slice(&text).map_err(broken)
 }
 
 #[cfg(test)]
@@ -192,12 +204,14 @@ mod tests {
             (good.replace(":64", ":0"), "max_position_embeddings is 0; expected 2 to"),
             (good.replace(":2}", ":300}"), "num_hidden_layers is 300; expected 1 to 256"),
             (good.replace(":8", ":\"8\""), "config.json: invalid type"),
+            (good.replace(":2}", r#":2,"n_routed_experts":4,"n_group":"x"}"#), "n_group is \"x\"; expected a number"),
+            (good.replace(":8", &format!(":{:?}", "y".repeat(5000))), "invalid type"),
         ];
         let dir = tempfile::tempdir().unwrap();
         for (text, expected) in table {
             std::fs::write(dir.path().join("config.json"), &text).unwrap();
             let error = Model::open(dir.path(), None).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+            assert!(error.contains(expected) && error.len() < 1000, "{error:?} does not contain {expected:?}");
         }
         std::fs::write(dir.path().join("config.json"), good).unwrap();
         std::fs::write(dir.path().join("generation_config.json"), r#"{"temperature":0.6,"eos_token_id":[1,2]}"#)

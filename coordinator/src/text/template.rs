@@ -15,6 +15,7 @@ use serde_json::Value as Json;
 use serde_json::ser::{Formatter, PrettyFormatter};
 
 use super::read_bounded;
+use crate::core::error::shortened;
 
 /// Template instructions for one conversation; a message takes some dozens.
 const FUEL: u64 = 5_000_000;
@@ -68,7 +69,8 @@ impl ChatTemplate {
                 .map_err(|e| TemplateError::Read { path: path.to_owned(), reason: e.to_string() })
         };
         let config: Json = if path.exists() {
-            let broken = |e: serde_json::Error| TemplateError::Parse { path: path.clone(), reason: e.to_string() };
+            let broken =
+                |e: serde_json::Error| TemplateError::Parse { path: path.clone(), reason: shortened(&e.to_string()) };
             serde_json::from_str(&read(&path)?).map_err(broken)?
         } else {
             Json::Null
