@@ -331,8 +331,8 @@ impl World {
             Change::Cut(from, to) => self.net.cut(from, to),
             Change::Heal(from, to) => self.net.heal(from, to),
             Change::Stop(node) => self.tell(node, |world, context| match node {
-                Node::Expert(n) => with(&mut world.experts, n, |role| role.stop(context)),
-                Node::Attention(n) => with(&mut world.attention, n, |role| role.stop(context)),
+                Node::Expert(n) => with(world.experts, n, |role| role.stop(context)),
+                Node::Attention(n) => with(world.attention, n, |role| role.stop(context)),
                 _ => {}
             }),
             Change::Slow(n, times) => with(&mut self.experts, n, |role| role.slowness = times),
@@ -362,9 +362,8 @@ impl World {
         for &from in &nodes {
             nodes.iter().for_each(|&to| self.net.heal(from, to));
             self.net.thaw(from);
-            match from {
-                Node::Expert(n) => with(&mut self.experts, n, |role| role.slowness = 1),
-                _ => {}
+            if let Node::Expert(n) = from {
+                with(&mut self.experts, n, |role| role.slowness = 1);
             }
         }
         self.restart();

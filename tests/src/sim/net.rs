@@ -305,7 +305,7 @@ impl Net {
         let ids: Vec<StreamId> = self.streams.keys().copied().collect();
         for id in ids {
             for end in 0..2 {
-                let stream = &mut self.streams.get_mut(&id).expect("just listed");
+                let stream = self.streams.get_mut(&id).expect("just listed");
                 if (stream.ends[1 - end].node, stream.ends[end].node) == (from, to) && !stream.is_jammed {
                     let held = std::mem::take(&mut stream.ends[end].held);
                     held.into_iter().for_each(|message| self.deliver(id, end, message));
