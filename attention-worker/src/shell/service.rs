@@ -44,12 +44,12 @@ impl Service {
 
     /// Whether a token could be produced: a model without routed experts needs nobody.
     pub fn is_reachable(checkpoint: &Checkpoint, dispatcher: &Dispatcher) -> bool {
-        checkpoint.config().moe_layers().is_empty() || dispatcher.reachable()
+        !has_experts(checkpoint) || dispatcher.reachable()
     }
+}
 
-    fn has_experts(&self) -> bool {
-        !self.checkpoint.config().moe_layers().is_empty()
-    }
+fn has_experts(checkpoint: &Checkpoint) -> bool {
+    !checkpoint.config().moe_layers().is_empty()
 }
 
 #[tonic::async_trait]
@@ -68,7 +68,7 @@ impl AttentionWorker for Service {
         if self.stop.is_cancelled() {
             return Err(Status::unavailable("this worker is stopping"));
         }
-        if self.has_experts() && self.dispatcher.epoch().is_none() {
+        if has_experts(&self.checkpoint) && self.dispatcher.epoch().is_none() {
             return Err(Status::unavailable("this worker does not know yet who holds the experts"));
         }
         let position = run.emitted.len() as u32;

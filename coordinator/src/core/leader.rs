@@ -8,6 +8,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use moesaic_node::{Member, View};
+use moesaic_proto::v1::{EdgeState, EdgeStatus, Role};
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
 
 use super::placement::planner::{Goal, Host, Load, MOVE_PAYS, Plan, PlanError, is_worth, plan};
@@ -58,6 +60,34 @@ impl Seen {
     fn is_leaving(&self) -> bool {
         self.is_drained || self.is_stopping
     }
+}
+
+/// Expert workers as a view has them. `edges` are those of all attention workers: who has some, and is reached over none,
+/// is down. A worker that says nothing of its slots has `slots`, and no worker has more.
+pub fn seen<'a>(
+    members: impl Iterator<Item = &'a Member>,
+    view: &View,
+    edges: impl Iterator<Item = &'a EdgeStatus>,
+    slots: usize,
+) -> Vec<Seen> {
+    let mut reached: BTreeMap<&str, bool> = BTreeMap::new();
+    for edge in edges {
+        let is_reached = !matches!(edge.state(), EdgeState::Down | EdgeState::Silent);
+        *reached.entry(&edge.worker).or_insert(false) |= is_reached;
+    }
+    let seen = |member: &Member| {
+        let cordon = view.cordons.get(&(Role::ExpertWorker, member.id.clone()));
+        let slots = if member.expert_slots == 0 { slots } else { (member.expert_slots as usize).min(slots) };
+        Seen {
+            host: Host { id: member.id.clone(), node: member.node.clone(), slots, weight: 1.0 },
+            epoch_loaded: member.epoch_loaded,
+            is_drained: cordon.is_some_and(|cordon| cordon.drain),
+            is_stopping: member.draining,
+            is_cordoned: cordon.is_some(),
+            is_down: reached.get(member.id.as_str()).is_some_and(|is_reached| !is_reached),
+        }
+    };
+    members.map(seen).collect()
 }
 
 /// What the leader goes by.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use moesaic_proto::limits;
-use moesaic_proto::v1::SamplingParams;
+use moesaic_proto::v1::{RunRequest, SamplingParams};
 
 use super::ApiError;
 use crate::model::Model;
@@ -43,6 +43,22 @@ pub struct Request {
     pub eos: Vec<u32>,
     pub logprobs: Option<u32>,
     pub prompt_logprobs: Option<u32>,
+}
+
+impl Request {
+    /// As a worker is asked for it.
+    pub fn into_run(self, request_id: String, seed: u64) -> RunRequest {
+        RunRequest {
+            request_id,
+            prompt: self.prompt,
+            sampling: Some(SamplingParams { seed: Some(seed), ..self.sampling }),
+            max_tokens: self.max_tokens,
+            stop_token_ids: self.stop_token_ids.into_iter().chain(self.eos).collect(),
+            logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+            ..RunRequest::default()
+        }
+    }
 }
 
 impl Params {

@@ -1,21 +1,19 @@
 //! The coordinator that leads writes the placements: `core::leader` decides, from the registry's view and from what the
 //! attention workers answer.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use moesaic_node::{Member, Registry, View};
-use moesaic_proto::WorkerId;
-use moesaic_proto::v1::{EdgeState, ExpertLoadRequest, RebalanceResponse, Role};
+use moesaic_node::{Registry, View};
+use moesaic_proto::v1::{ExpertLoadRequest, RebalanceResponse, Role};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::workers::Workers;
 use crate::core::ApiError;
 use crate::core::expert_load::ExpertLoad;
-use crate::core::leader::{Leader, Policy, Seen, Sight, Why};
-use crate::core::placement::planner::{Host, Plan};
+use crate::core::leader::{Leader, Policy, Seen, Sight, Why, seen};
+use crate::core::placement::planner::Plan;
 
 /// How often it is looked whether anything has changed.
 const TICK: Duration = Duration::from_millis(100);
@@ -147,35 +145,10 @@ impl Leading {
 
     /// The expert workers of this model.
     pub fn seen(&self, view: &View) -> Vec<Seen> {
-        let reached = self.reached();
+        let loads = self.workers.loads();
+        let edges = loads.iter().filter_map(|(_, load)| load.as_ref()).flat_map(|load| &load.edges);
         let experts = view.of_role(Role::ExpertWorker).filter(|member| self.workers.accepts(member));
-        experts.map(|member| self.seen_as(member, view, &reached)).collect()
-    }
-
-    fn seen_as(&self, member: &Member, view: &View, reached: &BTreeMap<WorkerId, bool>) -> Seen {
-        let cordon = view.cordons.get(&(Role::ExpertWorker, member.id.clone()));
-        let all = self.policy.layers.len() * self.policy.experts;
-        let slots = if member.expert_slots == 0 { all } else { (member.expert_slots as usize).min(all) };
-        Seen {
-            host: Host { id: member.id.clone(), node: member.node.clone(), slots, weight: 1.0 },
-            epoch_loaded: member.epoch_loaded,
-            is_drained: cordon.is_some_and(|cordon| cordon.drain),
-            is_stopping: member.draining,
-            is_cordoned: cordon.is_some(),
-            is_down: reached.get(&member.id).is_some_and(|is_reached| !is_reached),
-        }
-    }
-
-    /// Of each expert worker that attention workers have an edge to, whether any of them reaches it.
-    fn reached(&self) -> BTreeMap<WorkerId, bool> {
-        let mut reached = BTreeMap::new();
-        for edge in self.workers.loads().into_iter().filter_map(|(_, load)| load).flat_map(|load| load.edges) {
-            let is_reached = !matches!(edge.state(), EdgeState::Down | EdgeState::Silent);
-            if let Ok(id) = WorkerId::new(&edge.worker) {
-                *reached.entry(id).or_insert(false) |= is_reached;
-            }
-        }
-        reached
+        seen(experts, view, edges, self.policy.layers.len() * self.policy.experts)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use moesaic_proto::v1::RunRequest;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::generation::Generation;
 use super::workers::Workers;
+use crate::core::error::shortened;
 use crate::core::journal::Journal;
 use crate::core::request::{check_request_id, choice_seed};
 use crate::core::{Admission, ApiError, Output, Params, Request};
@@ -163,7 +163,7 @@ impl Service {
         if name.is_empty() || name == self.model.name {
             return Ok(());
         }
-        Err(ApiError::UnknownModel { name: name.chars().take(200).collect(), served: self.model.name.clone() })
+        Err(ApiError::UnknownModel { name: shortened(name), served: self.model.name.clone() })
     }
 
     /// The sequence for a prompt, checked against the model and the largest cache.
@@ -187,21 +187,7 @@ impl Service {
             0 => ticket.request_id.clone(),
             _ => format!("{}-{sequence}", ticket.request_id),
         };
-        let mut sampling = request.sampling;
-        sampling.seed = Some(choice_seed(seed, choice));
-        let run = RunRequest {
-            hello: None,
-            request_id,
-            prompt: request.prompt,
-            sampling: Some(sampling),
-            max_tokens: request.max_tokens,
-            stop_token_ids: request.stop_token_ids.into_iter().chain(request.eos).collect(),
-            logprobs: request.logprobs,
-            prompt_logprobs: request.prompt_logprobs,
-            emitted: Vec::new(),
-            resume: false,
-            call: 0,
-        };
+        let run = request.into_run(request_id, choice_seed(seed, choice));
         let resume = async || match known {
             Some(_) => self.workers.resume(run.clone()).await,
             None => None,

@@ -61,20 +61,9 @@ pub(super) fn check_params(params: &Params, prompt: Vec<u32>, model: &Model, con
     }
 }
 
-/// As `shell::service` asks a worker.
 fn run_of(request: Request) -> RunRequest {
-    let mut sampling = request.sampling;
-    sampling.seed = sampling.seed.or(Some(7));
-    RunRequest {
-        request_id: "r".into(),
-        prompt: request.prompt,
-        sampling: Some(sampling),
-        max_tokens: request.max_tokens,
-        stop_token_ids: request.stop_token_ids.into_iter().chain(request.eos).collect(),
-        logprobs: request.logprobs,
-        prompt_logprobs: request.prompt_logprobs,
-        ..Default::default()
-    }
+    let seed = request.sampling.seed.unwrap_or(7);
+    request.into_run("r".into(), seed)
 }
 
 pub fn run_request(data: &[u8]) {

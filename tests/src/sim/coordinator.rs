@@ -7,13 +7,12 @@ use std::time::Duration;
 
 use moesaic_coordinator::core::expert_load::ExpertLoad;
 use moesaic_coordinator::core::journal::{Journal, Place};
-use moesaic_coordinator::core::leader::{Leader, Policy, Seen, Sight};
-use moesaic_coordinator::core::placement::planner::Host;
+use moesaic_coordinator::core::leader::{Leader, Policy, Seen, Sight, seen};
 use moesaic_coordinator::core::routing::Identity;
 use moesaic_coordinator::core::{Admission, ApiError, Router};
 use moesaic_node::Member;
 use moesaic_proto::WorkerId;
-use moesaic_proto::v1::{EdgeState, LoadResponse, Role, RunEvent, RunRequest, SamplingParams};
+use moesaic_proto::v1::{LoadResponse, Role, RunEvent, RunRequest, SamplingParams};
 use tonic::Code;
 
 use super::messages::{Generate, Message};
@@ -506,28 +505,9 @@ impl Coordinator {
     }
 
     fn seen(&self) -> Vec<Seen> {
-        let mut reached: BTreeMap<WorkerId, bool> = BTreeMap::new();
-        let loads = self.workers.keys().filter_map(|id| self.router.load(id));
-        for edge in loads.flat_map(|load| &load.edges) {
-            let is_reached = !matches!(edge.state(), EdgeState::Down | EdgeState::Silent);
-            if let Ok(id) = WorkerId::new(&edge.worker) {
-                *reached.entry(id).or_insert(false) |= is_reached;
-            }
-        }
+        let edges = self.workers.keys().filter_map(|id| self.router.load(id)).flat_map(|load| &load.edges);
         let view = &self.registry.view;
-        let seen = |member: &Member| {
-            let cordon = view.cordons.get(&(Role::ExpertWorker, member.id.clone()));
-            let slots = LAYERS.len() * EXPERTS;
-            Seen {
-                host: Host { id: member.id.clone(), node: member.node.clone(), slots, weight: 1.0 },
-                epoch_loaded: member.epoch_loaded,
-                is_drained: cordon.is_some_and(|cordon| cordon.drain),
-                is_stopping: member.draining,
-                is_cordoned: cordon.is_some(),
-                is_down: reached.get(&member.id).is_some_and(|is_reached| !is_reached),
-            }
-        };
-        view.of_role(Role::ExpertWorker).map(seen).collect()
+        seen(view.of_role(Role::ExpertWorker), view, edges, LAYERS.len() * EXPERTS)
     }
 }
 

@@ -1,15 +1,15 @@
 //! An expert worker: the real `Experts` service in front of a played host, which serves the newest two placements.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use moesaic_dispatch::frame::Term;
 use moesaic_dispatch::{Activations, ExpertHost, Refusal, ReplySender, RequestFrame, Shape, grpc};
+use moesaic_expert_worker::core::epochs::Epochs;
 use moesaic_node::Member;
 use moesaic_proto::v1::{RefusalReason, Role};
 use moesaic_proto::{Epoch, Placement, WorkerId};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
@@ -26,7 +26,7 @@ const COMPUTING_MS: u64 = 4;
 pub async fn run(site: Site, id: String) -> turmoil::Result {
     let hello = site.hello(Role::ExpertWorker, &id);
     let member = site.register(hello.clone()).await;
-    let host = Arc::new(Host { id: member.id.clone(), placements: Mutex::default() });
+    let host = Arc::new(Host { id: member.id.clone(), placements: Mutex::default(), started: Instant::now() });
     let service = grpc::service(host.clone(), hello, CancellationToken::new());
     tokio::select! {
         served = net::serve(Routes::new(service)) => served,
@@ -54,27 +54,24 @@ async fn follow(site: &Site, member: Member, host: &Host) {
 struct Host {
     id: WorkerId,
     /// The newest one, and the one before it.
-    placements: Mutex<BTreeMap<Epoch, Arc<Placement>>>,
+    placements: Mutex<Epochs<Arc<Placement>>>,
+    started: Instant,
 }
 
 impl Host {
     fn newest(&self) -> Epoch {
-        self.placements.lock().unwrap().keys().last().copied().unwrap_or(Epoch(0))
+        self.placements.lock().unwrap().newest().map_or(Epoch(0), |(epoch, _)| epoch)
     }
 
     fn install(&self, placement: Arc<Placement>) {
-        let mut placements = self.placements.lock().unwrap();
-        placements.insert(placement.epoch(), placement);
-        while placements.len() > 2 {
-            placements.pop_first();
-        }
+        self.placements.lock().unwrap().install(self.started.elapsed(), placement.epoch(), placement);
     }
 
     fn refusal(&self, frame: &RequestFrame) -> Option<Refusal> {
         let (epoch, layer) = (frame.header.epoch, frame.header.layer);
-        let placement = self.placements.lock().unwrap().get(&epoch).cloned();
-        let Some(placement) = placement else {
-            return Some(Refusal::new(RefusalReason::Epoch, format!("{epoch} is not served")));
+        let placement = match self.placements.lock().unwrap().get(self.started.elapsed(), epoch) {
+            Ok(placement) => placement,
+            Err(refusal) => return Some(refusal),
         };
         let is_held = |term: &Term| {
             let holders = placement.holders(layer, term.expert());
