@@ -76,6 +76,28 @@ fn arrows_run_as_the_map_says() {
     }
 }
 
+/// The fuzzer is built with `--locked` from a lock file of its own, which nothing else would miss.
+#[test]
+fn the_fuzzers_lock_file_knows_what_the_rooms_use() {
+    let manifest: toml::Table = read("Cargo.toml").parse().unwrap();
+    let lock: toml::Table = read("tests/fuzz/Cargo.lock").parse().unwrap();
+    let locked = |package: &str| {
+        let entry = lock["package"].as_array().unwrap().iter().find(|p| p["name"].as_str() == Some(package))?;
+        let used = entry.get("dependencies").and_then(|d| d.as_array()).into_iter().flatten();
+        // "name", or "name version" where there are several.
+        let names = used.map(|d| d.as_str().unwrap().split(' ').next().unwrap().to_owned());
+        Some(names.collect::<BTreeSet<_>>())
+    };
+    for member in manifest["workspace"]["members"].as_array().unwrap() {
+        let room: toml::Table = read(format!("{}/Cargo.toml", member.as_str().unwrap())).parse().unwrap();
+        let package = room["package"]["name"].as_str().unwrap();
+        let tables = ["dependencies", "build-dependencies"].iter().filter_map(|section| room.get(*section)?.as_table());
+        let used: BTreeSet<_> = tables.flat_map(|table| table.keys().cloned()).collect();
+        let Some(locked) = locked(package) else { continue };
+        assert_eq!(locked, used, "{package}: run `cargo metadata --manifest-path tests/fuzz/Cargo.toml`");
+    }
+}
+
 #[test]
 fn the_map_has_no_circle() {
     let map = map();

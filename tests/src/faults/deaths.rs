@@ -20,6 +20,8 @@ const BOTH_AWAY: Duration = Duration::from_secs(3);
 const PROMPT_MAX: usize = 4000;
 const LEADER_MAX: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(50);
+/// How long the rate is measured at most before etcd is killed.
+const ETCD_BEFORE_MAX: Duration = Duration::from_secs(20);
 
 /// F1: another holder of its experts gives the same answers.
 pub async fn expert_worker(bench: &mut Bench) -> Result<Outcome> {
@@ -169,7 +171,7 @@ async fn until_led_by_another(cluster: &Cluster, victim: &str) -> Result<Duratio
 pub async fn etcd(bench: &mut Bench) -> Result<Outcome> {
     let outage = Duration::from_secs(if bench.options.short { 15 } else { 60 });
     let fault = async |cluster: &mut Cluster, load: &Load| {
-        sleep(outage).await;
+        sleep(outage.min(ETCD_BEFORE_MAX)).await;
         for name in ETCDS {
             cluster.kill(name).await?;
         }
