@@ -5,6 +5,7 @@ pub mod admission;
 pub mod error;
 pub mod expert_load;
 pub mod journal;
+pub mod keys;
 pub mod leader;
 pub mod output;
 pub mod placement;

@@ -1,5 +1,6 @@
 //! Tasks, sockets and services around the core.
 
+pub mod access;
 pub mod admin;
 pub mod generation;
 pub mod grpc;

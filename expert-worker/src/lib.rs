@@ -13,4 +13,4 @@ pub mod shard;
 pub mod shell;
 
 pub use config::{Config, Flags};
-pub use shell::{Context, run};
+pub use shell::{Context, run, start};

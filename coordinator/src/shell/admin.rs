@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use moesaic_node::{Member, Registry, View};
+use moesaic_node::{Connector, Member, Registry, View};
 use moesaic_proto::v1::admin_client::AdminClient;
 use moesaic_proto::v1::admin_server::{Admin, AdminServer};
 use moesaic_proto::v1::{
@@ -29,6 +29,8 @@ pub struct Operators {
     pub service: Arc<Service>,
     pub leading: Arc<Leading>,
     pub registry: Arc<dyn Registry>,
+    /// To the leader.
+    pub connector: Connector,
 }
 
 pub fn server(operators: Operators) -> AdminServer<Operators> {
@@ -103,12 +105,14 @@ impl Operators {
         let leader = view.leader.as_ref().ok_or_else(|| Status::unavailable("no coordinator leads at present"))?;
         let member = view.members.get(&(Role::Coordinator, leader.id.clone()));
         let unknown = || Status::unavailable(format!("{} leads, and has not said where it is", leader.id));
-        let address = format!("http://{}", member.ok_or_else(unknown)?.address);
+        let peer = member.ok_or_else(unknown)?.peer();
+        let endpoint = peer.endpoint().map_err(|error| Status::unavailable(format!("{}: {error}", peer.address)))?;
         let mut request = Request::new(request);
         request.metadata_mut().insert(FORWARDED, self.id.as_str().parse().map_err(|_| unknown())?);
         let ask = async {
-            let connected = AdminClient::connect(address).await;
-            connected.map_err(|error| Status::unavailable(error.to_string()))?.rebalance(request).await
+            let connected = self.connector.connect(&peer, &endpoint).await;
+            let channel = connected.map_err(|error| Status::unavailable(error.to_string()))?;
+            AdminClient::new(channel).rebalance(request).await
         };
         timeout(FORWARD_TIMEOUT, ask).await.unwrap_or_else(|_| Err(Status::unavailable("the leader does not answer")))
     }

@@ -52,6 +52,9 @@ impl Generation {
     pub async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
         let running = self.running.as_mut()?;
         let news = running.next().await;
+        if let Ok(delta) = &news {
+            running.ticket.charge(if delta.is_known { 0 } else { delta.tokens.len() });
+        }
         if !matches!(&news, Ok(delta) if delta.ending.is_none()) {
             self.running = None;
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use moesaic_node::config::check_address;
 use moesaic_node::server::{set_serving, with_health_and_reflection};
-use moesaic_node::{Connector, Member, Registration, Registry, handshake};
+use moesaic_node::{Member, Membership, Registration, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
 use tokio::net::TcpListener;
@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
 
+use super::access::Doorkeeper;
 use super::leader::Leading;
 use super::service::Service;
 use super::workers::Workers;
@@ -26,17 +27,26 @@ use crate::text::{ChatTemplate, Tokenizer};
 
 /// What the coordinator shares with the process that it runs in.
 pub struct Context {
-    pub registry: Arc<dyn Registry>,
+    pub membership: Membership,
 }
 
 /// A coordinator whose port is taken but not served yet.
 pub struct Coordinator {
     config: Config,
     id: WorkerId,
-    registry: Arc<dyn Registry>,
+    membership: Membership,
     service: Arc<Service>,
+    /// None: everybody may use everything.
+    keeper: Option<Doorkeeper>,
     listener: TcpListener,
     address: SocketAddr,
+}
+
+/// One coordinator as a process of its own: opens what the config names, then runs.
+pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    let membership = config.membership().open().await?;
+    membership.keep_up(run(config, Context { membership: membership.clone() }, stop)).await
 }
 
 /// Serves until `stop`, then lets running requests finish within the bound.
@@ -54,15 +64,17 @@ impl Coordinator {
         if template.is_none() {
             tracing::warn!("the model has no chat template: /v1/chat/completions will refuse");
         }
-        let id = handshake::worker_id(config.id.as_deref(), "coordinator")?;
-        let registry = context.registry;
-        let connector = Connector::default();
-        let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, &*registry, connector);
+        let membership = context.membership;
+        let is_guarded = config.keys.is_some() || membership.tls.is_some();
+        let keeper = is_guarded.then(|| Doorkeeper::open(config.keys.as_deref())).transpose()?;
+        let id = membership.id(config.id.as_deref(), "coordinator")?;
+        let (registry, connector) = (&*membership.registry, membership.connector());
+        let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, registry, connector);
         let service = Service::new(model, tokenizer, template, Arc::new(workers), config.sequences_max);
         let listener =
             TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = listener.local_addr()?;
-        Ok(Self { config, id, registry, service: Arc::new(service), listener, address })
+        Ok(Self { config, id, membership, service: Arc::new(service), keeper, listener, address })
     }
 
     /// With the port that was taken.
@@ -75,13 +87,14 @@ impl Coordinator {
     }
 
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let (workers, registry) = (&self.service.workers, &self.registry);
+        let (workers, registry) = (&self.service.workers, &self.membership.registry);
         let leading = Arc::new(Leading::new(workers.clone(), registry.clone(), self.policy()));
         let operators = admin::Operators {
             id: self.id.clone(),
             service: self.service.clone(),
             leading: leading.clone(),
             registry: registry.clone(),
+            connector: self.membership.connector(),
         };
         let routes = tonic::service::Routes::new(grpc::server(self.service.clone()));
         let routes = routes.add_service(admin::server(operators));
@@ -99,7 +112,17 @@ impl Coordinator {
             connections_max: self.config.connections_max,
             drain: Duration::from_secs(self.config.drain_seconds),
         };
-        let http = http::router(self.service.clone(), self.config.body_bytes_max, stop.clone());
+        let (keeper, tls) = (self.keeper.clone(), self.membership.tls.clone());
+        let http = http::router(self.service.clone(), self.config.body_bytes_max, keeper.clone(), stop.clone());
+        let grpc = routes.prepare().into_axum_router();
+        let grpc = match keeper {
+            Some(keeper) => {
+                tasks.spawn(keeper.clone().follow());
+                keeper.guard_grpc(grpc)
+            }
+            None => grpc,
+        };
+        let doors = server::Doors { http, grpc, tls };
         tracing::info!(address = %self.address, model = self.service.model.name, "serving gRPC and HTTP");
         let resign = async {
             stop.cancelled().await;
@@ -109,7 +132,7 @@ impl Coordinator {
                 registration.leave().await;
             }
         };
-        let serve = server::serve(self.listener, http, routes.prepare().into_axum_router(), limits, stop.clone());
+        let serve = server::serve(self.listener, doors, limits, stop.clone());
         tokio::join!(serve, resign);
         tracing::info!("stopped");
         Ok(())
@@ -138,7 +161,7 @@ impl Coordinator {
         let hello = handshake::hello(cluster, Role::Coordinator, &self.id, "", "");
         let address = advertise.clone().unwrap_or_else(|| self.address.to_string());
         let member = Member::new(hello, self.id.clone(), address, None);
-        Ok(Some(self.registry.register(member).await?))
+        Ok(Some(self.membership.registry.register(member).await?))
     }
 }
 

@@ -1,5 +1,6 @@
-//! One port for gRPC and HTTP: HTTP/1.1 and HTTP/2 without TLS, told apart by the connection's first bytes, gRPC and the
-//! rest by their content type. Bounds connections, headers, streams and waits; stops gracefully.
+//! One port for gRPC and HTTP: HTTP/1.1 and HTTP/2, told apart by what TLS has agreed on or, without it, by the
+//! connection's first bytes; gRPC and the rest by their content type. Bounds connections, headers, streams and waits; stops
+//! gracefully.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -13,6 +14,9 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
+use moesaic_node::access::Caller;
+use moesaic_node::connect::Stream;
+use moesaic_node::tls::{ClientCertificate, HTTP2, Tls};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -35,6 +39,14 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const PREFACE_POLL: Duration = Duration::from_millis(20);
 
+/// Who answers, and how clients are known. A client's certificate is noted on its requests as a `Caller`.
+#[derive(Clone)]
+pub struct Doors {
+    pub http: Router,
+    pub grpc: Router,
+    pub tls: Option<Tls>,
+}
+
 pub struct Limits {
     pub connections_max: usize,
     /// How long running requests may go on after a stop.
@@ -42,8 +54,7 @@ pub struct Limits {
 }
 
 /// Serves until `stop`; then accepts nothing more, lets running requests finish within the bound, and cuts the rest.
-pub async fn serve(listener: TcpListener, http: Router, grpc: Router, limits: Limits, stop: CancellationToken) {
-    let doors = Doors { http, grpc };
+pub async fn serve(listener: TcpListener, doors: Doors, limits: Limits, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(limits.connections_max));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
@@ -89,17 +100,40 @@ async fn connection(
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "no nodelay");
     }
-    tokio::select! {
-        // hyper decides between the versions only when it has the whole preface, and would wait for it for ever.
-        spoken = tokio::time::timeout(HEADER_READ_TIMEOUT, preface_or_other(&stream)) => if spoken.is_err() { return },
+    let opened = tokio::select! {
+        opened = tokio::time::timeout(HEADER_READ_TIMEOUT, open(stream, doors.tls.as_ref())) => opened,
         () = stop.cancelled() => return,
-    }
-    let service = tower::service_fn(move |request: Request<Incoming>| doors.clone().call(request.map(Body::new)));
-    let builder = builder();
+    };
+    let (stream, caller, builder) = match opened {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(error)) => return tracing::debug!(%error, "a client was sent away"),
+        Err(_) => return tracing::debug!("a client said nothing"),
+    };
+    let service = tower::service_fn(move |request: Request<Incoming>| {
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(caller.clone());
+        doors.clone().call(request)
+    });
     let serving = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)).into_owned();
     if let Err(error) = watcher.watch(serving).await {
         tracing::debug!(%error, "a connection broke");
     }
+}
+
+/// What is spoken over a new connection, and by whom.
+async fn open(
+    stream: TcpStream,
+    tls: Option<&Tls>,
+) -> std::io::Result<(Box<dyn Stream>, Caller, Builder<TokioExecutor>)> {
+    let Some(tls) = tls else {
+        // hyper decides between the versions only when it has the whole preface, and would wait for it for ever.
+        preface_or_other(&stream).await;
+        return Ok((Box::new(stream), Caller::default(), builder()));
+    };
+    let (stream, identity) = tls.accept(stream, ClientCertificate::Optional).await?;
+    let is_http2 = stream.get_ref().1.alpn_protocol() == Some(HTTP2);
+    let builder = if is_http2 { builder().http2_only() } else { builder().http1_only() };
+    Ok((Box::new(stream), Caller { identity }, builder))
 }
 
 /// Waits for enough bytes to tell HTTP/2 from HTTP/1.
@@ -127,12 +161,6 @@ fn builder() -> Builder<TokioExecutor> {
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     builder
-}
-
-#[derive(Clone)]
-struct Doors {
-    http: Router,
-    grpc: Router,
 }
 
 impl Doors {

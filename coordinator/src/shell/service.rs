@@ -13,6 +13,7 @@ use super::generation::Generation;
 use super::workers::Workers;
 use crate::core::error::shortened;
 use crate::core::journal::Journal;
+use crate::core::keys::{Account, Place};
 use crate::core::request::{check_request_id, choice_seed};
 use crate::core::{Admission, ApiError, Output, Params, Request};
 use crate::model::Model;
@@ -42,9 +43,11 @@ struct Requests {
     running: HashMap<String, Signals>,
 }
 
-/// What a running request may be told.
+/// What a running request may be told, and by whom.
 #[derive(Clone, Default)]
 struct Signals {
+    /// Whose it is, where there are keys.
+    owner: Option<String>,
     abort: CancellationToken,
     /// The client goes on on another stream: this one ends, and leaves what it runs.
     superseded: CancellationToken,
@@ -55,11 +58,20 @@ pub struct Ticket {
     service: Arc<Service>,
     request_id: String,
     signals: Signals,
+    /// Among the requests of its key.
+    place: Option<Place>,
 }
 
 impl Ticket {
     pub fn request_id(&self) -> &str {
         &self.request_id
+    }
+
+    /// Counts tokens that were read or made for the request against its key.
+    pub(super) fn charge(&self, tokens: usize) {
+        if let Some(place) = &self.place {
+            place.charge(tokens);
+        }
     }
 
     pub(super) async fn aborted(&self) {
@@ -77,7 +89,7 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let now_ms = self.service.started.elapsed().as_millis() as u64;
+        let now_ms = self.service.now_ms();
         let mut requests = self.service.lock();
         requests.running.remove(&self.request_id);
         requests.admission.release(&self.request_id, now_ms);
@@ -112,25 +124,35 @@ impl Service {
         }
     }
 
-    /// Lets a request in, with so many sequences.
-    pub fn admit(self: &Arc<Self>, request_id: String, sequences: usize) -> Result<Arc<Ticket>, ApiError> {
+    /// Lets a request in, with so many sequences; `account` is that of its key, where there are keys.
+    pub fn admit(
+        self: &Arc<Self>,
+        account: Option<Arc<Account>>,
+        request_id: String,
+        sequences: usize,
+    ) -> Result<Arc<Ticket>, ApiError> {
         check_request_id(&request_id)?;
         if let Some(reason) = self.workers.not_ready().borrow().clone() {
             return Err(ApiError::Unavailable { reason });
         }
-        let signals = Signals::default();
+        let place = account.as_ref().map(|account| account.admit(sequences as u32, self.now_ms())).transpose()?;
+        let signals = Signals { owner: account.map(|account| account.name.clone()), ..Signals::default() };
         let mut requests = self.lock();
         requests.admission.admit(&request_id, sequences)?;
         requests.running.insert(request_id.clone(), signals.clone());
         drop(requests);
-        Ok(Arc::new(Ticket { service: self.clone(), request_id, signals }))
+        Ok(Arc::new(Ticket { service: self.clone(), request_id, signals, place }))
     }
 
     /// The same for a client that goes on with a request: a stream of it that is still here ends.
-    pub async fn admit_again(self: &Arc<Self>, request_id: String, sequences: usize) -> Result<Arc<Ticket>, ApiError> {
+    pub async fn admit_again(
+        self: &Arc<Self>,
+        account: Option<Arc<Account>>,
+        request_id: String,
+        sequences: usize,
+    ) -> Result<Arc<Ticket>, ApiError> {
         check_request_id(&request_id)?;
-        let before = self.lock().running.get(&request_id).cloned();
-        if let Some(before) = before {
+        if let Some(before) = self.running(account.as_ref().map(|account| account.name.as_str()), &request_id) {
             before.superseded.cancel();
             let gone = async {
                 while self.lock().running.contains_key(&request_id) {
@@ -140,7 +162,7 @@ impl Service {
             // Whoever does not read cannot be told to go: then the id is refused as in use.
             let _ = tokio::time::timeout(SUPERSEDED_MAX, gone).await;
         }
-        self.admit(request_id, sequences)
+        self.admit(account, request_id, sequences)
     }
 
     /// From now on streams that are cut go on on other coordinators.
@@ -148,10 +170,19 @@ impl Service {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// Ends a running request; false if there is none of that id.
-    pub fn abort(&self, request_id: &str) -> bool {
+    /// Ends a running request of `owner`; false if there is none of that id.
+    pub fn abort(&self, owner: Option<&str>, request_id: &str) -> bool {
+        self.running(owner, request_id).inspect(|signals| signals.abort.cancel()).is_some()
+    }
+
+    /// One key's requests are nobody else's; without a key all are in reach.
+    fn running(&self, owner: Option<&str>, request_id: &str) -> Option<Signals> {
         let signals = self.lock().running.get(request_id).cloned();
-        signals.inspect(|signals| signals.abort.cancel()).is_some()
+        signals.filter(|signals| owner.is_none() || signals.owner.as_deref() == owner)
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
     }
 
     /// Sequences that run or wait.
@@ -182,6 +213,9 @@ impl Service {
         (sequence, choice): (u32, u32),
         known: Option<u32>,
     ) -> Result<Generation, ApiError> {
+        if choice == 0 {
+            ticket.charge(request.prompt.len());
+        }
         let output = Output::new(&request, self.tokenizer.clone());
         let request_id = match sequence {
             0 => ticket.request_id.clone(),

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use moesaic_node::config::ConfigError;
 use moesaic_node::telemetry::{self, FILTER_VARIABLE, LogFormat};
 
-use crate::{bench, chat, checkpoint, etcd, operate, roles, up};
+use crate::{bench, certs, chat, checkpoint, etcd, key, operate, roles, up};
 
 const EXIT_BAD_ARGUMENTS: u8 = 2;
 /// What may still run when a command is done (a read of standard input) is not waited for longer than this.
@@ -53,6 +53,10 @@ enum Command {
     Drain(operate::WorkerArgs),
     /// Place the experts anew by the load that was measured
     Rebalance(operate::RebalanceArgs),
+    /// Make an authority, and a certificate for each node of a cluster
+    Certs(certs::Args),
+    /// Make an API key
+    Key(key::Args),
     /// Run a coordinator: the front door, gRPC and HTTP
     Coordinator(roles::RoleArgs<moesaic_coordinator::Flags>),
     /// Run an attention worker: owns sequences and their latent cache
@@ -121,6 +125,8 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Uncordon(args) => operate::cordon(args, false, false).await?,
         Command::Drain(args) => operate::cordon(args, true, true).await?,
         Command::Rebalance(args) => operate::rebalance(args).await?,
+        Command::Certs(args) => certs::run(&args)?,
+        Command::Key(args) => key::run(&args)?,
         Command::Coordinator(args) => roles::coordinator(args).await?,
         Command::AttentionWorker(args) => roles::attention_worker(args).await?,
         Command::ExpertWorker(args) => roles::expert_worker(args).await?,

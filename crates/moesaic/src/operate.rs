@@ -2,24 +2,16 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use moesaic_proto::v1::admin_client::AdminClient;
 use moesaic_proto::v1::{
     AttentionStatus, CordonRequest, EdgeState, ExpertStatus, LoadResponse, RebalanceRequest, StatusRequest,
     StatusResponse,
 };
 use tonic::Status;
-use tonic::transport::Channel;
 
 use crate::cli::say;
-
-/// Where the cluster is.
-#[derive(Debug, clap::Args)]
-pub struct Server {
-    /// Any coordinator
-    #[arg(long, value_name = "URL", env = "MOESAIC_SERVER", default_value = "http://127.0.0.1:8080")]
-    server: String,
-}
+use crate::server::{Door, Server};
 
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
@@ -48,7 +40,7 @@ pub struct RebalanceArgs {
 }
 
 pub async fn status(args: StatusArgs) -> Result<()> {
-    let status = args.server.client().await?.status(StatusRequest {}).await.map_err(refused)?.into_inner();
+    let status = client(&args.server).await?.status(StatusRequest {}).await.map_err(refused)?.into_inner();
     say(&described(&status, args.edges));
     match status.not_ready.is_empty() {
         true => Ok(()),
@@ -58,7 +50,7 @@ pub async fn status(args: StatusArgs) -> Result<()> {
 
 pub async fn cordon(args: WorkerArgs, cordoned: bool, drain: bool) -> Result<()> {
     let request = CordonRequest { worker: args.worker.clone(), cordoned, drain };
-    args.server.client().await?.cordon(request).await.map_err(refused)?;
+    client(&args.server).await?.cordon(request).await.map_err(refused)?;
     let done = match (cordoned, drain) {
         (true, true) => "is being drained: `moesaic status` shows when it holds nothing",
         (true, false) => "gets nothing new",
@@ -70,7 +62,7 @@ pub async fn cordon(args: WorkerArgs, cordoned: bool, drain: bool) -> Result<()>
 
 pub async fn rebalance(args: RebalanceArgs) -> Result<()> {
     let request = RebalanceRequest { dry_run: args.dry_run };
-    let answer = args.server.client().await?.rebalance(request).await.map_err(refused)?.into_inner();
+    let answer = client(&args.server).await?.rebalance(request).await.map_err(refused)?.into_inner();
     let verb = if args.dry_run { "would be" } else { "is" };
     say(&match answer.moved {
         0 => format!("nothing moves: the busiest worker has {:.2} of the mean\n", answer.imbalance_before),
@@ -83,11 +75,8 @@ pub async fn rebalance(args: RebalanceArgs) -> Result<()> {
     Ok(())
 }
 
-impl Server {
-    async fn client(&self) -> Result<AdminClient<Channel>> {
-        let connected = AdminClient::connect(self.server.clone()).await;
-        connected.with_context(|| format!("no coordinator answers at {} (see --server)", self.server))
-    }
+async fn client(server: &Server) -> Result<AdminClient<Door>> {
+    Ok(AdminClient::new(server.connect().await?))
 }
 
 /// A status in words.
