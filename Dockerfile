@@ -2,7 +2,7 @@
 # no file, so its root may be read-only.
 #
 #   docker build --tag moesaic:0.1.0 .
-#   docker run --rm --publish 8080:8080 moesaic:0.1.0 up --listen 0.0.0.0:8080
+#   docker run --rm --publish 8080:8080 moesaic:0.1.0 up --listen 0.0.0.0:8080 --allow-anyone
 # The oldest glibc of all bases that the program runs on.
 FROM rust:1.95.0-slim-bookworm AS build
 WORKDIR /src

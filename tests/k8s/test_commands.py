@@ -20,9 +20,7 @@ def test_an_expert_worker_of_v3():
         "--advertise=expert-worker-12.expert-worker.moesaic-v3.svc:7000",
         "--metrics-listen=0.0.0.0:9090",
         "--registry-ca=/etc/moesaic/etcd/ca.crt",
-        "--tls-cert=/etc/moesaic/tls/tls.crt",
-        "--tls-key=/etc/moesaic/tls/tls.key",
-        "--tls-ca=/etc/moesaic/tls/ca.crt",
+        "--tls=/etc/moesaic/tls",
     ]
     assert tomllib.loads(worker.files["/etc/moesaic/config/expert-worker.toml"])["expert_slots"] == 1280
     assert worker.env == {"POD_NAME": "expert-worker-12", "POD_NAMESPACE": "moesaic-v3", "FAILURE_DOMAIN": "gpu-7"}

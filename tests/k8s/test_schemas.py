@@ -7,7 +7,8 @@ import yaml
 from manifests import K8S, title
 from schemas import CUSTOM
 
-VERSION = "1.37"
+# The first that has all that is used, and a current one.
+VERSIONS = ("1.30", "1.37")
 
 
 def check(doc):
@@ -15,7 +16,8 @@ def check(doc):
     if schema:
         jsonschema.validate(doc, schema)
     else:
-        assert kubernetes_validate.validate(doc, VERSION, strict=True) == VERSION, title(doc)
+        for version in VERSIONS:
+            assert kubernetes_validate.validate(doc, version, strict=True) == version, title(doc)
 
 
 def test_overlays(docs):

@@ -1,6 +1,6 @@
 """Nothing points into the void: selectors, ports, volumes, Secrets, accounts. And what every container must have."""
 
-import re
+import tomllib
 
 from manifests import COMPONENT, REPOSITORY, WORKLOADS, containers, of_kind, pod_labels, pod_spec, selects, title
 
@@ -131,7 +131,7 @@ def resources_are_bounded(docs):
 
 
 def images_are_pinned(docs):
-    version = re.search(r'(?m)^version = "([^"]+)"', (REPOSITORY / "Cargo.toml").read_text())[1]
+    version = program_version()
     for doc in of_kind(docs, *WORKLOADS):
         for container in containers(doc):
             name, _, tag = container["image"].rpartition(":")
@@ -139,6 +139,10 @@ def images_are_pinned(docs):
                 yield f"{title(doc)}: image {container['image']} has no fixed tag"
             elif name == "moesaic" and tag not in (version, f"{version}-cuda"):
                 yield f"{title(doc)}: image {container['image']}, but the program is {version}"
+
+
+def program_version() -> str:
+    return tomllib.loads((REPOSITORY / "Cargo.toml").read_text())["workspace"]["package"]["version"]
 
 
 def no_variables_of_services(docs):

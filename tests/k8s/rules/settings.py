@@ -9,9 +9,7 @@ from manifests import flags, pod_spec, settings, workload
 # Settings that the programs are getting, and that their Config has not yet.
 TO_COME = {
     "metrics_listen": ROLES,
-    "tls_cert": ROLES,
-    "tls_key": ROLES,
-    "tls_ca": ROLES,
+    "tls": ROLES,
     "registry_ca": ROLES,
     "keys": (COORDINATOR,),
 }

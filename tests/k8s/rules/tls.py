@@ -7,8 +7,8 @@ from manifests import COORDINATOR, ROLES, of_kind, pod_spec, title, workload
 from rules.settings import told
 
 DRIVER = "csi.cert-manager.io"
-# What the driver calls its files if it is not told.
-FILES = {"tls_cert": "tls.crt", "tls_key": "tls.key", "tls_ca": "ca.crt"}
+# What the programs look for in the folder. The driver calls its files so if it is not told otherwise.
+FILES = {"certificate-file": "tls.crt", "privatekey-file": "tls.key", "ca-file": "ca.crt"}
 
 
 def certificate(docs, role: str, ordinal: int) -> dict | None:
@@ -56,16 +56,17 @@ def certificates_name_the_pod(docs):
 
 def programs_find_the_files(docs):
     for role in ROLES:
-        doc, own = workload(docs, role), told(docs, role)
+        doc, shown = workload(docs, role), certificate(docs, role, ordinal=0)
         names = [v["name"] for v in pod_spec(doc)["volumes"] if v.get("csi", {}).get("driver") == DRIVER]
         (container,) = pod_spec(doc)["containers"]
-        mounts = [m["mountPath"] for m in container["volumeMounts"] if m["name"] in names]
-        wanted = {key: f"{mounts[0]}/{file}" for key, file in FILES.items()} if mounts else {}
-        given = {key: own[key] for key in FILES if key in own}
-        if given != wanted:
-            yield f"{role}: told {given}; expected {wanted}"
+        folders = [m["mountPath"] for m in container["volumeMounts"] if m["name"] in names]
+        given = [value for key, value in told(docs, role).items() if key == "tls"]
+        if given != folders:
+            yield f"{role}: told {given}; the certificate is in {folders}"
+        for attribute, name in FILES.items():
+            if shown and shown.get(attribute, name) != name:
+                yield f"{role}: {attribute} is {shown[attribute]}; expected {name}"
         group = str(pod_spec(doc)["securityContext"]["fsGroup"])
-        shown = certificate(docs, role, ordinal=0)
         if shown and shown.get("fs-group") != group:
             yield f"{role}: the files are the group {shown.get('fs-group')}'s, the pod's is {group}"
 
