@@ -28,7 +28,10 @@ ISSUER = resource(
 )
 CERTIFICATE = resource(
     closed(
-        {"secretName": TEXT, "issuerRef": closed({"name": TEXT}, {"kind": {"enum": ["Issuer", "ClusterIssuer"]}, "group": TEXT})},
+        {
+            "secretName": TEXT,
+            "issuerRef": closed({"name": TEXT}, {"kind": {"enum": ["Issuer", "ClusterIssuer"]}, "group": TEXT}),
+        },
         {
             "isCA": {"type": "boolean"},
             "commonName": {"type": "string", "maxLength": 64},
@@ -36,9 +39,16 @@ CERTIFICATE = resource(
             "dnsNames": TEXTS,
             "duration": DURATION,
             "renewBefore": DURATION,
-            "usages": {"type": "array", "items": {"enum": ["cert sign", "crl sign", "digital signature", "server auth", "client auth"]}},
+            "usages": {
+                "type": "array",
+                "items": {"enum": ["cert sign", "crl sign", "digital signature", "server auth", "client auth"]},
+            },
             "privateKey": closed(
-                {"algorithm": {"const": "ECDSA"}, "size": {"enum": [256, 384, 521]}, "rotationPolicy": {"enum": ["Always", "Never"]}}
+                {
+                    "algorithm": {"const": "ECDSA"},
+                    "size": {"enum": [256, 384, 521]},
+                    "rotationPolicy": {"enum": ["Always", "Never"]},
+                }
             ),
         },
     )

@@ -47,7 +47,10 @@ def test_zones_are_failure_domains(rendered):
     docs = rendered("zone")
     assert copies_stand(docs).startswith("in zones")
     for role in ("attention-worker", "expert-worker"):
-        spread = {t["topologyKey"]: t["whenUnsatisfiable"] for t in pod_spec(workload(docs, role))["topologySpreadConstraints"]}
+        spread = {
+            t["topologyKey"]: t["whenUnsatisfiable"]
+            for t in pod_spec(workload(docs, role))["topologySpreadConstraints"]
+        }
         assert spread["topology.kubernetes.io/zone"] == "DoNotSchedule"
 
 

@@ -12,7 +12,9 @@ FILES = ("Dockerfile", "Dockerfile.cuda")
 
 def instructions(file: str) -> list[tuple[str, str]]:
     text = re.sub(r"(?m)^#.*\n", "", (REPOSITORY / file).read_text()).replace("\\\n", " ")
-    return [(word, " ".join(rest.split())) for word, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
+    return [
+        (word, " ".join(rest.split())) for word, _, rest in (line.partition(" ") for line in text.splitlines() if line)
+    ]
 
 
 def stages(file: str) -> list[list[tuple[str, str]]]:
@@ -57,7 +59,11 @@ def test_it_runs_as_nobody_and_starts_the_program(file):
     assert told["USER"] == f"{context['runAsUser']}:{context['runAsGroup']}"
     assert told["ENTRYPOINT"] == '["/usr/local/bin/moesaic"]'
     assert not {"RUN", "ADD", "VOLUME", "HEALTHCHECK"} & told.keys()
-    ports = {p["containerPort"] for role in ("coordinator", "expert-worker") for p in pod_spec(named(render("demo"), "StatefulSet", role))["containers"][0]["ports"]}
+    ports = {
+        p["containerPort"]
+        for role in ("coordinator", "expert-worker")
+        for p in pod_spec(named(render("demo"), "StatefulSet", role))["containers"][0]["ports"]
+    }
     assert told["EXPOSE"] == " ".join(map(str, sorted(ports)))
 
 
@@ -72,14 +78,29 @@ def test_what_is_built_from_is_there_and_is_sent(file):
 
 def test_the_whole_workspace_is_sent_and_little_else():
     members = tomllib.loads((REPOSITORY / "Cargo.toml").read_text())["workspace"]["members"]
-    for path in ["Cargo.toml", "Cargo.lock", ".cargo/config.toml", "proto/protoc/protoc", *(f"{m}/Cargo.toml" for m in members)]:
+    for path in [
+        "Cargo.toml",
+        "Cargo.lock",
+        ".cargo/config.toml",
+        "proto/protoc/protoc",
+        *(f"{m}/Cargo.toml" for m in members),
+    ]:
         assert (REPOSITORY / path).is_file() and is_in_the_context(path), path
-    for path in ["target/release/moesaic", "proto/target/x", ".git/config", "k8s/README.md", "tests/fixtures/v3/config.json", ".env"]:
+    for path in [
+        "target/release/moesaic",
+        "proto/target/x",
+        ".git/config",
+        "k8s/README.md",
+        "tests/fixtures/v3/config.json",
+        ".env",
+    ]:
         assert not is_in_the_context(path), path
 
 
 def test_the_demo_serves_the_model_that_is_in_the_image():
     run = dict(stages("Dockerfile")[0])["RUN"]
     folder = re.search(r"--target-directory=/out(\S+)", run)[1]
-    config = next(d for d in render("demo") if d["kind"] == "ConfigMap" and d["metadata"]["name"].startswith("expert-worker"))
+    config = next(
+        d for d in render("demo") if d["kind"] == "ConfigMap" and d["metadata"]["name"].startswith("expert-worker")
+    )
     assert tomllib.loads(config["data"]["expert-worker.toml"])["model"] == f"/usr/local{folder}"

@@ -67,7 +67,11 @@ def test_the_halves_of_mixed_stand_on_unlike_nodes():
 def test_weights_are_one_claim_read_by_many(docs, overlay):
     claims = of_kind(docs, "PersistentVolumeClaim")
     mounted = {
-        role: [v["persistentVolumeClaim"] for v in pod_spec(workload(docs, role))["volumes"] if "persistentVolumeClaim" in v]
+        role: [
+            v["persistentVolumeClaim"]
+            for v in pod_spec(workload(docs, role))["volumes"]
+            if "persistentVolumeClaim" in v
+        ]
         for role in ROLES
     }
     if overlay == "demo":
@@ -90,6 +94,8 @@ def test_the_demo_needs_nothing_but_kubernetes():
 def test_what_is_scaled_by_is_made_by_the_adapter(docs, overlay):
     adapter = yaml.safe_load((K8S / "examples/prometheus-adapter.yaml").read_text())
     made = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
-    scaled = {m["pods"]["metric"]["name"] for d in of_kind(docs, "HorizontalPodAutoscaler") for m in d["spec"]["metrics"]}
+    scaled = {
+        m["pods"]["metric"]["name"] for d in of_kind(docs, "HorizontalPodAutoscaler") for m in d["spec"]["metrics"]
+    }
     assert scaled <= made
     assert bool(scaled) == (overlay == "v3-h100")

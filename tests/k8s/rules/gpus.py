@@ -4,7 +4,10 @@ from manifests import COORDINATOR, ROLES, pod_spec, workload
 
 
 def each_worker_has_one(docs):
-    asks = {role: [c["resources"]["limits"].get("nvidia.com/gpu") for c in pod_spec(workload(docs, role))["containers"]] for role in ROLES}
+    asks = {
+        role: [c["resources"]["limits"].get("nvidia.com/gpu") for c in pod_spec(workload(docs, role))["containers"]]
+        for role in ROLES
+    }
     on_gpus = any(count for counts in asks.values() for count in counts)
     for role, counts in asks.items():
         wanted = ["1"] if on_gpus and role != COORDINATOR else [None]

@@ -91,7 +91,9 @@ def passes(policies, direction, own: Party, other: Party, protocol, port) -> boo
     """Whether `own`'s policies of a direction let it talk with `other`."""
     if not own.is_inside:
         return True
-    applying = [p["spec"] for p in policies if direction in types(p["spec"]) and selects(p["spec"]["podSelector"], own.labels)]
+    applying = [
+        p["spec"] for p in policies if direction in types(p["spec"]) and selects(p["spec"]["podSelector"], own.labels)
+    ]
     rules = [rule for spec in applying for rule in spec.get(direction.lower()) or []]
     peers = {"Ingress": "from", "Egress": "to"}[direction]
     return not applying or any(

@@ -3,7 +3,14 @@
 from manifests import WORKLOADS, containers, of_kind, pod_spec, title
 
 VOLUME_TYPES = {
-    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
 }
 HOST_NAMESPACES = ("hostNetwork", "hostPID", "hostIPC")
 

@@ -35,7 +35,8 @@ def probes_are_patient_where_they_kill(docs):
     for role in ROLES:
         (container,) = pod_spec(workload(docs, role))["containers"]
         lasts = {
-            kind: container[f"{kind}Probe"].get("periodSeconds", 10) * container[f"{kind}Probe"].get("failureThreshold", 3)
+            kind: container[f"{kind}Probe"].get("periodSeconds", 10)
+            * container[f"{kind}Probe"].get("failureThreshold", 3)
             for kind in PATHS
         }
         least = 300 if role == COORDINATOR else 1800

@@ -12,7 +12,9 @@ PUBLIC = "moesaic"
 
 def services_find_pods(docs):
     for doc in of_kind(docs, "Service"):
-        found = [d for d in of_kind(docs, *WORKLOADS) if selects({"matchLabels": doc["spec"]["selector"]}, pod_labels(d))]
+        found = [
+            d for d in of_kind(docs, *WORKLOADS) if selects({"matchLabels": doc["spec"]["selector"]}, pod_labels(d))
+        ]
         if len(found) != 1:
             yield f"{title(doc)} selects the pods of {[title(d) for d in found]}; expected one"
         for target in found:
