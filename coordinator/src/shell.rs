@@ -2,11 +2,12 @@
 
 pub mod access;
 pub mod admin;
+pub mod figures;
 pub mod generation;
 pub mod grpc;
 pub mod http;
 pub mod leader;
 pub mod run;
-pub mod server;
 pub mod service;
+pub mod vitals;
 pub mod workers;

@@ -33,6 +33,8 @@ pub struct Config {
     pub inbox_frames: usize,
     /// "etcd://host:port[,host:port]", "etcds://..." over TLS, or "embedded" inside `moesaic up`.
     pub registry: String,
+    /// Probes (/livez, /startupz, /readyz) and Prometheus' /metrics, without TLS. Unset: none.
+    pub metrics_listen: Option<SocketAddr>,
     /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl. Unset: no TLS.
     pub tls: Option<PathBuf>,
     /// The authorities of etcd's certificate, in PEM; `tls`' ca.crt if unset.
@@ -63,6 +65,7 @@ impl Default for Config {
             // A few for each of the micro-batches of some dozen attention workers.
             inbox_frames: 256,
             registry: "etcd://127.0.0.1:2379".into(),
+            metrics_listen: None,
             tls: None,
             registry_ca: None,
             node: None,
@@ -116,6 +119,10 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// Where to serve probes and metrics, without TLS
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<SocketAddr>,
     /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -10,9 +11,10 @@ use moesaic_kernels::{Ffn, Numerics, Pool};
 use moesaic_model::packed::Experts;
 use moesaic_model::{Checkpoint, ModelError, load};
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::{Member, Membership, Registration, Registry, handshake};
+use moesaic_node::{Member, Membership, Registration, Registry, handshake, vitals};
 use moesaic_proto::v1::Role;
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -22,6 +24,7 @@ use crate::config::{Config, InvalidConfig};
 use crate::core::handover::{is_covered, may_leave};
 use crate::engine::{Engine, Profile};
 use crate::shard::Shard;
+use crate::vitals::Figures;
 
 /// The service's name in health checks.
 pub const NAME: &str = "moesaic.v1.Experts";
@@ -75,6 +78,10 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         Engine::start(shape, numerics, config.inbox_frames, pool, profile).context("starting the compute thread")?;
 
     let bound = server::bind(config.listen).await?;
+    let watched = match config.metrics_listen {
+        Some(address) => Some(vitals::bind(address).await?),
+        None => None,
+    };
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let closing = CancellationToken::new();
     let service = grpc::service(engine.clone(), hello.clone(), closing.clone());
@@ -88,6 +95,18 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let member = Member { expert_slots: config.expert_slots, ..member };
     let registration = registry.register(member.clone()).await?;
     tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "expert worker serves");
+    let figures = Figures {
+        id: id.clone(),
+        engine: engine.clone(),
+        membership: membership.clone(),
+        has_started: AtomicBool::new(false),
+        stop: stop.clone(),
+    };
+    // Ends with this function.
+    let mut tasks = JoinSet::new();
+    if let Some(listener) = watched {
+        tasks.spawn(vitals::answer(listener, Arc::new(figures), CancellationToken::new()));
+    }
     let follower = Follower {
         member,
         numerics,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -10,7 +11,7 @@ use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::{Connector, Member, Membership, View, handshake};
+use moesaic_node::{Connector, Member, Membership, View, handshake, vitals};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::{Hello, Role};
 use tokio::sync::watch;
@@ -21,6 +22,7 @@ use tonic_health::server::HealthReporter;
 
 use super::requests::Requests;
 use super::service::{NAME, Service};
+use super::vitals::Figures;
 use crate::config::{Config, InvalidConfig};
 use crate::core::batcher::Limits;
 use crate::engine::handle::EngineHandle;
@@ -73,12 +75,26 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let numerics = Numerics::detect(config.dtype()?);
     let hello = own_hello(&config, &checkpoint, numerics, &id);
     let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone(), membership.connector()), hub);
+    let counted = profile.clone();
     let (engine, ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), (pool, profile)).await?;
     let ended = ended.shared();
 
     let bound = server::bind(config.listen).await?;
+    let watched = match config.metrics_listen {
+        Some(address) => Some(vitals::bind(address).await?),
+        None => None,
+    };
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
+    let figures = Arc::new(Figures {
+        engine: engine.observer(),
+        dispatcher: dispatcher.clone(),
+        checkpoint: checkpoint.clone(),
+        profile: counted,
+        requests: requests.clone(),
+        is_registered: AtomicBool::new(false),
+        stop: stop.clone(),
+    });
     let service = Service {
         hello: hello.clone(),
         checkpoint: checkpoint.clone(),
@@ -96,8 +112,12 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
     tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
     tasks.spawn(sweep(requests));
+    if let Some(listener) = watched {
+        tasks.spawn(vitals::answer(listener, figures.clone(), CancellationToken::new()));
+    }
     let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
     let registration = registry.register(member).await?;
+    figures.is_registered.store(true, Ordering::Relaxed);
     tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "attention worker serves");
     let leave = async {
         stop.cancelled().await;

@@ -119,7 +119,7 @@ impl Operators {
 }
 
 /// Experts, over all layers, that nobody serves, and that fewer serve than should and could.
-fn exposure(placement: &Placement, seen: &[Seen], replicas: usize) -> (u32, u32) {
+pub(super) fn exposure(placement: &Placement, seen: &[Seen], replicas: usize) -> (u32, u32) {
     let serves = |worker: &WorkerId| {
         let seen = seen.iter().find(|seen| seen.host.id == *worker);
         seen.is_some_and(|seen| !seen.is_down && seen.epoch_loaded >= placement.epoch())

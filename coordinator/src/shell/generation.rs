@@ -11,6 +11,7 @@ use futures::stream::{self, Stream};
 use tokio::time::{Instant, sleep};
 use tonic::Status;
 
+use super::figures::{Over, over};
 use super::service::Ticket;
 use super::workers::{Call, is_transport};
 use crate::core::journal::{Journal, Place};
@@ -37,6 +38,11 @@ struct Running {
     /// Tokens that the client has from an earlier stream.
     known: u32,
     has_ended: bool,
+    /// How it was over.
+    is_counted: bool,
+    began: Instant,
+    /// When the last token came.
+    last: Option<Instant>,
     /// Set while no token has come since a worker was lost: when that was, and how long the next try waits.
     stalled: Option<(Instant, Duration)>,
 }
@@ -44,17 +50,15 @@ struct Running {
 impl Generation {
     /// `known`: tokens that the client has from an earlier stream.
     pub(super) fn new(call: Call, journal: Journal, output: Output, ticket: Arc<Ticket>, known: u32) -> Self {
-        let (has_ended, stalled) = (false, None);
-        Self { running: Some(Running { call, journal, output, ticket, known, has_ended, stalled }) }
+        let (has_ended, is_counted, began, last, stalled) = (false, false, Instant::now(), None, None);
+        Self { running: Some(Running { call, journal, output, ticket, known, has_ended, is_counted, began, last, stalled }) }
     }
 
     /// The next news; None after the last one or an error.
     pub async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
         let running = self.running.as_mut()?;
         let news = running.next().await;
-        if let Ok(delta) = &news {
-            running.ticket.charge(if delta.is_known { 0 } else { delta.tokens.len() });
-        }
+        running.count(&news);
         if !matches!(&news, Ok(delta) if delta.ending.is_none()) {
             self.running = None;
         }
@@ -68,6 +72,9 @@ impl Generation {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        if !self.is_counted {
+            self.ticket.figures().over(Over::Left, self.began.elapsed());
+        }
         if !self.has_ended && !self.ticket.leaves_its_sequences() {
             self.call.place.abort(&self.journal.run().request_id);
         }
@@ -75,6 +82,27 @@ impl Drop for Running {
 }
 
 impl Running {
+    /// What the key and the figures are to know of news.
+    fn count(&mut self, news: &Result<Delta, ApiError>) {
+        let figures = self.ticket.figures();
+        let over = match news {
+            Ok(delta) => {
+                if !delta.is_known && !delta.tokens.is_empty() {
+                    self.ticket.charge(delta.tokens.len());
+                    let now = Instant::now();
+                    let waited = now - self.last.replace(now).unwrap_or(self.began);
+                    figures.tokens(delta, delta.position == 0, waited);
+                }
+                delta.ending.as_ref().map(|ending| over(ending.reason))
+            }
+            Err(_) => Some(Over::Failed),
+        };
+        if let Some(over) = over {
+            self.is_counted = true;
+            figures.over(over, self.began.elapsed());
+        }
+    }
+
     async fn next(&mut self) -> Result<Delta, ApiError> {
         loop {
             let event = tokio::select! {
@@ -128,6 +156,7 @@ impl Running {
         let request_id = &self.journal.run().request_id;
         let (worker, position) = (self.call.place.worker.clone(), self.journal.position());
         tracing::info!(request_id, %worker, position, reason, "a sequence goes on elsewhere");
+        self.ticket.figures().moved();
         let (begun, mut wait) = self.stalled.unwrap_or((Instant::now(), Duration::ZERO));
         let mut last = vec![worker];
         loop {

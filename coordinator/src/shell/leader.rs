@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use moesaic_node::metrics::Page;
 use moesaic_node::{Registry, View};
 use moesaic_proto::v1::{ExpertLoadRequest, RebalanceResponse, Role};
 use tokio::sync::watch;
@@ -37,6 +38,11 @@ struct State {
     /// While this coordinator leads.
     leader: Option<Leader>,
     load: ExpertLoad,
+    /// Placements that this coordinator has published, and what workers had to load for them.
+    published: u64,
+    moved: u64,
+    /// The most loaded worker's load over the mean: before the last of them, and as it was planned.
+    imbalance: Option<(f64, f64)>,
 }
 
 impl Leading {
@@ -90,6 +96,10 @@ impl Leading {
         match self.registry.publish(placement.with_term(term)).await {
             Ok(true) => {
                 tracing::info!(%epoch, ?why, workers, moved, imbalance_before, imbalance, "the experts are placed");
+                let mut state = self.lock();
+                state.published += 1;
+                state.moved += moved as u64;
+                state.imbalance = Some((imbalance_before.unwrap_or(imbalance), imbalance));
                 true
             }
             Ok(false) => {
@@ -141,6 +151,21 @@ impl Leading {
             })
         };
         Some(planned.map_err(|error| ApiError::Unavailable { reason: error.to_string() }).and_then(answer))
+    }
+
+    /// What this coordinator has done as the leader.
+    pub fn figures(&self, page: &mut Page) {
+        let (published, moved, imbalance) = {
+            let state = self.lock();
+            (state.published, state.moved, state.imbalance)
+        };
+        page.counter("moesaic_placements_total", "Placements that this coordinator has published.", published);
+        page.counter("moesaic_experts_moved_total", "Experts that workers had to load for them.", moved);
+        if let Some((before, after)) = imbalance {
+            let help = "The most loaded worker's load over the mean, by the plan that was made last.";
+            let mut family = page.gauges("moesaic_placement_imbalance", help);
+            family.sample(&[("when", "before")], before).sample(&[("when", "after")], after);
+        }
     }
 
     /// The expert workers of this model.

@@ -4,22 +4,28 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::http::header;
 use anyhow::Context as _;
+use axum::Router;
+use axum::extract::Request;
 use moesaic_node::config::check_address;
+use moesaic_node::http::{Limits, serve};
 use moesaic_node::server::{set_serving, with_health_and_reflection};
-use moesaic_node::{Member, Membership, Registration, handshake};
+use moesaic_node::{Member, Membership, Registration, handshake, vitals};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
 use tonic_health::server::HealthReporter;
 
 use super::access::Doorkeeper;
 use super::leader::Leading;
 use super::service::Service;
+use super::vitals::Front;
 use super::workers::Workers;
-use super::{admin, grpc, http, server};
+use super::{admin, grpc, http};
 use crate::config::Config;
 use crate::core::leader::Policy;
 use crate::model::Model;
@@ -39,6 +45,8 @@ pub struct Coordinator {
     /// None: everybody may use everything.
     keeper: Option<Doorkeeper>,
     listener: TcpListener,
+    /// For probes and metrics.
+    watched: Option<TcpListener>,
     address: SocketAddr,
 }
 
@@ -74,7 +82,11 @@ impl Coordinator {
         let listener =
             TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = listener.local_addr()?;
-        Ok(Self { config, id, membership, service: Arc::new(service), keeper, listener, address })
+        let watched = match config.metrics_listen {
+            Some(address) => Some(vitals::bind(address).await?),
+            None => None,
+        };
+        Ok(Self { config, id, membership, service: Arc::new(service), keeper, listener, watched, address })
     }
 
     /// With the port that was taken.
@@ -101,6 +113,16 @@ impl Coordinator {
         let (routes, reporter) = with_health_and_reflection(routes, grpc::NAME).await;
         // Dropped, and so ended, with this function.
         let mut tasks = JoinSet::new();
+        if let Some(listener) = self.watched {
+            let front = Front {
+                id: self.id.clone(),
+                service: self.service.clone(),
+                leading: leading.clone(),
+                registry: registry.clone(),
+                stop: stop.clone(),
+            };
+            tasks.spawn(vitals::answer(listener, Arc::new(front), CancellationToken::new()));
+        }
         tasks.spawn(workers.clone().follow());
         tasks.spawn(report_health(workers.clone(), reporter, stop.clone()));
         let campaign = registry.campaign(self.id.clone());
@@ -108,7 +130,7 @@ impl Coordinator {
         tasks.spawn(leading.measure());
         let registration = self.register().await?;
 
-        let limits = server::Limits {
+        let limits = Limits {
             connections_max: self.config.connections_max,
             drain: Duration::from_secs(self.config.drain_seconds),
         };
@@ -122,7 +144,6 @@ impl Coordinator {
             }
             None => grpc,
         };
-        let doors = server::Doors { http, grpc, tls };
         tracing::info!(address = %self.address, model = self.service.model.name, "serving gRPC and HTTP");
         let resign = async {
             stop.cancelled().await;
@@ -132,7 +153,7 @@ impl Coordinator {
                 registration.leave().await;
             }
         };
-        let serve = server::serve(self.listener, doors, limits, stop.clone());
+        let serve = serve(self.listener, doors(http, grpc), tls, limits, stop.clone());
         tokio::join!(serve, resign);
         tracing::info!("stopped");
         Ok(())
@@ -163,6 +184,16 @@ impl Coordinator {
         let member = Member::new(hello, self.id.clone(), address, None);
         Ok(Some(self.membership.registry.register(member).await?))
     }
+}
+
+/// One port for both, told apart by the requests' content type.
+fn doors(http: Router, grpc: Router) -> Router {
+    let door = move |request: Request| {
+        let content_type = request.headers().get(header::CONTENT_TYPE);
+        let is_grpc = content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+        if is_grpc { grpc.clone().oneshot(request) } else { http.clone().oneshot(request) }
+    };
+    Router::new().fallback_service(tower::service_fn(door))
 }
 
 /// grpc.health.v1 says the same as /health.

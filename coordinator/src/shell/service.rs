@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::figures::Figures;
 use super::generation::Generation;
 use super::workers::Workers;
 use crate::core::error::shortened;
@@ -31,6 +32,7 @@ pub struct Service {
     pub model: Model,
     pub tokenizer: Arc<Tokenizer>,
     pub workers: Arc<Workers>,
+    pub figures: Figures,
     template: Option<ChatTemplate>,
     requests: Mutex<Requests>,
     started: Instant,
@@ -72,6 +74,10 @@ impl Ticket {
         if let Some(place) = &self.place {
             place.charge(tokens);
         }
+    }
+
+    pub(super) fn figures(&self) -> &Figures {
+        &self.service.figures
     }
 
     pub(super) async fn aborted(&self) {
@@ -116,6 +122,7 @@ impl Service {
             model,
             tokenizer: Arc::new(tokenizer),
             workers,
+            figures: Figures::default(),
             template,
             requests: Mutex::new(requests),
             started: Instant::now(),
@@ -126,6 +133,17 @@ impl Service {
 
     /// Lets a request in, with so many sequences; `account` is that of its key, where there are keys.
     pub fn admit(
+        self: &Arc<Self>,
+        account: Option<Arc<Account>>,
+        request_id: String,
+        sequences: usize,
+    ) -> Result<Arc<Ticket>, ApiError> {
+        let admitted = self.try_admit(account, request_id, sequences);
+        self.figures.asked(&admitted);
+        admitted
+    }
+
+    fn try_admit(
         self: &Arc<Self>,
         account: Option<Arc<Account>>,
         request_id: String,
@@ -216,6 +234,7 @@ impl Service {
         if choice == 0 {
             ticket.charge(request.prompt.len());
         }
+        self.figures.started(request.prompt.len(), known.is_some());
         let output = Output::new(&request, self.tokenizer.clone());
         let request_id = match sequence {
             0 => ticket.request_id.clone(),

@@ -5,13 +5,16 @@ pub mod access;
 pub mod config;
 pub mod connect;
 pub mod handshake;
+pub mod http;
 pub mod identity;
 pub mod membership;
+pub mod metrics;
 pub mod registry;
 pub mod server;
 pub mod stop;
 pub mod telemetry;
 pub mod tls;
+pub mod vitals;
 
 pub use connect::{Connector, Peer};
 pub use handshake::Mismatch;

@@ -1,27 +1,26 @@
-//! One port for gRPC and HTTP: HTTP/1.1 and HTTP/2, told apart by what TLS has agreed on or, without it, by the
-//! connection's first bytes; gRPC and the rest by their content type. Bounds connections, headers, streams and waits; stops
-//! gracefully.
+//! A port for HTTP/1.1 and HTTP/2, told apart by what TLS has agreed on or, without it, by the connection's first bytes.
+//! Bounds connections, headers, streams and waits; stops gracefully.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use http::{Request, Response, header};
+use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
-use moesaic_node::access::Caller;
-use moesaic_node::connect::Stream;
-use moesaic_node::tls::{ClientCertificate, HTTP2, Tls};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
+
+use crate::access::Caller;
+use crate::connect::Stream;
+use crate::tls::{ClientCertificate, HTTP2, Tls};
 
 /// A connection that has not said what it wants by then is closed: the first bytes, and a request's headers.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(12);
@@ -39,22 +38,21 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const PREFACE_POLL: Duration = Duration::from_millis(20);
 
-/// Who answers, and how clients are known. A client's certificate is noted on its requests as a `Caller`.
-#[derive(Clone)]
-pub struct Doors {
-    pub http: Router,
-    pub grpc: Router,
-    pub tls: Option<Tls>,
-}
-
 pub struct Limits {
     pub connections_max: usize,
     /// How long running requests may go on after a stop.
     pub drain: Duration,
 }
 
-/// Serves until `stop`; then accepts nothing more, lets running requests finish within the bound, and cuts the rest.
-pub async fn serve(listener: TcpListener, doors: Doors, limits: Limits, stop: CancellationToken) {
+/// Serves until `stop`; then accepts nothing more, lets running requests finish within the bound, and cuts the rest. A
+/// client's certificate, which it need not have, is noted on its requests as a `Caller`.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    tls: Option<Tls>,
+    limits: Limits,
+    stop: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(limits.connections_max));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
@@ -66,7 +64,7 @@ pub async fn serve(listener: TcpListener, doors: Doors, limits: Limits, stop: Ca
         };
         match accepted {
             Ok((stream, place)) => {
-                connections.spawn(connection(stream, place, doors.clone(), graceful.watcher(), stop.clone()));
+                connections.spawn(connection(stream, place, (router.clone(), tls.clone()), graceful.watcher(), stop.clone()));
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -93,7 +91,7 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> std::io::Res
 async fn connection(
     stream: TcpStream,
     _place: OwnedSemaphorePermit,
-    doors: Doors,
+    (router, tls): (Router, Option<Tls>),
     watcher: Watcher,
     stop: CancellationToken,
 ) {
@@ -101,7 +99,7 @@ async fn connection(
         tracing::debug!(%error, "no nodelay");
     }
     let opened = tokio::select! {
-        opened = tokio::time::timeout(HEADER_READ_TIMEOUT, open(stream, doors.tls.as_ref())) => opened,
+        opened = tokio::time::timeout(HEADER_READ_TIMEOUT, open(stream, tls.as_ref())) => opened,
         () = stop.cancelled() => return,
     };
     let (stream, caller, builder) = match opened {
@@ -112,7 +110,7 @@ async fn connection(
     let service = tower::service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(caller.clone());
-        doors.clone().call(request)
+        router.clone().oneshot(request)
     });
     let serving = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)).into_owned();
     if let Err(error) = watcher.watch(serving).await {
@@ -161,12 +159,4 @@ fn builder() -> Builder<TokioExecutor> {
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     builder
-}
-
-impl Doors {
-    async fn call(self, request: Request<Body>) -> Result<Response<Body>, Infallible> {
-        let content_type = request.headers().get(header::CONTENT_TYPE);
-        let is_grpc = content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
-        if is_grpc { self.grpc.oneshot(request).await } else { self.http.oneshot(request).await }
-    }
 }
