@@ -98,7 +98,7 @@ impl Coordinator {
         &self.service.model.name
     }
 
-    pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
+    pub async fn serve(mut self, stop: CancellationToken) -> anyhow::Result<()> {
         let (workers, registry) = (&self.service.workers, &self.membership.registry);
         let leading = Arc::new(Leading::new(workers.clone(), registry.clone(), self.policy()));
         let operators = admin::Operators {
@@ -113,7 +113,7 @@ impl Coordinator {
         let (routes, reporter) = with_health_and_reflection(routes, grpc::NAME).await;
         // Dropped, and so ended, with this function.
         let mut tasks = JoinSet::new();
-        if let Some(listener) = self.watched {
+        if let Some(listener) = self.watched.take() {
             let front = Front {
                 id: self.id.clone(),
                 service: self.service.clone(),
