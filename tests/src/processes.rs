@@ -16,17 +16,15 @@ pub struct Up {
 impl Up {
     /// Returns when it says that it is ready.
     pub fn start(arguments: &[&str]) -> Self {
-        Self::started(Command::new(program()).args(arguments))
+        Self::started(&mut command(arguments))
     }
 
     /// The same, with what it logs from a level on (such as "info,moesaic_coordinator=debug") in a file.
     pub fn start_logged(arguments: &[&str], level: &str, log: File) -> Self {
-        let mut command = Command::new(program());
-        Self::started(command.args(arguments).env("MOESAIC_LOG", level).stderr(log))
+        Self::started(command(arguments).env("MOESAIC_LOG", level).stderr(log))
     }
 
     fn started(command: &mut Command) -> Self {
-        command.args(["up", "--listen", "127.0.0.1:0"]).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let ready = lines.map_while(Result::ok).find(|line| line.starts_with("ready")).expect("it becomes ready");
@@ -57,6 +55,12 @@ impl Drop for Up {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(program());
+    command.args(["up", "--listen", "127.0.0.1:0"]).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
+    command
 }
 
 /// Beside the folder of this test's own program.
