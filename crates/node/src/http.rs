@@ -25,6 +25,9 @@ use crate::tls::{ClientCertificate, HTTP2, Tls};
 /// A connection that has not said what it wants by then is closed: the first bytes, and a request's headers.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(12);
 const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+/// The same over HTTP/1.1, where what is read of a body passes through the same buffer.
+const HTTP1_BUFFER_BYTES: usize = 64 << 10;
+const HTTP1_HEADERS_MAX: usize = 64;
 /// Requests at a time on one connection.
 const STREAMS_MAX: u32 = 256;
 /// Streams that a peer may open and reset before it is sent away (rapid reset).
@@ -147,7 +150,12 @@ async fn preface_or_other(stream: &TcpStream) {
 
 fn builder() -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ_TIMEOUT);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_READ_TIMEOUT)
+        .max_buf_size(HTTP1_BUFFER_BYTES)
+        .max_headers(HTTP1_HEADERS_MAX);
     builder
         .http2()
         .timer(TokioTimer::new())
