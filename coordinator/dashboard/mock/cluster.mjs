@@ -73,7 +73,6 @@ export class MockCluster {
   /** One second goes by; returns the update. */
   tick() {
     this.t += 1000;
-    this.news = { events: [] };
     const due = this.later.filter((it) => it.t <= this.t);
     this.later = this.later.filter((it) => it.t > this.t);
     for (const it of due) it.act();
@@ -314,8 +313,11 @@ export class MockCluster {
     const gap = (1000 / this.size.tokensPerS) * 0.86 * this.random.around(0.03);
     const first = 58 * busy * this.random.around(0.06);
     const round = (x) => Math.round(x * 10) / 10;
-    const times = [first, first * 1.9 * this.random.around(0.08), first * 2.9 * this.random.around(0.12), gap, gap * (1.25 + this.strain), gap * (1.6 + 6 * this.strain) * this.random.around(0.08)];
-    this.point = [Math.round(this.t / 1000), this.emitted, this.arrived, ...times.map(round)];
+    const now = [first, first * 1.9 * this.random.around(0.08), first * 2.9 * this.random.around(0.12), gap, gap * (1.25 + this.strain), gap * (1.6 + 6 * this.strain) * this.random.around(0.08)];
+    this.times = now.map((time, i) => time * 0.15 + (this.times?.[i] ?? time) * 0.85);
+    this.seconds = [...(this.seconds ?? []), [this.emitted, this.arrived]].slice(-5);
+    const mean = (i) => this.seconds.reduce((sum, second) => sum + second[i], 0) / this.seconds.length;
+    this.point = [Math.round(this.t / 1000), round(mean(0)), round(mean(1)), ...this.times.map(round)];
     this.history = [...this.history, this.point].slice(-HISTORY);
   }
 
@@ -383,6 +385,7 @@ export class MockCluster {
 
   update() {
     const update = { t: this.t, point: this.point, counters: { ...this.counters }, ...this.news };
+    this.news = {};
     const put = (name, list) => list.length > 0 && (update[name] = list);
     const counts = this.placement.counts();
     if (this.isChanged) {
@@ -398,7 +401,6 @@ export class MockCluster {
     const trouble = this.troubles();
     if (this.isNews("trouble", trouble.map(({ a, e }) => [a, e])) || (trouble.length > 0 && Math.round(this.t / 1000) % 5 === 0)) update.trouble = trouble;
     this.tellRequests(update);
-    if (update.events.length === 0) delete update.events;
     return update;
   }
 

@@ -11,7 +11,8 @@ export class Placement {
     const before = this.held;
     this.held = [];
     for (let layer = 0; layer < this.layers; layer++) {
-      const share = new Map(workers.map((worker) => [worker.n, 0]));
+      // Equals are taken in another order in each layer.
+      const share = new Map(workers.map((worker, i) => [worker.n, ((i + 37 * layer) % workers.length) * 1e-6]));
       const order = [...Array(this.experts).keys()].sort((a, b) => loads[layer * this.experts + b] - loads[layer * this.experts + a]);
       for (const expert of order) {
         const i = layer * this.experts + expert;

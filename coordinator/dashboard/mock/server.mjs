@@ -47,8 +47,9 @@ export class MockServer {
 
   async close() {
     clearInterval(this.timer);
+    const closed = new Promise((done) => this.server.close(done));
     this.server.closeAllConnections();
-    await new Promise((done) => this.server.close(done));
+    await closed;
   }
 
   tick() {

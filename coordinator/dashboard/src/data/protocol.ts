@@ -122,7 +122,7 @@ export interface Counters {
   refusals: number;
 }
 
-/** One second. Times in milliseconds over the last 10 s; null where nothing was measured. */
+/** One second: rates over the last 5 s, times in milliseconds over the last 10 s; null where nothing was measured. */
 export type Point = [
   t_s: number,
   tokens_per_s: number,

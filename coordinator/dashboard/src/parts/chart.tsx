@@ -69,12 +69,12 @@ function options(curves: Curve[], width: number): uPlot.Options {
     width,
     height: HEIGHT,
     legend: { show: false },
-    padding: [8, 4, 0, 0],
+    padding: [8, 18, 0, 0],
     cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
     scales: { y: { range: (_plot, _min, max) => [0, max > 0 ? max * 1.12 : 1] } },
     axes: [
       { ...axis, grid: { show: false }, space: 80, size: 24, values: (_plot, times) => times.map(minute) },
-      { ...axis, size: 56, space: 36, values: (_plot, values) => values.map((value) => format(value)) },
+      { ...axis, size: 52, space: 36, values: (_plot, values) => values.map((value) => (value === 0 ? "0" : format(value).replace(/\.0+(?!\d)/, ""))) },
     ],
     series: [
       {},

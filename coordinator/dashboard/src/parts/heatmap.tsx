@@ -25,6 +25,8 @@ interface Cells {
 /** Room for the layers' numbers, and for the experts'. */
 const LEFT = 34;
 const TOP = 20;
+/** Room for a scroll bar below. */
+const SCROLLBAR = 12;
 /** Cells from this size on stand apart. */
 const GAP_FROM = 7;
 
@@ -36,6 +38,9 @@ export function HeatMap({ cluster, measure, zoom, holder }: Props) {
   const theme = useTheme();
   const { layers, experts } = cluster.model;
   const cells = sized(zoom, room, layers.length, experts);
+
+  const full = { width: LEFT + experts * cells.width, height: TOP + layers.length * cells.height };
+  const bar = full.width > room ? SCROLLBAR : 0;
 
   const picture = useRef<HTMLCanvasElement | null>(null);
   const painted = useRef<unknown[]>([]);
@@ -85,11 +90,11 @@ export function HeatMap({ cluster, measure, zoom, holder }: Props) {
   return (
     <>
       <div
-        ref={scroller} class="heat" role="application" tabIndex={0} aria-label="Heat map of layers and experts: arrow keys move from expert to expert"
+        ref={scroller} class="heat" style={{ height: `${full.height + bar}px` }} role="application" tabIndex={0} aria-label="Heat map of layers and experts: arrow keys move from expert to expert"
         aria-describedby="heat-readout" onScroll={scrolled} onPointerMove={pointed} onPointerLeave={() => setAt(null)} onKeyDown={moved}
       >
         <canvas ref={canvas} />
-        <div class="heat-space" style={{ width: `${LEFT + experts * cells.width}px`, height: `${TOP + layers.length * cells.height}px` }} />
+        <div class="heat-space" style={{ width: `${full.width}px`, height: `${full.height}px` }} />
       </div>
       <p class="caption" id="heat-readout" role="status">{at === null ? "Point at an expert, or move with the arrow keys." : words(cluster, at)}</p>
     </>

@@ -46,7 +46,7 @@ export const State = ({ health }: { health: Health }) => <span class={`state ton
 
 /** A share as a thin bar; the number stands beside it. */
 export function Bar({ share, tone = "accent" }: { share: number; tone?: string }) {
-  return <span class={`bar bar-${tone}`} aria-hidden="true"><span style={{ width: `${Math.min(1, Math.max(0, share)) * 100}%` }} /></span>;
+  return <span class={`bar bar-${tone}`} aria-hidden="true"><span style={{ "--share": Math.min(1, Math.max(0, share)).toFixed(3) }} /></span>;
 }
 
 /** A table that scrolls sideways where there is no room, by keyboard too. */

@@ -16,7 +16,7 @@ export function Tiles({ cluster }: { cluster: Cluster }) {
       <Tile name="Tokens" value={compact(cluster.latest(1))} unit="/s" under={`${compact(cluster.latest(2))} requests/s`} />
       <Tile name="First token" value={ms(cluster.latest(3))} under={`p95 ${ms(cluster.latest(4))}`} />
       <Tile name="Gap" value={ms(cluster.latest(6))} under={`p95 ${ms(cluster.latest(7))}`} />
-      <Tile name="In flight" value={count(status.sequences)} under={`of ${count(status.sequences_max)} here, ${count(waiting)} waiting in all`} />
+      <Tile name="In flight" value={count(status.sequences)} under={`of ${count(status.sequences_max)}; ${count(waiting)} waiting`} />
       <Tile name="Latent cache" value={percent(used, pages)} under={`${compact(used)} of ${compact(pages)} pages`} />
       <Tile name="Experts" value={count(model.layers.length * model.experts)} under={`${model.layers.length} × ${model.experts}, ${model.replicas} ${plural(model.replicas, "holder")} each`} />
       <Tile name="Imbalance" value={even === null ? "–" : even.toFixed(2)} under={`placement epoch ${status.epoch}`} />

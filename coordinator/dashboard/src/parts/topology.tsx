@@ -124,7 +124,6 @@ function ExpertNodes({ cluster, experts, aim, setAim }: { cluster: Cluster; expe
     <div class="racks" role="toolbar" aria-label="Expert workers" onKeyDown={roving}>
       {nodes.map(([node, numbers], i) => (
         <div key={node} class="rack" role="group" aria-label={`node ${node}`}>
-          <span class="rack-name" aria-hidden="true">{node}</span>
           <div class="nodes">
             {numbers.map((n, j) => {
               const worker = cluster.experts.get(n);
@@ -141,6 +140,7 @@ function ExpertNodes({ cluster, experts, aim, setAim }: { cluster: Cluster; expe
               );
             })}
           </div>
+          <span class="rack-name" aria-hidden="true">{node}</span>
         </div>
       ))}
     </div>

@@ -46,8 +46,8 @@ export function TroubleTable({ cluster }: { cluster: Cluster }) {
 const DOING: Record<EdgeState, string> = {
   unknown: "", live: "",
   down: "its rows go to other holders, or wait for one",
-  silent: "connected, but answers no pings: its rows go elsewhere where they can",
-  slow: "answers late: its rows go elsewhere where they can",
+  silent: "its rows go to other holders where there are some",
+  slow: "its rows go to other holders where there are some",
 };
 
 function Item({ cluster, it }: { cluster: Cluster; it: Trouble }) {

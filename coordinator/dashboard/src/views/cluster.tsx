@@ -25,7 +25,7 @@ export function ClusterView({ cluster }: { cluster: Cluster }) {
       <div class="charts">
         <Chart title="Throughput" cluster={cluster} curves={[{ label: "tokens/s", column: 1, colour: "accent", fill: true, format: compact }]} />
         <Chart title="Time to first token" cluster={cluster} curves={percentiles(3)} />
-        <Chart title="Gap between tokens" cluster={cluster} curves={percentiles(6)} />
+        <Chart title="Token gap" cluster={cluster} curves={percentiles(6)} />
       </div>
       <div class="grid">
         <AttentionTable cluster={cluster} />
