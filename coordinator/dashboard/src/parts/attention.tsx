@@ -9,7 +9,7 @@ export function AttentionTable({ cluster }: { cluster: Cluster }) {
   const workers = [...cluster.attention.values()];
   return (
     <Panel title="Attention workers" note="latent cache and batches" class="attention-table">
-      <Scroll label="Attention workers">
+      <Scroll label="Table of attention workers">
         <table>
           <thead>
             <tr>

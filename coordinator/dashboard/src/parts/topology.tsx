@@ -10,8 +10,9 @@ import { Bar, Choice, Panel } from "./panel.tsx";
 import { roving } from "./roving.ts";
 import { WorkersTable } from "./workers.tsx";
 
-/** Past this all edges at once would be a thicket, and cards would not fit: cells, and the edges of what is pointed at or unwell. */
+/** Past these all edges at once would be a thicket, and cards a tower: then cells, and the edges of what is pointed at or unwell. */
 const EDGES_MAX = 64;
+const CARDS_MAX = 12;
 
 /** A worker that is pointed at or has the focus. */
 export interface Aim {
@@ -24,7 +25,8 @@ export function Topology({ cluster }: { cluster: Cluster }) {
   const [aim, setAim] = useState<Aim | null>(null);
   const attention = [...cluster.attention.values()];
   const experts = [...cluster.experts.values()];
-  const size = attention.length * experts.length > EDGES_MAX ? "large" : "small";
+  const isLarge = attention.length * experts.length > EDGES_MAX || Math.max(attention.length, experts.length) > CARDS_MAX;
+  const size = isLarge ? "large" : "small";
   const { leader, term } = cluster.status;
   const note = leader ? `led by ${leader}, term ${term}` : "nobody leads";
   const tools = <Choice label="Form" value={form} options={{ graph: "Graph", table: "Table" }} onChange={setForm} />;
@@ -77,44 +79,40 @@ function Coordinators({ cluster }: { cluster: Cluster }) {
 }
 
 interface NodeProps {
-  cluster: Cluster;
   first: boolean;
   aim: Aim | null;
   setAim: (aim: Aim | null) => void;
 }
 
 /** A worker as a button: opens its sheet; pointing at it shows its edges. */
-function Node({ aim, own, id, health, first, facts, setAim, children }: Omit<NodeProps, "cluster"> & { own: Aim; id: string; health: Health; facts: string; children?: preact.ComponentChildren }) {
+function Node({ aim, own, id, health, first, facts, more, share, setAim }: NodeProps & { own: Aim; id: string; health: Health; facts: string; more: string; share: number }) {
   const isAim = aim?.role === own.role && aim.n === own.n;
+  const name = [`${id} ${facts}`, health.label === facts ? [] : health.label, more].flat().join(", ");
   return (
     <button
       type="button"
       class={`node tone-${health.tone} ${isAim ? "aimed" : ""}`}
       data-node={`${own.role}:${own.n}`}
       tabIndex={first ? 0 : -1}
-      aria-label={`${id}, ${health.label}, ${facts}`}
+      aria-label={name}
       onPointerEnter={() => setAim(own)}
       onFocus={() => setAim(own)}
       onBlur={() => setAim(null)}
       onClick={() => store.show({ is: "worker", ...own })}
     >
-      {children}
+      <span class="name"><span class="dot" />{id}</span>
+      <span class="facts">{facts}</span>
+      <Bar share={share} tone={own.role === "a" && share > 0.92 ? "warn" : "accent"} />
     </button>
   );
 }
 
-function AttentionNode({ worker, ...rest }: NodeProps & { worker: AttentionWorker }) {
-  const health = attentionHealth(rest.cluster, worker);
+function AttentionNode({ cluster, worker, ...rest }: NodeProps & { cluster: Cluster; worker: AttentionWorker }) {
+  const health = attentionHealth(cluster, worker);
   const [, free, running, waiting] = worker.load ?? [];
   const used = 1 - (free ?? worker.pages_total) / (worker.pages_total || 1);
   const facts = health.tone === "bad" || health.tone === "off" ? health.label : `${running ?? 0} running${waiting ? `, ${waiting} waiting` : ""}`;
-  return (
-    <Node {...rest} own={{ role: "a", n: worker.n }} id={worker.id} health={health} facts={`${facts}, cache ${percent(used, 1)}`}>
-      <span class="name"><span class="dot" />{worker.id}</span>
-      <span class="facts">{facts}</span>
-      <Bar share={used} tone={used > 0.92 ? "warn" : "accent"} />
-    </Node>
-  );
+  return <Node {...rest} own={{ role: "a", n: worker.n }} id={worker.id} health={health} facts={facts} more={`cache ${percent(used, 1)}`} share={used} />;
 }
 
 function ExpertNodes({ cluster, experts, aim, setAim }: { cluster: Cluster; experts: ExpertWorker[]; aim: Aim | null; setAim: (aim: Aim | null) => void }) {
@@ -132,11 +130,10 @@ function ExpertNodes({ cluster, experts, aim, setAim }: { cluster: Cluster; expe
               const load = terms(cluster, worker);
               const facts = health.tone === "bad" || health.tone === "off" ? health.label : `${worker.experts} experts`;
               return (
-                <Node key={n} own={{ role: "e", n }} id={worker.id} health={health} facts={`${facts}, ${compact(load)} rows a second`} first={i === 0 && j === 0} aim={aim} setAim={setAim}>
-                  <span class="name"><span class="dot" />{worker.id}</span>
-                  <span class="facts">{facts}</span>
-                  <Bar share={load / busiest} tone="accent" />
-                </Node>
+                <Node
+                  key={n} own={{ role: "e", n }} id={worker.id} health={health} facts={facts} more={`${compact(load)} rows a second`} share={load / busiest}
+                  first={i === 0 && j === 0} aim={aim} setAim={setAim}
+                />
               );
             })}
           </div>

@@ -17,7 +17,7 @@ export function RequestsView({ cluster }: { cluster: Cluster }) {
   return (
     <Panel title="Requests in flight" note={note} tools={<Filter value={wanted} onInput={setWanted} />}>
       {shown.length === 0 ? <p class="empty">{all.length === 0 ? "Nobody waits for an answer." : "None matches."}</p> : (
-        <Scroll label="Requests in flight">
+        <Scroll label="Table of requests">
           <table>
             <thead>
               <tr>
