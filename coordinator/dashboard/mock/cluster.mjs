@@ -234,7 +234,7 @@ export class MockCluster {
     this.arrived = this.random.count(this.size.rate * wave);
     for (let i = 0; i < this.arrived; i++) {
       const n = ++this.requestNumber;
-      const id = `chatcmpl-${Math.floor(this.random.next() * 2 ** 48).toString(16).padStart(12, "0")}`;
+      const id = `chatcmpl-${[0, 1].map(() => Math.floor(this.random.next() * 2 ** 24).toString(16).padStart(6, "0")).join("")}`;
       const length = Math.round(60 + 400 * this.random.next() ** 2);
       this.requests.set(n, { n, id, key: this.random.pick(["search", "support-bot", "ada", "nightly-eval"]), worker: "", prompt: Math.round(24 * this.random.around(1.1)) + 8, emitted: 0, started: this.t, state: "placing", length, changed: true });
     }

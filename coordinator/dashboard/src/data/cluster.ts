@@ -29,6 +29,11 @@ export interface EdgeView {
   answer_us: number;
 }
 
+const NATURAL = new Intl.Collator("en", { numeric: true });
+
+/** Workers or nodes in the order that people expect: e2 before e10. */
+export const byId = <T extends { id: string }>(workers: Iterable<T>): T[] => [...workers].sort((x, y) => NATURAL.compare(x.id, y.id));
+
 /** A map's key for an edge. Numbers stay below 2^21, so that it is exact. */
 export const edgeKey = (a: Num, e: Num): number => a * 2 ** 21 + e;
 

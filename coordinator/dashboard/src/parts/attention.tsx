@@ -1,12 +1,12 @@
 // Each attention worker's latent cache and batches.
-import type { AttentionWorker, Cluster } from "../data/cluster.ts";
+import { byId, type AttentionWorker, type Cluster } from "../data/cluster.ts";
 import { compact, count, percent } from "../data/format.ts";
 import { attentionHealth } from "../data/health.ts";
 import { store } from "../store.ts";
 import { Bar, Panel, Scroll, State } from "./panel.tsx";
 
 export function AttentionTable({ cluster }: { cluster: Cluster }) {
-  const workers = [...cluster.attention.values()];
+  const workers = byId(cluster.attention.values());
   return (
     <Panel title="Attention workers" note="latent cache and batches" class="attention-table">
       <Scroll label="Table of attention workers">

@@ -1,6 +1,6 @@
 // The cluster drawn: coordinators, attention workers, expert workers by node, and the edges between them; or the same as a table.
 import { useMemo, useState } from "preact/hooks";
-import type { AttentionWorker, Cluster, ExpertWorker } from "../data/cluster.ts";
+import { byId, type AttentionWorker, type Cluster, type ExpertWorker } from "../data/cluster.ts";
 import { compact, percent, us } from "../data/format.ts";
 import { attentionHealth, expertHealth, plural, terms, type Health } from "../data/health.ts";
 import type { Coordinator } from "../data/protocol.ts";
@@ -23,8 +23,8 @@ export interface Aim {
 export function Topology({ cluster }: { cluster: Cluster }) {
   const [form, setForm] = useState<"graph" | "table">("graph");
   const [aim, setAim] = useState<Aim | null>(null);
-  const attention = [...cluster.attention.values()];
-  const experts = [...cluster.experts.values()];
+  const attention = byId(cluster.attention.values());
+  const experts = byId(cluster.experts.values());
   const isLarge = attention.length * experts.length > EDGES_MAX || Math.max(attention.length, experts.length) > CARDS_MAX;
   const size = isLarge ? "large" : "small";
   const { leader, term } = cluster.status;
@@ -100,7 +100,7 @@ function Node({ aim, own, id, health, first, facts, more, share, setAim }: NodeP
       onBlur={() => setAim(null)}
       onClick={() => store.show({ is: "worker", ...own })}
     >
-      <span class="name"><span class="dot" />{id}</span>
+      <span class="name"><span class="dot" />{id}</span>{" "}
       <span class="facts">{facts}</span>
       <Bar share={share} tone={own.role === "a" && share > 0.92 ? "warn" : "accent"} />
     </button>
@@ -147,8 +147,7 @@ function ExpertNodes({ cluster, experts, aim, setAim }: { cluster: Cluster; expe
 function grouped(experts: ExpertWorker[]): [string, number[]][] {
   const nodes = new Map<string, number[]>();
   for (const { node, n } of experts) nodes.set(node, [...(nodes.get(node) ?? []), n]);
-  const natural = new Intl.Collator("en", { numeric: true }).compare;
-  return [...nodes].sort(([a], [b]) => natural(a, b));
+  return byId([...nodes].map(([id, numbers]) => ({ id, numbers }))).map(({ id, numbers }) => [id, numbers]);
 }
 
 /** One line about what is pointed at, else how to read the picture. */

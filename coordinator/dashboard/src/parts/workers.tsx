@@ -1,5 +1,5 @@
 // The cluster as a table: what the picture shows, for those who would rather read it.
-import type { Cluster } from "../data/cluster.ts";
+import { byId, type Cluster } from "../data/cluster.ts";
 import { compact, percent } from "../data/format.ts";
 import { attentionHealth, expertHealth, terms, type Health } from "../data/health.ts";
 import { store } from "../store.ts";
@@ -8,13 +8,13 @@ import { Scroll, State } from "./panel.tsx";
 export function WorkersTable({ cluster }: { cluster: Cluster }) {
   const rows = [
     ...cluster.coordinators.map((it) => ({ role: "coordinator", id: it.id, node: "", health: undefined, has: it.id === cluster.status.leader ? "leads" : "", does: "", address: it.address, open: undefined })),
-    ...[...cluster.attention.values()].map((it) => ({
+    ...byId(cluster.attention.values()).map((it) => ({
       role: "attention", id: it.id, node: it.node, health: attentionHealth(cluster, it),
       has: `cache ${it.load ? percent(it.pages_total - it.load[1], it.pages_total) : "–"}`,
       does: it.load ? `${it.load[2]} running, ${it.load[3]} waiting` : "", address: it.address,
       open: () => store.show({ is: "worker", role: "a", n: it.n }),
     })),
-    ...[...cluster.experts.values()].map((it) => ({
+    ...byId(cluster.experts.values()).map((it) => ({
       role: "expert", id: it.id, node: it.node, health: expertHealth(cluster, it), has: `${it.experts} experts`,
       does: `${compact(terms(cluster, it))} rows/s`, address: it.address,
       open: () => store.show({ is: "worker", role: "e", n: it.n }),

@@ -1,6 +1,6 @@
 // The experts: how much each is asked for, who holds it, how evenly that is spread; or a layer's as a table.
 import { useState } from "preact/hooks";
-import type { Cluster } from "../data/cluster.ts";
+import { byId, type Cluster } from "../data/cluster.ts";
 import { holderIds, liveHolders, loadWords } from "../data/holders.ts";
 import { imbalance } from "../data/imbalance.ts";
 import { offBecause } from "../parts/modal.tsx";
@@ -34,7 +34,7 @@ export function ExpertsView({ cluster }: { cluster: Cluster }) {
               <label class="inline">Held by{" "}
                 <select value={holder ?? ""} onChange={(event) => setHolder(event.currentTarget.value === "" ? null : Number(event.currentTarget.value))}>
                   <option value="">anybody</option>
-                  {[...cluster.experts.values()].filter((it) => !it.gone).map((it) => <option key={it.n} value={it.n}>{it.id}</option>)}
+                  {byId(cluster.experts.values()).filter((it) => !it.gone).map((it) => <option key={it.n} value={it.n}>{it.id}</option>)}
                 </select>
               </label>
             </div>

@@ -162,7 +162,7 @@ page("a chat can be stopped", { token_ms: 200 }, async ({ page }) => {
 page("the keyboard reaches everything", {}, async ({ page, server }) => {
   await page.getByRole("button", { name: /^e0 .*live/ }).waitFor();
   server.cluster.slow("a1", "e2");
-  await page.getByText("its rows go elsewhere").waitFor();
+  await page.locator(".feed").getByText("its rows go elsewhere").waitFor();
   const seen = new Set();
   for (let i = 0; i < 40; i++) {
     await page.keyboard.press("Tab");
