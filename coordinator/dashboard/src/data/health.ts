@@ -19,14 +19,20 @@ function told(cluster: Cluster, edges: EdgeView[]): EdgeView[] {
 }
 
 /** The worst that can be said of some edges; undefined if all are live. */
-function worst(edges: EdgeView[], side: string): Health | undefined {
+function worst(edges: EdgeView[], side: "from" | "to"): Health | undefined {
   const down = count(edges, "down");
-  if (down > 0 && down === edges.length) return { tone: "bad", label: "unreachable" };
+  if (down > 0 && down === edges.length) return { tone: "bad", label: side === "from" ? "unreachable" : "cut off" };
   for (const state of ["silent", "slow", "down"] as const) {
     const some = count(edges, state);
     if (some > 0) return { tone: "warn", label: `${state} ${side} ${some} of ${edges.length}` };
   }
   return undefined;
+}
+
+/** Nobody who answers reaches it: then it is the expert worker that is unwell, and not they. */
+function isUnreachable(cluster: Cluster, n: number): boolean {
+  const edges = told(cluster, cluster.edgesOf("e", n));
+  return edges.length > 0 && count(edges, "down") === edges.length;
 }
 
 export function expertHealth(cluster: Cluster, worker: ExpertWorker): Health {
@@ -45,7 +51,7 @@ export function attentionHealth(cluster: Cluster, worker: AttentionWorker): Heal
   if (!worker.answers) return { tone: "bad", label: "does not answer" };
   if (!worker.experts_reachable) return { tone: "bad", label: "misses experts" };
   if (worker.draining) return { tone: "note", label: "draining" };
-  const bad = worst(cluster.edgesOf("a", worker.n), "to");
+  const bad = worst(cluster.edgesOf("a", worker.n).filter((edge) => edge.state !== "down" || !isUnreachable(cluster, edge.e)), "to");
   if (bad) return bad;
   if (worker.cordoned) return { tone: "note", label: "cordoned" };
   return { tone: "ok", label: "live" };

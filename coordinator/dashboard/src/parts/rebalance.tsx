@@ -7,6 +7,7 @@ import { plural } from "../data/health.ts";
 import type { RebalanceResponse } from "../data/protocol.ts";
 import { store } from "../store.ts";
 import { Modal } from "./modal.tsx";
+import { Bar } from "./panel.tsx";
 
 export function RebalanceDialog({ cluster }: { cluster: Cluster }) {
   const [plan, setPlan] = useState<RebalanceResponse | null>(null);
@@ -43,7 +44,7 @@ function Gain({ plan, epoch }: { plan: RebalanceResponse; epoch: number }) {
   const bar = (name: string, value: number) => (
     <div class="gain">
       <dt>{name}</dt>
-      <dd><meter min={1} max={Math.max(plan.imbalance_before, 1.01)} value={value} aria-label={`Imbalance ${name}`} /><b>{value.toFixed(3)}</b></dd>
+      <dd><Bar share={(value - 1) / Math.max(plan.imbalance_before - 1, 0.01)} /><b>{value.toFixed(3)}</b></dd>
     </div>
   );
   return (

@@ -139,6 +139,16 @@ test("an attention worker that does not answer has no say about others", () => {
   assert.equal(expertHealth(cluster, cluster.experts.get(3)!).label, "live");
 });
 
+test("an expert worker that nobody reaches is not held against those who do not reach it", () => {
+  const a1 = (edges: Edge[]): string => {
+    const cluster = new Cluster(snapshot(edges));
+    return attentionHealth(cluster, cluster.attention.get(1)!).label;
+  };
+  assert.equal(a1([[1, 3, 1, 0, 0], [2, 3, 1, 0, 0], [1, 4, 2, 0, 0]]), "live");
+  assert.equal(a1([[1, 3, 1, 0, 0], [2, 3, 2, 0, 0], [1, 4, 2, 0, 0]]), "down to 1 of 2");
+  assert.equal(a1([[1, 3, 1, 0, 0], [2, 3, 2, 0, 0], [1, 4, 1, 0, 0], [2, 4, 2, 0, 0]]), "cut off");
+});
+
 test("the cluster says first why it does not serve", () => {
   const cluster = new Cluster(snapshot());
   assert.deepEqual(clusterHealth(cluster), { tone: "ok", label: "Serving", issues: [] });
