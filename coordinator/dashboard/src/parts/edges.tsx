@@ -42,9 +42,11 @@ function draw(canvas: HTMLCanvasElement, cluster: Cluster, aim: Aim | null, all:
     const box = node.getBoundingClientRect();
     boxes.set(node.dataset["node"] ?? "", { left: box.left - frame.left, right: box.right - frame.left, top: box.top - frame.top, bottom: box.bottom - frame.top });
   }
+  const [first, second] = [...parent.querySelectorAll(".column")].map((column) => column.getBoundingClientRect());
+  const isStacked = first !== undefined && second !== undefined && second.top >= first.bottom;
   const line = (from: string, to: string): void => {
     const [a, b] = [boxes.get(from), boxes.get(to)];
-    if (a && b) curve(context, a, b);
+    if (a && b) (isStacked ? downwards : sideways)(context, a, b);
   };
 
   if (all) {
@@ -69,17 +71,20 @@ function draw(canvas: HTMLCanvasElement, cluster: Cluster, aim: Aim | null, all:
   context.globalAlpha = 1;
 }
 
-/** From one box to another: sideways where they stand side by side, downwards where they are stacked. */
-function curve(context: CanvasRenderingContext2D, a: Box, b: Box): void {
+/** From a box to one in the next column. */
+function sideways(context: CanvasRenderingContext2D, a: Box, b: Box): void {
+  const [y1, y2, bend] = [(a.top + a.bottom) / 2, (b.top + b.bottom) / 2, (b.left - a.right) / 2];
   context.beginPath();
-  if (b.left > a.right) {
-    const [y1, y2, bend] = [(a.top + a.bottom) / 2, (b.top + b.bottom) / 2, (b.left - a.right) / 2];
-    context.moveTo(a.right, y1);
-    context.bezierCurveTo(a.right + bend, y1, b.left - bend, y2, b.left, y2);
-  } else {
-    const [x1, x2, bend] = [(a.left + a.right) / 2, (b.left + b.right) / 2, (b.top - a.bottom) / 2];
-    context.moveTo(x1, a.bottom);
-    context.bezierCurveTo(x1, a.bottom + bend, x2, b.top - bend, x2, b.top);
-  }
+  context.moveTo(a.right, y1);
+  context.bezierCurveTo(a.right + bend, y1, b.left - bend, y2, b.left, y2);
+  context.stroke();
+}
+
+/** The same where the columns stand one below the other. */
+function downwards(context: CanvasRenderingContext2D, a: Box, b: Box): void {
+  const [x1, x2, bend] = [(a.left + a.right) / 2, (b.left + b.right) / 2, (b.top - a.bottom) / 2];
+  context.beginPath();
+  context.moveTo(x1, a.bottom);
+  context.bezierCurveTo(x1, a.bottom + bend, x2, b.top - bend, x2, b.top);
   context.stroke();
 }
