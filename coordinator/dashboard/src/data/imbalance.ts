@@ -20,8 +20,15 @@ export function imbalances(cluster: Cluster): number[] {
   });
 }
 
+/** What was worked out last: it is asked for with every drawing, and its inputs change every few seconds. */
+let known: { inputs: unknown[]; mean: number | null } = { inputs: [], mean: null };
+
 /** Their mean, as `moesaic rebalance` gives it; null until it is known. */
 export function imbalance(cluster: Cluster): number | null {
-  const all = imbalances(cluster);
-  return all.length === 0 ? null : all.reduce((sum, x) => sum + x, 0) / all.length;
+  const inputs = [cluster.heat, cluster.holders, cluster.experts.size];
+  if (inputs.some((input, i) => input !== known.inputs[i])) {
+    const all = imbalances(cluster);
+    known = { inputs, mean: all.length === 0 ? null : all.reduce((sum, x) => sum + x, 0) / all.length };
+  }
+  return known.mean;
 }
