@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use moesaic_coordinator::shell::http;
+use moesaic_coordinator::shell::{dashboard, http};
 use moesaic_node::access::{Rule, Scope, TABLE};
 use moesaic_node::connect::dial_tcp;
 use moesaic_node::{Connector, Peer};
@@ -59,6 +59,11 @@ fn rpcs() -> Vec<(String, String)> {
     rpcs
 }
 
+/// Every HTTP route of a coordinator.
+fn routes() -> Vec<&'static str> {
+    [http::rows(), dashboard::rows()].concat()
+}
+
 fn rule(row: &str) -> &'static Rule {
     &TABLE.iter().find(|(of, _)| *of == row).unwrap_or_else(|| panic!("{row} has no rule")).1
 }
@@ -66,12 +71,16 @@ fn rule(row: &str) -> &'static Rule {
 #[test]
 fn every_rpc_and_every_route_has_one_rule_and_every_rule_is_of_one() {
     let rpcs: BTreeSet<String> = rpcs().into_iter().map(|(_, path)| path).collect();
-    let routes: BTreeSet<String> = http::rows().into_iter().map(str::to_owned).collect();
+    let routes: BTreeSet<String> = routes().into_iter().map(str::to_owned).collect();
     let rows: BTreeSet<String> = TABLE.iter().map(|(row, _)| (*row).to_owned()).collect();
     assert_eq!(rows.len(), TABLE.len(), "no row is there twice");
     assert_eq!(rows, rpcs.union(&routes).cloned().collect());
     let open: Vec<&str> = TABLE.iter().filter(|(_, rule)| rule.is_open).map(|(row, _)| *row).collect();
-    assert_eq!(open, ["GET /health", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]);
+    let health = ["GET /health", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"];
+    assert_eq!(
+        open.into_iter().collect::<BTreeSet<_>>(),
+        health.into_iter().chain(["GET /", "GET /dashboard/{file}"]).collect()
+    );
     let workers = TABLE.iter().filter(|(row, _)| row.contains("Worker/") || row.contains("Experts/"));
     assert!(
         workers.clone().count() >= 5 && workers.clone().all(|(_, rule)| rule.key.is_none()),
@@ -215,9 +224,9 @@ async fn each_route_is_for_those_that_its_rule_names() {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
     let tls = TlsConnector::from(Arc::new(config.with_root_certificates(roots).with_no_client_auth()));
-    for row in http::rows() {
+    for row in routes() {
         let (method, path) = row.split_once(' ').unwrap();
-        let path = path.replace("{*id}", "tiny-r1");
+        let path = path.replace("{*id}", "tiny-r1").replace("{file}", "app.js");
         let rule = rule(row);
         for (key, scope) in [
             (None, None),

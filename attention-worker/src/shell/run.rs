@@ -90,7 +90,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         engine: engine.observer(),
         dispatcher: dispatcher.clone(),
         checkpoint: checkpoint.clone(),
-        profile: counted,
+        profile: counted.clone(),
         requests: requests.clone(),
         is_registered: AtomicBool::new(false),
         stop: stop.clone(),
@@ -101,6 +101,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         engine,
         dispatcher: dispatcher.clone(),
         waiting_max: config.waiting_max,
+        profile: counted,
         stop: stop.clone(),
         requests: requests.clone(),
     };

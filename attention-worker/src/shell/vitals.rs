@@ -90,11 +90,8 @@ impl Figures {
         page.counter("moesaic_frames_hedged_total", help, counts.hedged);
         page.counter("moesaic_terms_total", "Rows times experts in all frames.", counts.terms);
         page.counter("moesaic_terms_hedged_total", "Rows times experts that were sent twice.", counts.terms_hedged);
-        let dropped = [
-            ("unmatched", counts.unmatched),
-            ("misdirected", counts.misdirected),
-            ("rejected", counts.rejected),
-        ];
+        let dropped =
+            [("unmatched", counts.unmatched), ("misdirected", counts.misdirected), ("rejected", counts.rejected)];
         let help = "Answers dropped: nobody waited for them, another worker sent them, or they did not fit.";
         let mut family = page.counters("moesaic_answers_dropped_total", help);
         for (why, count) in dropped {
@@ -109,7 +106,8 @@ impl Figures {
 
     fn edges(&self, page: &mut Page) {
         let edges = self.dispatcher.edges();
-        let mut states = page.gauges("moesaic_edge_state", "The state of the way to an expert worker: 1 for the one it has.");
+        let mut states =
+            page.gauges("moesaic_edge_state", "The state of the way to an expert worker: 1 for the one it has.");
         for edge in &edges {
             for (state, name) in [
                 (EdgeState::Live, "live"),
@@ -120,7 +118,8 @@ impl Figures {
                 states.sample(&[("worker", &edge.worker), ("state", name)], u8::from(edge.state() == state));
             }
         }
-        let mut answers = page.gauges("moesaic_edge_answer_seconds", "How long a frame takes to be answered, smoothed.");
+        let mut answers =
+            page.gauges("moesaic_edge_answer_seconds", "How long a frame takes to be answered, smoothed.");
         for edge in &edges {
             answers.sample(&[("worker", &edge.worker)], f64::from(edge.answer_us) / 1e6);
         }

@@ -1,5 +1,6 @@
 //! The gRPC service for operators: Status, Cordon, Rebalance. What only the leader can do is passed on to it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request that has been passed on says so, and is not passed on again.
 const FORWARDED: &str = "moesaic-forwarded";
 
+#[derive(Clone)]
 pub struct Operators {
     pub id: WorkerId,
     pub service: Arc<Service>,
@@ -40,34 +42,7 @@ pub fn server(operators: Operators) -> AdminServer<Operators> {
 #[tonic::async_trait]
 impl Admin for Operators {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        let view = self.registry.view().borrow().clone();
-        let seen = self.leading.seen(&view);
-        let (lost, exposed) = match &view.placement {
-            Some(placement) => exposure(placement, &seen, self.leading.policy().replicas),
-            None => (0, 0),
-        };
-        let is_cordoned = |role, id: &WorkerId| view.cordons.contains_key(&(role, id.clone()));
-        let attention = self.service.workers.loads().into_iter().map(|(member, load)| AttentionStatus {
-            cordoned: is_cordoned(Role::AttentionWorker, &member.id),
-            id: member.hello.id,
-            address: member.address,
-            node: member.node,
-            load,
-        });
-        let experts = view.of_role(Role::ExpertWorker).map(|member| expert_status(member, &view));
-        Ok(Response::new(StatusResponse {
-            coordinator: self.id.as_str().to_owned(),
-            leader: view.leader.as_ref().map_or_else(String::new, |leader| leader.id.as_str().to_owned()),
-            term: view.leader.as_ref().map_or(0, |leader| leader.term),
-            registry_reachable: view.is_current,
-            not_ready: self.service.workers.not_ready().borrow().clone().unwrap_or_default(),
-            epoch: view.placement.as_ref().map_or(0, |placement| placement.epoch().0),
-            experts_lost: lost,
-            experts_exposed: exposed,
-            attention: attention.collect(),
-            experts: experts.collect(),
-            sequences: self.service.sequences() as u32,
-        }))
+        Ok(Response::new(self.status_now()))
     }
 
     async fn cordon(&self, request: Request<CordonRequest>) -> Result<Response<CordonResponse>, Status> {
@@ -100,6 +75,42 @@ impl Admin for Operators {
 }
 
 impl Operators {
+    /// The cluster as this coordinator sees it.
+    pub fn status_now(&self) -> StatusResponse {
+        let view = self.registry.view().borrow().clone();
+        let seen = self.leading.seen(&view);
+        let (lost, exposed) = match &view.placement {
+            Some(placement) => exposure(placement, &seen, self.leading.policy().replicas),
+            None => (0, 0),
+        };
+        let is_cordoned = |role, id: &WorkerId| view.cordons.contains_key(&(role, id.clone()));
+        let attention = self.service.workers.loads().into_iter().map(|(member, load)| AttentionStatus {
+            cordoned: is_cordoned(Role::AttentionWorker, &member.id),
+            id: member.hello.id,
+            address: member.address,
+            node: member.node,
+            load,
+        });
+        let placed = view.placement.iter().flat_map(|p| p.workers().iter().cloned().zip(p.held_by_each()));
+        let held: BTreeMap<WorkerId, usize> = placed.collect();
+        let experts = view
+            .of_role(Role::ExpertWorker)
+            .map(|member| expert_status(member, &view, held.get(&member.id).copied().unwrap_or(0)));
+        StatusResponse {
+            coordinator: self.id.as_str().to_owned(),
+            leader: view.leader.as_ref().map_or_else(String::new, |leader| leader.id.as_str().to_owned()),
+            term: view.leader.as_ref().map_or(0, |leader| leader.term),
+            registry_reachable: view.is_current,
+            not_ready: self.service.workers.not_ready().borrow().clone().unwrap_or_default(),
+            epoch: view.placement.as_ref().map_or(0, |placement| placement.epoch().0),
+            experts_lost: lost,
+            experts_exposed: exposed,
+            attention: attention.collect(),
+            experts: experts.collect(),
+            sequences: self.service.sequences() as u32,
+        }
+    }
+
     async fn forward(&self, request: RebalanceRequest) -> Result<Response<RebalanceResponse>, Status> {
         let view = self.registry.view().borrow().clone();
         let leader = view.leader.as_ref().ok_or_else(|| Status::unavailable("no coordinator leads at present"))?;
@@ -135,8 +146,7 @@ pub(super) fn exposure(placement: &Placement, seen: &[Seen], replicas: usize) ->
     (lost, exposed)
 }
 
-fn expert_status(member: &Member, view: &View) -> ExpertStatus {
-    let held = view.placement.as_ref().map_or(0, |placement| placement.held_by(&member.id));
+fn expert_status(member: &Member, view: &View, held: usize) -> ExpertStatus {
     ExpertStatus {
         id: member.hello.id.clone(),
         address: member.address.clone(),

@@ -1,11 +1,13 @@
 //! What a coordinator counts of requests and their sequences.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use moesaic_node::metrics::{Histogram, Page};
 use moesaic_proto::v1::FinishReason;
 
+use crate::core::board::Window;
 use crate::core::{ApiError, Delta};
 
 /// From a small model on this machine to a long prompt in a long queue.
@@ -55,7 +57,20 @@ pub struct Figures {
     first_token: Histogram,
     gap: Histogram,
     sequence: Histogram,
+    /// The last seconds, for the dashboard: waits for first tokens, and between tokens.
+    recent: Mutex<[Window; 2]>,
 }
+
+/// Since the coordinator started.
+pub struct Sums {
+    pub requests: u64,
+    /// Because something was full.
+    pub refusals: u64,
+    pub tokens: u64,
+}
+
+/// What the page's curves show.
+const SHARES: [f64; 3] = [0.5, 0.95, 0.99];
 
 impl Default for Figures {
     fn default() -> Self {
@@ -70,6 +85,7 @@ impl Default for Figures {
             first_token: Histogram::new(FIRST_TOKEN_BOUNDS),
             gap: Histogram::new(GAP_BOUNDS),
             sequence: Histogram::new(SEQUENCE_BOUNDS),
+            recent: Mutex::default(),
         }
     }
 }
@@ -94,7 +110,37 @@ impl Figures {
     /// Tokens that came `waited` after the ones before them, or after the sequence's beginning.
     pub fn tokens(&self, delta: &Delta, is_first: bool, waited: Duration) {
         add(&self.generated_tokens, delta.tokens.len() as u64);
-        if is_first { self.first_token.add(waited) } else { self.gap.add(waited) }
+        if is_first {
+            self.first_token.add(waited)
+        } else {
+            self.gap.add(waited)
+        }
+        self.recent()[usize::from(!is_first)].add(waited);
+    }
+
+    /// A second is over.
+    pub fn turn(&self) {
+        self.recent().iter_mut().for_each(Window::turn);
+    }
+
+    /// p50, p95 and p99 of the last seconds in ms: to the first token, and between tokens.
+    pub fn waits(&self) -> ([Option<f64>; 3], [Option<f64>; 3]) {
+        let recent = self.recent();
+        (recent[0].percentiles(SHARES), recent[1].percentiles(SHARES))
+    }
+
+    pub fn sums(&self) -> Sums {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Sums {
+            requests: read(&self.requests),
+            refusals: read(&self.refused[Refused::Full as usize]),
+            tokens: read(&self.generated_tokens),
+        }
+    }
+
+    fn recent(&self) -> MutexGuard<'_, [Window; 2]> {
+        // Nothing panics while it is held.
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A sequence went on on another worker.
@@ -125,7 +171,11 @@ impl Figures {
         page.counter("moesaic_sequences_moved_total", help, read(&self.moved));
         let help = "Sequences that clients took up again here.";
         page.counter("moesaic_sequences_resumed_total", help, read(&self.resumed));
-        page.histogram("moesaic_time_to_first_token_seconds", "From the worker's call to the first token.", &self.first_token);
+        page.histogram(
+            "moesaic_time_to_first_token_seconds",
+            "From the worker's call to the first token.",
+            &self.first_token,
+        );
         page.histogram("moesaic_time_between_tokens_seconds", "Between two tokens of a sequence.", &self.gap);
         page.histogram("moesaic_sequence_seconds", "How long sequences took.", &self.sequence);
     }

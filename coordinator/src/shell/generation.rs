@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 use tonic::Status;
 
 use super::figures::{Over, over};
+use super::seats::Seat;
 use super::service::Ticket;
 use super::workers::{Call, is_transport};
 use crate::core::journal::{Journal, Place};
@@ -35,6 +36,7 @@ struct Running {
     journal: Journal,
     output: Output,
     ticket: Arc<Ticket>,
+    seat: Seat,
     /// Tokens that the client has from an earlier stream.
     known: u32,
     has_ended: bool,
@@ -49,9 +51,29 @@ struct Running {
 
 impl Generation {
     /// `known`: tokens that the client has from an earlier stream.
-    pub(super) fn new(call: Call, journal: Journal, output: Output, ticket: Arc<Ticket>, known: u32) -> Self {
+    pub(super) fn new(
+        call: Call,
+        journal: Journal,
+        output: Output,
+        (ticket, seat): (Arc<Ticket>, Seat),
+        known: u32,
+    ) -> Self {
         let (has_ended, is_counted, began, last, stalled) = (false, false, Instant::now(), None, None);
-        Self { running: Some(Running { call, journal, output, ticket, known, has_ended, is_counted, began, last, stalled }) }
+        Self {
+            running: Some(Running {
+                call,
+                journal,
+                output,
+                ticket,
+                seat,
+                known,
+                has_ended,
+                is_counted,
+                began,
+                last,
+                stalled,
+            }),
+        }
     }
 
     /// The next news; None after the last one or an error.
@@ -92,6 +114,7 @@ impl Running {
                     let now = Instant::now();
                     let waited = now - self.last.replace(now).unwrap_or(self.began);
                     figures.tokens(delta, delta.position == 0, waited);
+                    self.seat.emitted(delta.position + delta.tokens.len() as u32);
                 }
                 delta.ending.as_ref().map(|ending| over(ending.reason))
             }
@@ -157,6 +180,7 @@ impl Running {
         let (worker, position) = (self.call.place.worker.clone(), self.journal.position());
         tracing::info!(request_id, %worker, position, reason, "a sequence goes on elsewhere");
         self.ticket.figures().moved();
+        self.seat.recovering();
         let (begun, mut wait) = self.stalled.unwrap_or((Instant::now(), Duration::ZERO));
         let mut last = vec![worker];
         loop {
@@ -179,6 +203,7 @@ impl Running {
                 Ok(call) => {
                     let (worker, ms) = (call.place.worker.clone(), begun.elapsed().as_millis() as u64);
                     tracing::debug!(request_id, %worker, ms, "a sequence has found another worker");
+                    self.seat.placed(&worker);
                     self.call = call;
                     return Ok(());
                 }

@@ -70,10 +70,11 @@ pub fn rows() -> Vec<&'static str> {
     routes().into_iter().map(|(row, _)| row).collect()
 }
 
-/// `keeper` lets in whom it knows; without one everybody may use everything.
+/// `more` routes are guarded as these are: `keeper` lets in whom it knows; without one everybody may use everything.
 pub fn router(
     service: Arc<Service>,
     body_bytes_max: usize,
+    more: Router,
     keeper: Option<Doorkeeper>,
     stop: CancellationToken,
 ) -> Router {
@@ -82,7 +83,7 @@ pub fn router(
         let (_, path) = row.split_once(' ').expect("a row is a method and a path");
         router = router.route(path, handler);
     }
-    let router = router.with_state(App { service, body_bytes_max, is_guarded: keeper.is_some(), stop });
+    let router = router.with_state(App { service, body_bytes_max, is_guarded: keeper.is_some(), stop }).merge(more);
     let router = match keeper {
         Some(keeper) => keeper.guard_http(router),
         None => router,
@@ -167,17 +168,8 @@ impl App {
         Ok(Incoming { account, progress, fields: self.fields(request).await? })
     }
 
-    /// Reads the body, bounded in size and time.
     async fn fields(&self, request: Request<Body>) -> Result<Fields, ApiError> {
-        let body = Limited::new(request.into_body(), self.body_bytes_max).collect();
-        let body = tokio::time::timeout(BODY_READ_TIMEOUT, body)
-            .await
-            .map_err(|_| ApiError::SlowBody { seconds: BODY_READ_TIMEOUT.as_secs() })?;
-        let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
-            Some(_) => ApiError::TooLarge { limit: self.body_bytes_max },
-            None => ApiError::invalid("body", "did not arrive whole"),
-        })?;
-        Fields::parse(&body.to_bytes())
+        read_fields(request, self.body_bytes_max).await
     }
 
     fn card(&self) -> ModelCard {
@@ -190,4 +182,17 @@ impl App {
             max_model_len: model.context_max,
         }
     }
+}
+
+/// Reads a body, bounded in size and time.
+pub(super) async fn read_fields(request: Request<Body>, bytes_max: usize) -> Result<Fields, ApiError> {
+    let body = Limited::new(request.into_body(), bytes_max).collect();
+    let body = tokio::time::timeout(BODY_READ_TIMEOUT, body)
+        .await
+        .map_err(|_| ApiError::SlowBody { seconds: BODY_READ_TIMEOUT.as_secs() })?;
+    let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
+        Some(_) => ApiError::TooLarge { limit: bytes_max },
+        None => ApiError::invalid("body", "did not arrive whole"),
+    })?;
+    Fields::parse(&body.to_bytes())
 }

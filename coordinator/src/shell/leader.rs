@@ -14,7 +14,7 @@ use super::workers::Workers;
 use crate::core::ApiError;
 use crate::core::expert_load::ExpertLoad;
 use crate::core::leader::{Leader, Policy, Seen, Sight, Why, seen};
-use crate::core::placement::planner::Plan;
+use crate::core::placement::planner::{Load, Plan};
 
 /// How often it is looked whether anything has changed.
 const TICK: Duration = Duration::from_millis(100);
@@ -43,6 +43,8 @@ struct State {
     moved: u64,
     /// The most loaded worker's load over the mean: before the last of them, and as it was planned.
     imbalance: Option<(f64, f64)>,
+    /// In words.
+    last_plan: Option<String>,
 }
 
 impl Leading {
@@ -99,7 +101,10 @@ impl Leading {
                 let mut state = self.lock();
                 state.published += 1;
                 state.moved += moved as u64;
-                state.imbalance = Some((imbalance_before.unwrap_or(imbalance), imbalance));
+                let before = imbalance_before.unwrap_or(imbalance);
+                state.imbalance = Some((before, imbalance));
+                state.last_plan =
+                    Some(format!("{moved} experts to load; {why}: imbalance {before:.2} → {imbalance:.2}"));
                 true
             }
             Ok(false) => {
@@ -151,6 +156,16 @@ impl Leading {
             })
         };
         Some(planned.map_err(|error| ApiError::Unavailable { reason: error.to_string() }).and_then(answer))
+    }
+
+    /// What the placement in force is for, if this coordinator has made it.
+    pub fn last_plan(&self) -> Option<String> {
+        self.lock().last_plan.clone()
+    }
+
+    /// The experts' load, as it is measured.
+    pub fn load<R>(&self, read: impl FnOnce(&Load) -> R) -> R {
+        read(self.lock().load.smoothed())
     }
 
     /// What this coordinator has done as the leader.

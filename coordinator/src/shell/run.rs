@@ -17,10 +17,11 @@ use moesaic_proto::v1::Role;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tower::ServiceExt;
 use tonic_health::server::HealthReporter;
+use tower::ServiceExt;
 
 use super::access::Doorkeeper;
+use super::dashboard::{self, Dashboard};
 use super::leader::Leading;
 use super::service::Service;
 use super::vitals::Front;
@@ -109,7 +110,7 @@ impl Coordinator {
             connector: self.membership.connector(),
         };
         let routes = tonic::service::Routes::new(grpc::server(self.service.clone()));
-        let routes = routes.add_service(admin::server(operators));
+        let routes = routes.add_service(admin::server(operators.clone()));
         let (routes, reporter) = with_health_and_reflection(routes, grpc::NAME).await;
         // Dropped, and so ended, with this function.
         let mut tasks = JoinSet::new();
@@ -135,7 +136,11 @@ impl Coordinator {
             drain: Duration::from_secs(self.config.drain_seconds),
         };
         let (keeper, tls) = (self.keeper.clone(), self.membership.tls.clone());
-        let http = http::router(self.service.clone(), self.config.body_bytes_max, keeper.clone(), stop.clone());
+        let board = Dashboard::new(operators.clone(), self.config.sequences_max, keeper.is_some(), stop.clone());
+        let board = Arc::new(board);
+        tasks.spawn(board.clone().run());
+        let (service, body_bytes_max) = (self.service.clone(), self.config.body_bytes_max);
+        let http = http::router(service, body_bytes_max, dashboard::router(board), keeper.clone(), stop.clone());
         let grpc = routes.prepare().into_axum_router();
         let grpc = match keeper {
             Some(keeper) => {

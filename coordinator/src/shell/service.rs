@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::figures::Figures;
 use super::generation::Generation;
+use super::seats::Seats;
 use super::workers::Workers;
 use crate::core::error::shortened;
 use crate::core::journal::Journal;
@@ -33,6 +34,7 @@ pub struct Service {
     pub tokenizer: Arc<Tokenizer>,
     pub workers: Arc<Workers>,
     pub figures: Figures,
+    pub seats: Arc<Seats>,
     template: Option<ChatTemplate>,
     requests: Mutex<Requests>,
     started: Instant,
@@ -74,6 +76,11 @@ impl Ticket {
         if let Some(place) = &self.place {
             place.charge(tokens);
         }
+    }
+
+    /// The name of the key that it came with; empty where there are none.
+    fn owner(&self) -> &str {
+        self.signals.owner.as_deref().unwrap_or_default()
     }
 
     pub(super) fn figures(&self) -> &Figures {
@@ -123,6 +130,7 @@ impl Service {
             tokenizer: Arc::new(tokenizer),
             workers,
             figures: Figures::default(),
+            seats: Arc::default(),
             template,
             requests: Mutex::new(requests),
             started: Instant::now(),
@@ -240,6 +248,7 @@ impl Service {
             0 => ticket.request_id.clone(),
             _ => format!("{}-{sequence}", ticket.request_id),
         };
+        let seat = self.seats.take(&request_id, ticket.owner(), request.prompt.len());
         let run = request.into_run(request_id, choice_seed(seed, choice));
         let resume = async || match known {
             Some(_) => self.workers.resume(run.clone()).await,
@@ -265,7 +274,8 @@ impl Service {
             }
             call = placed => call?,
         };
-        Ok(Generation::new(call, Journal::new(run), output, ticket, known.unwrap_or(0)))
+        seat.placed(&call.place.worker);
+        Ok(Generation::new(call, Journal::new(run), output, (ticket, seat), known.unwrap_or(0)))
     }
 
     /// A text's tokens.

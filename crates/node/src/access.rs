@@ -64,6 +64,12 @@ pub const TABLE: &[(&str, Rule)] = &[
     ("POST /detokenize", INFER),
     // Load balancers ask without a key; whoever has none is not told why.
     ("GET /health", OPEN),
+    // The dashboard. Its files tell of no cluster; what they read does.
+    ("GET /", OPEN),
+    ("GET /dashboard/{file}", OPEN),
+    ("GET /dashboard/events", OPERATE),
+    ("POST /dashboard/actions/cordon", OPERATE),
+    ("POST /dashboard/actions/rebalance", OPERATE),
     // Operators. What only the leader can do, other coordinators pass on to it.
     ("/moesaic.v1.Admin/Status", OPERATE),
     ("/moesaic.v1.Admin/Cordon", OPERATE),

@@ -49,13 +49,7 @@ pub struct Limits {
 
 /// Serves until `stop`; then accepts nothing more, lets running requests finish within the bound, and cuts the rest. A
 /// client's certificate, which it need not have, is noted on its requests as a `Caller`.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    tls: Option<Tls>,
-    limits: Limits,
-    stop: CancellationToken,
-) {
+pub async fn serve(listener: TcpListener, router: Router, tls: Option<Tls>, limits: Limits, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(limits.connections_max));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
@@ -67,7 +61,13 @@ pub async fn serve(
         };
         match accepted {
             Ok((stream, place)) => {
-                connections.spawn(connection(stream, place, (router.clone(), tls.clone()), graceful.watcher(), stop.clone()));
+                connections.spawn(connection(
+                    stream,
+                    place,
+                    (router.clone(), tls.clone()),
+                    graceful.watcher(),
+                    stop.clone(),
+                ));
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
