@@ -91,6 +91,7 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// The cluster that it belongs to: a-z, 0-9 and -
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<String>,

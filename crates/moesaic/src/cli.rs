@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use moesaic_node::config::ConfigError;
 use moesaic_node::telemetry::{self, FILTER_VARIABLE, LogFormat};
 
-use crate::{bench, certs, chat, checkpoint, etcd, key, operate, roles, up};
+use crate::{bench, certs, chat, checkpoint, etcd, key, operate, reference, roles, up};
 
 const EXIT_BAD_ARGUMENTS: u8 = 2;
 /// What may still run when a command is done (a read of standard input) is not waited for longer than this.
@@ -45,6 +45,8 @@ enum Command {
     Synth(checkpoint::SynthArgs),
     /// Tell how a cluster is: its workers, who reaches whom, which experts have too few copies
     Status(operate::StatusArgs),
+    /// The same, again and again
+    Top(operate::TopArgs),
     /// Give a worker nothing new
     Cordon(operate::WorkerArgs),
     /// Take a cordon or a drain back
@@ -63,6 +65,9 @@ enum Command {
     AttentionWorker(roles::RoleArgs<moesaic_attention_worker::Flags>),
     /// Run an expert worker: owns a shard of the routed experts
     ExpertWorker(roles::RoleArgs<moesaic_expert_worker::Flags>),
+    /// Print docs/configuration.md
+    #[command(hide = true)]
+    Reference,
     /// Run an etcd until standard input closes (used by `up --processes`)
     #[command(hide = true)]
     Etcd(etcd::Args),
@@ -121,6 +126,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Synth(args) => checkpoint::synth(&args)?,
         Command::Bench(args) => bench::run(args).await?,
         Command::Status(args) => operate::status(args).await?,
+        Command::Top(args) => operate::top(args).await?,
         Command::Cordon(args) => operate::cordon(args, true, false).await?,
         Command::Uncordon(args) => operate::cordon(args, false, false).await?,
         Command::Drain(args) => operate::cordon(args, true, true).await?,
@@ -130,6 +136,7 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Coordinator(args) => roles::coordinator(args).await?,
         Command::AttentionWorker(args) => roles::attention_worker(args).await?,
         Command::ExpertWorker(args) => roles::expert_worker(args).await?,
+        Command::Reference => say(&reference::configuration()),
         Command::Etcd(args) => etcd::run(args).await?,
     }
     Ok(ExitCode::SUCCESS)

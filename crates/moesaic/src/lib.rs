@@ -19,6 +19,7 @@ mod node;
 mod operate;
 mod plan;
 mod processes;
+mod reference;
 mod roles;
 mod server;
 mod up;

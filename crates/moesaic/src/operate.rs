@@ -1,17 +1,24 @@
 //! What operators ask of a running cluster: status, cordon, drain, rebalance. Each is one call of the Admin service.
 
 use std::fmt::Write as _;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
+use moesaic_node::stop;
 use moesaic_proto::v1::admin_client::AdminClient;
 use moesaic_proto::v1::{
     AttentionStatus, CordonRequest, EdgeState, ExpertStatus, LoadResponse, RebalanceRequest, StatusRequest,
     StatusResponse,
 };
+use tokio::time::sleep;
 use tonic::Status;
 
-use crate::cli::say;
+use crate::cli::{BadArguments, say};
 use crate::server::{Door, Server};
+
+/// Clears a terminal and goes to its first line.
+const CLEAR: &str = "\x1b[2J\x1b[H";
 
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
@@ -20,6 +27,15 @@ pub struct StatusArgs {
     /// Every edge between attention and expert workers
     #[arg(long)]
     edges: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct TopArgs {
+    #[command(flatten)]
+    status: StatusArgs,
+    /// Seconds between two looks
+    #[arg(long, value_name = "N", default_value_t = 1.0)]
+    every: f64,
 }
 
 #[derive(Debug, clap::Args)]
@@ -46,6 +62,50 @@ pub async fn status(args: StatusArgs) -> Result<()> {
         true => Ok(()),
         false => bail!("no token could be produced: {}", status.not_ready),
     }
+}
+
+/// The status over and over, in place on a terminal, until Ctrl-C.
+pub async fn top(args: TopArgs) -> Result<()> {
+    let every = Duration::try_from_secs_f64(args.every).ok().filter(|every| !every.is_zero());
+    let every = every.ok_or_else(|| BadArguments(format!("--every is {}; expected seconds above 0", args.every)))?;
+    let stop = stop::on_signals()?;
+    let mut client = client(&args.status.server).await?;
+    let mut before: Option<(Instant, StatusResponse)> = None;
+    let watch = async {
+        loop {
+            let (now, status) = (Instant::now(), client.status(StatusRequest {}).await.map_err(refused)?.into_inner());
+            let mut text = described(&status, args.status.edges);
+            if let Some((then, before)) = &before {
+                text.push_str(&rates(before, &status, now - *then));
+            }
+            if !status.not_ready.is_empty() {
+                let _ = writeln!(text, "not ready {}", status.not_ready);
+            }
+            say(&if std::io::stdout().is_terminal() { format!("{CLEAR}{text}") } else { format!("{text}\n") });
+            before = Some((now, status));
+            sleep(every).await;
+        }
+    };
+    stop.run_until_cancelled(watch).await.unwrap_or(Ok(()))
+}
+
+/// What attention workers have done between two looks.
+fn rates(before: &StatusResponse, now: &StatusResponse, time: Duration) -> String {
+    let mut text = String::new();
+    for worker in &now.attention {
+        let last = before.attention.iter().find(|last| last.id == worker.id).and_then(|last| last.load.as_ref());
+        let (Some(load), Some(last)) = (&worker.load, last) else { continue };
+        let rows = load.micro_batch_rows.saturating_sub(last.micro_batch_rows);
+        let batches = load.micro_batches.saturating_sub(last.micro_batches);
+        let _ = writeln!(
+            text,
+            "rate      {}: {:.0} rows a second, {:.1} in a micro-batch",
+            worker.id,
+            rows as f64 / time.as_secs_f64(),
+            if batches == 0 { 0.0 } else { rows as f64 / batches as f64 },
+        );
+    }
+    text
 }
 
 pub async fn cordon(args: WorkerArgs, cordoned: bool, drain: bool) -> Result<()> {
