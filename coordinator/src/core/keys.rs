@@ -157,8 +157,9 @@ impl Entry {
         }
         let scope = |name: &String| match name.as_str() {
             "infer" => Ok(Scope::Infer),
+            "watch" => Ok(Scope::Watch),
             "operate" => Ok(Scope::Operate),
-            other => Err(refuse("scopes", format!("has {other:?}; expected infer or operate"))),
+            other => Err(refuse("scopes", format!("has {other:?}; expected infer, watch or operate"))),
         };
         let scopes = match &self.scopes {
             None => vec![Scope::Infer],
@@ -199,7 +200,7 @@ fn parse_hash(text: &str) -> Result<[u8; HASH_BYTES], String> {
 
 impl Account {
     pub fn has(&self, scope: Scope) -> bool {
-        self.scopes.contains(&scope)
+        self.scopes.iter().any(|own| own.covers(scope))
     }
 
     /// Lets a request with that many sequences in, at a time counted in ms from any start.

@@ -9,8 +9,8 @@ use crate::cli::{BadArguments, say};
 pub struct Args {
     /// Whose it is: in logs, metrics and refusals
     name: String,
-    /// What it is good for: infer, operate, or both
-    #[arg(long, value_name = "SCOPE", value_delimiter = ',', default_value = "infer", value_parser = ["infer", "operate"])]
+    /// What it is good for: infer, watch, operate, or several of them
+    #[arg(long, value_name = "SCOPE", value_delimiter = ',', default_value = "infer", value_parser = ["infer", "watch", "operate"])]
     scopes: Vec<String>,
     /// Requests that it may send a minute
     #[arg(long, value_name = "N")]

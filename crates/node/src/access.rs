@@ -22,8 +22,17 @@ pub struct Caller {
 pub enum Scope {
     /// To use the model.
     Infer,
-    /// To see and change how the cluster runs.
+    /// To see how the cluster runs.
+    Watch,
+    /// To see and to change it.
     Operate,
+}
+
+impl Scope {
+    /// Whether who has this one may do what `needed` is for.
+    pub fn covers(self, needed: Self) -> bool {
+        self == needed || (self, needed) == (Self::Operate, Self::Watch)
+    }
 }
 
 /// Who may: who has a certificate of one of the roles, or a key with the scope.
@@ -47,6 +56,7 @@ const fn key(scope: Scope, roles: &'static [Role]) -> Rule {
 
 const OPEN: Rule = Rule { roles: NODES, key: None, is_open: true };
 const INFER: Rule = key(Scope::Infer, &[Role::Operator]);
+const WATCH: Rule = key(Scope::Watch, &[Role::Operator]);
 const OPERATE: Rule = key(Scope::Operate, &[Role::Operator]);
 
 /// gRPC methods by their path, HTTP routes as "METHOD /path" (a last segment {*} stands for the rest).
@@ -67,11 +77,11 @@ pub const TABLE: &[(&str, Rule)] = &[
     // The dashboard. Its files tell of no cluster; what they read does.
     ("GET /", OPEN),
     ("GET /dashboard/{file}", OPEN),
-    ("GET /dashboard/events", OPERATE),
+    ("GET /dashboard/events", WATCH),
     ("POST /dashboard/actions/cordon", OPERATE),
     ("POST /dashboard/actions/rebalance", OPERATE),
     // Operators. What only the leader can do, other coordinators pass on to it.
-    ("/moesaic.v1.Admin/Status", OPERATE),
+    ("/moesaic.v1.Admin/Status", WATCH),
     ("/moesaic.v1.Admin/Cordon", OPERATE),
     ("/moesaic.v1.Admin/Rebalance", key(Scope::Operate, &[Role::Operator, Role::Coordinator])),
     // Between nodes.
@@ -114,6 +124,7 @@ impl Rule {
             self.roles.iter().map(|role| format!("a certificate of the role {}", role_name(*role))).collect();
         match self.key {
             Some(Scope::Infer) => ways.push("an API key".into()),
+            Some(Scope::Watch) => ways.push("an API key with the scope watch or operate".into()),
             Some(Scope::Operate) => ways.push("an API key with the scope operate".into()),
             None => {}
         }
