@@ -92,7 +92,7 @@ test("a worker is drained from the page, and taken back", TIMEOUT, () =>
     await page.getByText("e2 is being drained.").waitFor();
     const status = () => execFileSync(PROGRAM, ["status", "--server", url], { encoding: "utf8" });
     const deadline = Date.now() + 30_000 * PATIENCE;
-    while (!/e2 .*cordoned.* 0 experts/.test(status())) {
+    while (!/e2 .*cordoned.*: holds 0[, ]/.test(status())) {
       assert.ok(Date.now() < deadline, status());
       await new Promise((resolve) => setTimeout(resolve, 200));
     }
