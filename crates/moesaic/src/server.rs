@@ -25,7 +25,7 @@ pub struct Server {
     #[arg(long, value_name = "KEY", env = "MOESAIC_KEY", hide_env_values = true)]
     key: Option<String>,
     /// A folder with an operator's certificate, where the cluster has TLS
-    #[arg(long, value_name = "DIR", env = "MOESAIC_TLS")]
+    #[arg(long, value_name = "DIR", env = "MOESAIC_CLIENT_TLS")]
     tls: Option<PathBuf>,
 }
 
