@@ -3,6 +3,8 @@
 
 mod codes;
 pub mod messages;
+#[cfg(test)]
+mod tests;
 mod watch;
 mod window;
 
