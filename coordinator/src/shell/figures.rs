@@ -58,7 +58,7 @@ pub struct Figures {
     gap: Histogram,
     sequence: Histogram,
     /// The last seconds, for the dashboard: waits for first tokens, and between tokens.
-    recent: Mutex<[Window; 2]>,
+    recent: Mutex<Box<[Window; 2]>>,
 }
 
 /// Since the coordinator started.
@@ -138,7 +138,7 @@ impl Figures {
         }
     }
 
-    fn recent(&self) -> MutexGuard<'_, [Window; 2]> {
+    fn recent(&self) -> MutexGuard<'_, Box<[Window; 2]>> {
         // Nothing panics while it is held.
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
