@@ -24,6 +24,7 @@ use crate::core::leader::Seen;
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request that has been passed on says so, and is not passed on again.
 const FORWARDED: &str = "moesaic-forwarded";
+pub(super) const AUTHORIZATION: &str = "authorization";
 
 #[derive(Clone)]
 pub struct Operators {
@@ -70,7 +71,7 @@ impl Admin for Operators {
         if request.metadata().contains_key(FORWARDED) {
             return Err(Status::unavailable("no coordinator leads at present; try again in some seconds"));
         }
-        self.forward(request.into_inner()).await
+        self.forward(request).await
     }
 }
 
@@ -111,14 +112,19 @@ impl Operators {
         }
     }
 
-    async fn forward(&self, request: RebalanceRequest) -> Result<Response<RebalanceResponse>, Status> {
+    /// Asks the leader, with the caller's key if it came with one: all coordinators know the same keys.
+    async fn forward(&self, asked: Request<RebalanceRequest>) -> Result<Response<RebalanceResponse>, Status> {
         let view = self.registry.view().borrow().clone();
         let leader = view.leader.as_ref().ok_or_else(|| Status::unavailable("no coordinator leads at present"))?;
         let member = view.members.get(&(Role::Coordinator, leader.id.clone()));
         let unknown = || Status::unavailable(format!("{} leads, and has not said where it is", leader.id));
         let peer = member.ok_or_else(unknown)?.peer();
         let endpoint = peer.endpoint().map_err(|error| Status::unavailable(format!("{}: {error}", peer.address)))?;
-        let mut request = Request::new(request);
+        let key = asked.metadata().get(AUTHORIZATION).cloned();
+        let mut request = Request::new(asked.into_inner());
+        if let Some(key) = key {
+            request.metadata_mut().insert(AUTHORIZATION, key);
+        }
         request.metadata_mut().insert(FORWARDED, self.id.as_str().parse().map_err(|_| unknown())?);
         let ask = async {
             let connected = self.connector.connect(&peer, &endpoint).await;

@@ -21,9 +21,10 @@ use serde_json::json;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
-use super::admin::Operators;
+use super::admin::{AUTHORIZATION, Operators};
 use super::http::read_fields;
 use super::unix_ms;
 use crate::core::ApiError;
@@ -319,9 +320,14 @@ async fn cordon(State(dashboard): State<Arc<Dashboard>>, request: Request) -> Re
 }
 
 async fn rebalance(State(dashboard): State<Arc<Dashboard>>, request: Request) -> Result<Response, ApiError> {
+    let key = request.headers().get(header::AUTHORIZATION).and_then(|key| MetadataValue::try_from(key.as_bytes()).ok());
     let fields = read_fields(json_only(request)?, BODY_BYTES_MAX).await?;
     let asked = RebalanceRequest { dry_run: fields.boolean("dry_run")?.unwrap_or(true) };
-    let answer = dashboard.operators.rebalance(tonic::Request::new(asked)).await.map_err(refusal)?.into_inner();
+    let mut asked = tonic::Request::new(asked);
+    if let Some(key) = key {
+        asked.metadata_mut().insert(AUTHORIZATION, key);
+    }
+    let answer = dashboard.operators.rebalance(asked).await.map_err(refusal)?.into_inner();
     Ok(Json(json!({
         "epoch": answer.epoch,
         "moved": answer.moved,
