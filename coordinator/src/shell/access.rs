@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -12,15 +11,13 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, Method, header};
 use moesaic_node::access::{Caller, rule};
+use moesaic_node::reload;
 use tokio::sync::watch;
 
 use super::grpc::status;
 use crate::core::ApiError;
 use crate::core::error::shortened;
 use crate::core::keys::{Account, InvalidKeys, Keys};
-
-/// How often the file of keys is looked at.
-const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 pub enum KeysError {
@@ -44,29 +41,23 @@ impl Doorkeeper {
         Ok(Self { path: path.map(Path::to_owned), keys: watch::Sender::new(Arc::new(keys)) })
     }
 
-    /// Reads the file again and again, for as long as it is polled. What is wrong with it is logged; the keys that were
-    /// good stay in use.
+    /// Reads the file again and again, for as long as it is polled.
     pub async fn follow(self) {
-        let Some(path) = &self.path else { return };
-        let mut refused = None;
-        loop {
-            tokio::time::sleep(RELOAD_INTERVAL).await;
-            let now = self.keys.borrow().clone();
-            match read(path, &now.1) {
-                Ok(next) if next.0 == now.0 => refused = None,
-                Ok(next) => {
-                    tracing::info!(path = %path.display(), "new keys are in use");
-                    self.keys.send_replace(Arc::new(next));
-                }
-                Err(error) => {
-                    let reason = format!("{:#}", anyhow::Error::from(error));
-                    if refused.as_ref() != Some(&reason) {
-                        tracing::error!(%reason, "the keys cannot be read again; the old ones stay in use");
-                    }
-                    refused = Some(reason);
-                }
-            }
+        if self.path.is_some() {
+            match reload::follow("keys", || self.reload()).await {}
         }
+    }
+
+    /// Reads the file again. Whether anything has changed.
+    fn reload(&self) -> Result<bool, KeysError> {
+        let Some(path) = &self.path else { return Ok(false) };
+        let now = self.keys.borrow().clone();
+        let next = read(path, &now.1)?;
+        let has_changed = next.0 != now.0;
+        if has_changed {
+            self.keys.send_replace(Arc::new(next));
+        }
+        Ok(has_changed)
     }
 
     /// Puts the table in front of the HTTP routes that are there so far.

@@ -10,6 +10,7 @@ pub mod identity;
 pub mod membership;
 pub mod metrics;
 pub mod registry;
+pub mod reload;
 pub mod server;
 pub mod stop;
 pub mod telemetry;

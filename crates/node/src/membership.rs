@@ -71,7 +71,7 @@ impl Membership {
         };
         tokio::select! {
             done = work => done,
-            () = follow => unreachable!("follows for ever"),
+            never = follow => match never {},
         }
     }
 }

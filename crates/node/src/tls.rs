@@ -7,9 +7,9 @@
 
 mod trust;
 
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 use std::{fmt, io};
 
 use moesaic_proto::v1::Role;
@@ -25,14 +25,13 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use crate::connect::Peer;
 use crate::identity::{Identity, InvalidIdentity, role_name};
+use crate::reload;
 use trust::{AnyClient, KnownServer, Trust};
 
 const CERTIFICATE: &str = "tls.crt";
 const KEY: &str = "tls.key";
 const AUTHORITIES: &str = "ca.crt";
 const REVOKED: &str = "ca.crl";
-/// How often the folder is looked at.
-const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 /// Of a file in the folder: bundles of authorities are smaller.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -116,24 +115,9 @@ impl Tls {
         &self.own
     }
 
-    /// Reads the folder again and again, for as long as it is polled. What is wrong with it is logged; what was good
-    /// stays in use.
-    pub async fn follow(&self) {
-        let mut refused = None;
-        loop {
-            tokio::time::sleep(RELOAD_INTERVAL).await;
-            match self.reload() {
-                Ok(true) => tracing::info!(dir = %self.dir.display(), "new certificates are in use"),
-                Ok(false) => refused = None,
-                Err(error) => {
-                    let reason = error.to_string();
-                    if refused.as_ref() != Some(&reason) {
-                        tracing::error!(%reason, "certificates cannot be read again; the old ones stay in use");
-                    }
-                    refused = Some(reason);
-                }
-            }
-        }
+    /// Reads the folder again and again, for as long as it is polled.
+    pub async fn follow(&self) -> Infallible {
+        reload::follow("certificates", || self.reload()).await
     }
 
     /// Reads the folder again. Whether anything has changed.
