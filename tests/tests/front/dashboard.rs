@@ -1,5 +1,4 @@
 //! What the dashboard's page reads and does, over HTTP, of a real cluster in this process.
-#![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
 

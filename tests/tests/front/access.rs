@@ -1,6 +1,5 @@
 //! Who may call what, tried: every RPC that a server has and every HTTP route, by every kind of caller, over real
 //! connections. What is expected comes from the one table of rules; that the table is whole, from the descriptors.
-#![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
 use std::io;

@@ -1,6 +1,5 @@
 //! Clients that mean harm: connections that say nothing, that never end what they say, floods of streams, of headers and
 //! of bodies. Each meets a limit, and honest clients are served as before meanwhile.
-#![allow(clippy::unwrap_used)]
 
 use std::io;
 use std::time::{Duration, Instant};

@@ -1,5 +1,4 @@
 //! What clients say and what they are known by stays out of every node's log.
-#![allow(clippy::unwrap_used)]
 
 use std::fs::{self, File};
 

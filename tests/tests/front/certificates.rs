@@ -1,6 +1,5 @@
 //! Certificates that change while nodes run: new ones come into use without a restart, revoked ones are refused, and what
 //! is wrong with a folder changes nothing.
-#![allow(clippy::unwrap_used)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
