@@ -6,13 +6,6 @@ from commands import environment, expand
 from manifests import ATTENTION_WORKER, COORDINATOR, EXPERT_WORKER, REPOSITORY, ROLES
 from manifests import flags, pod_spec, settings, workload
 
-# Settings that the programs are getting, and that their Config has not yet.
-TO_COME = {
-    "metrics_listen": ROLES,
-    "tls": ROLES,
-    "registry_ca": ROLES,
-    "keys": (COORDINATOR,),
-}
 # Flags that are no settings.
 COMMAND_LINE = {"log_format"}
 
@@ -26,7 +19,7 @@ def keys_of(role: str) -> set:
 
 def programs_know_their_settings(docs):
     for role in ROLES:
-        known = keys_of(role) | COMMAND_LINE | {key for key, roles in TO_COME.items() if role in roles}
+        known = keys_of(role) | COMMAND_LINE
         for key in settings(docs, role).keys() - known:
             yield f"{role} has no setting {key}"
 
