@@ -1,7 +1,7 @@
 """One request's way, as far as metrics show it."""
 
 from grafana import Dashboard, Panel, heatmap
-from queries import FIRST_TOKEN, GAP, WHOLE, N, buckets, quantiles, rate, share
+from queries import FIRST_TOKEN, GAP, WHOLE, N, buckets, for_each, quantiles, rate, share
 
 PATH = Dashboard(
     "moesaic-path",
@@ -107,7 +107,9 @@ PATH = Dashboard(
                     "Where a token's time goes",
                     [
                         (
-                            f"{rate('moesaic_step_seconds_total', by='part')} / on () group_left ({rate('moesaic_micro_batch_rows_total')} > 0)",
+                            for_each(
+                                rate("moesaic_step_seconds_total", by="part"), rate("moesaic_micro_batch_rows_total")
+                            ),
                             "{{part}}",
                         )
                     ],

@@ -19,6 +19,11 @@ def share(part: str, whole: str) -> str:
     return f"{part} / ({whole} > 0)"
 
 
+def for_each(parts: str, whole: str) -> str:
+    """Rates that have labels, in one that has none."""
+    return f"{parts} / on () group_left () ({whole} > 0)"
+
+
 def quantiles(metric: str) -> list[tuple[str, str]]:
     """The usual quantiles of a histogram, over all pods."""
     buckets = rate(f"{metric}_bucket", by="le")
