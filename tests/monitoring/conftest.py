@@ -6,7 +6,6 @@ pytest tests/monitoring --page coordinator=http://127.0.0.1:9090/metrics?experts
 import sys
 
 import pages
-import pytest
 from files import GRAFANA, ROLES
 
 sys.dont_write_bytecode = True

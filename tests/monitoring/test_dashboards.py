@@ -2,9 +2,10 @@
 
 import json
 
+import pytest
+
 import cluster
 import dashboards
-import pytest
 from files import ALERTS, GRAFANA
 from promtool import check_rules, test_rules
 

@@ -1,9 +1,8 @@
 """What rules, dashboards and examples ask for is there: metrics, their labels, and the labels' values."""
 
+import names
 import pages
 from files import ROLES, records
-
-import names
 
 # Set by Prometheus and by components/monitoring; and what rules and histograms make.
 TARGET_LABELS = {"namespace", "pod", "component", "le"}

@@ -1,10 +1,10 @@
 """Pages are what Prometheus reads, by its own rules, and have what the others count on."""
 
-import pages
 import pytest
-from promtool import promtool
 
 import names
+import pages
+from promtool import promtool
 
 
 def test_promtool_likes_it(role, page):

@@ -1,8 +1,9 @@
 """The rules are ones that Prometheus takes, do what their tests say, and no alert is without tests."""
 
-import cluster
 import pytest
 import yaml
+
+import cluster
 from files import ALERTS, ALERTS_TEST, REPOSITORY, alerts, records, rules
 from promtool import promtool, test_rules
 
