@@ -21,6 +21,7 @@ RUST = {
         "attention-worker/src",
         "expert-worker/src",
         "crates/node/src",
+        "crates/dispatch/src",
     )
     for path in (REPOSITORY / folder).rglob("*.rs")
 }
