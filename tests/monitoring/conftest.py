@@ -8,7 +8,7 @@ import sys
 import pages
 from files import GRAFANA, ROLES
 
-sys.dont_write_bytecode = True
+# The dashboards' generator.
 sys.path.insert(0, str(GRAFANA))
 
 

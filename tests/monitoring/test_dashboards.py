@@ -7,7 +7,7 @@ import pytest
 import cluster
 import dashboards
 from files import ALERTS, GRAFANA
-from promtool import check_rules, test_rules
+from promtool import check_rules, run_test
 
 FILES = sorted(GRAFANA.glob("*.json"))
 WIDTH = 24
@@ -75,11 +75,11 @@ def test_a_running_cluster_answers_them(path, tmp_path):
         for expr in queries(path).values()
     ]
     test = {"interval": cluster.INTERVAL, "input_series": cluster.input_series(), "promql_expr_test": cases}
-    test_rules(tmp_path, [ALERTS], test)
+    run_test(tmp_path, [ALERTS], test)
 
 
 def test_a_query_without_an_answer_is_found(tmp_path):
     case = {"expr": "count(moesaic_nothing) > bool 0", "eval_time": "1m", "exp_samples": [{"labels": "{}", "value": 1}]}
     test = {"interval": cluster.INTERVAL, "input_series": cluster.input_series(), "promql_expr_test": [case]}
     with pytest.raises(AssertionError, match="moesaic_nothing"):
-        test_rules(tmp_path, [ALERTS], test)
+        run_test(tmp_path, [ALERTS], test)

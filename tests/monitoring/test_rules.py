@@ -1,11 +1,14 @@
 """The rules are ones that Prometheus takes, do what their tests say, and no alert is without tests."""
 
+import re
+import subprocess
+
 import pytest
 import yaml
 
 import cluster
-from files import ALERTS, ALERTS_TEST, REPOSITORY, alerts, records, rules
-from promtool import promtool, test_rules
+from files import ALERTS, ALERTS_TEST, GUIDE, REPOSITORY, alerts, records, rules
+from promtool import promtool, run_test
 
 
 def cases() -> list[dict]:
@@ -61,13 +64,14 @@ def test_the_written_pages_are_of_a_cluster_in_which_one_edge_is_slow_and_nothin
     expected = {"labels": '{alertname="MoesaicEdgeSlow"}', "value": 1}
     expr = 'count by (alertname) (max_over_time(ALERTS{alertstate="firing"}[1h]))'
     case = {"expr": expr, "eval_time": cluster.THE_END, "exp_samples": [expected]}
-    test_rules(tmp_path, [ALERTS], {"interval": cluster.INTERVAL, "input_series": series, "promql_expr_test": [case]})
+    run_test(tmp_path, [ALERTS], {"interval": cluster.INTERVAL, "input_series": series, "promql_expr_test": [case]})
 
 
-def test_the_operators_resource_is_the_file_indented():
-    """As docs/operate.md makes it."""
-    head = "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: moesaic\nspec:\n"
-    made = yaml.safe_load(head + "".join(f"  {line}\n" for line in ALERTS.read_text().splitlines()))
+def test_the_guide_makes_the_operators_resource_of_the_file():
+    command, _, _ = re.search(r"```sh\n(\(printf .*)\n```", GUIDE.read_text())[1].partition(" | kubectl")
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    made = yaml.safe_load(done.stdout)
+    assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
     assert made["spec"] == yaml.safe_load(ALERTS.read_text())
 
 
