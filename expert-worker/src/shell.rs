@@ -78,10 +78,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         Engine::start(shape, numerics, config.inbox_frames, pool, profile).context("starting the compute thread")?;
 
     let bound = server::bind(config.listen).await?;
-    let watched = match config.metrics_listen {
-        Some(address) => Some(vitals::bind(address).await?),
-        None => None,
-    };
+    let watched = vitals::bind(config.metrics_listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let closing = CancellationToken::new();
     let service = grpc::service(engine.clone(), hello.clone(), closing.clone());
@@ -105,7 +102,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     // Ends with this function.
     let mut tasks = JoinSet::new();
     if let Some(listener) = watched {
-        tasks.spawn(vitals::answer(listener, Arc::new(figures), CancellationToken::new()));
+        tasks.spawn(vitals::answer(listener, vitals::told(figures)));
     }
     let follower = Follower {
         member,

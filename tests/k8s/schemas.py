@@ -60,7 +60,17 @@ POD_MONITOR = resource(
             "podMetricsEndpoints": {
                 "type": "array",
                 "minItems": 1,
-                "items": closed({"port": TEXT}, {"path": TEXT, "interval": DURATION}),
+                "items": closed(
+                    {"port": TEXT},
+                    {
+                        "path": TEXT,
+                        "interval": DURATION,
+                        "relabelings": {
+                            "type": "array",
+                            "items": closed({"sourceLabels": TEXTS, "targetLabel": TEXT}),
+                        },
+                    },
+                ),
             },
         }
     )

@@ -1,10 +1,11 @@
 """What may be put over an overlay: components that none has by itself, and images from elsewhere."""
 
 import os
+import re
 
 import pytest
 import yaml
-from manifests import K8S, ROLES, kustomize, named, of_kind, pod_labels, pod_spec, selects, workload
+from manifests import COMPONENT, K8S, ROLES, kustomize, named, of_kind, pod_labels, pod_spec, selects, workload
 from manifests import render as render_overlay
 from rules.availability import copies_stand
 from rules.references import program_version
@@ -62,6 +63,11 @@ def test_every_role_is_scraped_at_its_metrics(rendered):
         assert selects(monitor["selector"], pod_labels(doc))
         ports = {p["name"] for p in pod_spec(doc)["containers"][0]["ports"]}
         assert {e["port"] for e in monitor["podMetricsEndpoints"]} <= ports
+        # monitoring/alerts.yaml goes by this label.
+        assert pod_labels(doc)[COMPONENT] == role
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    source = "__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", COMPONENT)
+    assert endpoint["relabelings"] == [{"sourceLabels": [source], "targetLabel": "component"}]
 
 
 def test_images_of_another_registry_keep_their_tags(rendered):

@@ -2,6 +2,9 @@
 
 from manifests import K8S
 
+# One entry for each alert.
+LONG = {"alerts.yaml": 360, "alerts-test.yaml": 660}
+
 
 def test_files_say_what_they_are_for():
     files = [path for path in K8S.rglob("*") if path.suffix in (".yaml", ".toml")]
@@ -9,4 +12,4 @@ def test_files_say_what_they_are_for():
     for path in files:
         text = path.read_text()
         assert text.startswith("# "), path
-        assert len(text.splitlines()) <= 160, path
+        assert len(text.splitlines()) <= LONG.get(path.name, 160), path

@@ -11,7 +11,8 @@ use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::{Connector, Member, Membership, View, handshake, vitals};
+use moesaic_node::vitals::{self, Vitals};
+use moesaic_node::{Connector, Member, Membership, View, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::{Hello, Role};
 use tokio::sync::watch;
@@ -71,6 +72,12 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     config.validate()?;
     let Context { membership, hub, pool, checkpoint, profile } = context;
     let registry = &membership.registry;
+    // Dropped, and so ended, with this function.
+    let mut tasks = JoinSet::new();
+    let (tell, told) = watch::channel(None);
+    if let Some(listener) = vitals::bind(config.metrics_listen).await? {
+        tasks.spawn(vitals::answer(listener, told));
+    }
     let id = membership.id(config.id.as_deref(), "attention")?;
     let numerics = Numerics::detect(config.dtype()?);
     let hello = own_hello(&config, &checkpoint, numerics, &id);
@@ -80,10 +87,6 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let ended = ended.shared();
 
     let bound = server::bind(config.listen).await?;
-    let watched = match config.metrics_listen {
-        Some(address) => Some(vitals::bind(address).await?),
-        None => None,
-    };
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
     let figures = Arc::new(Figures {
@@ -95,6 +98,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         is_registered: AtomicBool::new(false),
         stop: stop.clone(),
     });
+    tell.send_replace(Some(figures.clone() as Arc<dyn Vitals>));
     let service = Service {
         hello: hello.clone(),
         checkpoint: checkpoint.clone(),
@@ -108,14 +112,9 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let (routes, reporter) = with_health_and_reflection(Routes::new(service.server()), NAME).await;
     let serve = bound.serve(routes, membership.tls.clone(), stop.clone(), Duration::from_secs(config.drain_seconds));
 
-    // Dropped, and so ended, with this function.
-    let mut tasks = JoinSet::new();
     tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
     tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
     tasks.spawn(sweep(requests));
-    if let Some(listener) = watched {
-        tasks.spawn(vitals::answer(listener, figures.clone(), CancellationToken::new()));
-    }
     let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
     let registration = registry.register(member).await?;
     figures.is_registered.store(true, Ordering::Relaxed);

@@ -207,7 +207,7 @@ impl Account {
     pub fn admit(self: &Arc<Self>, sequences: u32, now_ms: u64) -> Result<Place, ApiError> {
         let full = |reason: String, wait_ms: f64| {
             let retry_after_s = ((wait_ms / 1000.0).ceil() as u64).max(1);
-            ApiError::Full { reason: format!("the key {:?} {reason}", self.name), retry_after_s }
+            ApiError::Quota { reason: format!("the key {:?} {reason}", self.name), retry_after_s }
         };
         let mut usage = self.lock();
         usage.fill(&self.limits, now_ms);
@@ -296,7 +296,7 @@ mod tests {
         for _ in 0..2 {
             account.admit(1, 0).unwrap();
         }
-        let Err(ApiError::Full { retry_after_s, reason }) = account.admit(1, 0) else { panic!("the third came in") };
+        let Err(ApiError::Quota { retry_after_s, reason }) = account.admit(1, 0) else { panic!("the third came in") };
         assert_eq!((retry_after_s, reason.as_str()), (30, "the key \"a\" has used its 2 requests a minute"));
         assert!(account.admit(1, 29_999).is_err());
         account.admit(1, 30_000).unwrap();
@@ -315,7 +315,7 @@ mod tests {
         let place = account.admit(1, 0).unwrap();
         place.charge(500);
         account.admit(1, 0).unwrap().charge(400);
-        let Err(ApiError::Full { retry_after_s, .. }) = account.admit(1, 0) else { panic!("it came in") };
+        let Err(ApiError::Quota { retry_after_s, .. }) = account.admit(1, 0) else { panic!("it came in") };
         assert_eq!(retry_after_s, 31, "300 over, at 10 a second, and one to go on with");
         account.admit(1, 31_000).unwrap();
     }

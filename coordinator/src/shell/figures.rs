@@ -38,12 +38,17 @@ const OVER: [(Over, &str); 5] = [
 #[derive(Clone, Copy, Debug)]
 enum Refused {
     Full,
+    Quota,
     NotReady,
     Invalid,
 }
 
-const REFUSED: [(Refused, &str); 3] =
-    [(Refused::Full, "full"), (Refused::NotReady, "not_ready"), (Refused::Invalid, "invalid")];
+const REFUSED: [(Refused, &str); 4] = [
+    (Refused::Full, "full"),
+    (Refused::Quota, "quota"),
+    (Refused::NotReady, "not_ready"),
+    (Refused::Invalid, "invalid"),
+];
 
 #[derive(Debug)]
 pub struct Figures {
@@ -96,6 +101,7 @@ impl Figures {
         let refused = match admitted {
             Ok(_) => return add(&self.requests, 1),
             Err(ApiError::Full { .. }) => Refused::Full,
+            Err(ApiError::Quota { .. }) => Refused::Quota,
             Err(ApiError::Unavailable { .. }) => Refused::NotReady,
             Err(_) => Refused::Invalid,
         };

@@ -185,12 +185,12 @@ pub(super) fn status(error: ApiError) -> Status {
         ApiError::Exists { .. } => Code::AlreadyExists,
         ApiError::Unauthenticated { .. } => Code::Unauthenticated,
         ApiError::Forbidden { .. } => Code::PermissionDenied,
-        ApiError::Full { .. } => Code::ResourceExhausted,
+        ApiError::Full { .. } | ApiError::Quota { .. } => Code::ResourceExhausted,
         ApiError::Unavailable { .. } => Code::Unavailable,
         ApiError::Failed { .. } => Code::Internal,
     };
     let mut status = Status::new(code, error.to_string());
-    if let ApiError::Full { retry_after_s, .. } = error {
+    if let ApiError::Full { retry_after_s, .. } | ApiError::Quota { retry_after_s, .. } = error {
         status.metadata_mut().insert("retry-after", retry_after_s.into());
     }
     status

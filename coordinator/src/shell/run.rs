@@ -83,10 +83,7 @@ impl Coordinator {
         let listener =
             TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = listener.local_addr()?;
-        let watched = match config.metrics_listen {
-            Some(address) => Some(vitals::bind(address).await?),
-            None => None,
-        };
+        let watched = vitals::bind(config.metrics_listen).await?;
         Ok(Self { config, id, membership, service: Arc::new(service), keeper, listener, watched, address })
     }
 
@@ -122,7 +119,7 @@ impl Coordinator {
                 registry: registry.clone(),
                 stop: stop.clone(),
             };
-            tasks.spawn(vitals::answer(listener, Arc::new(front), CancellationToken::new()));
+            tasks.spawn(vitals::answer(listener, vitals::told(front)));
         }
         tasks.spawn(workers.clone().follow());
         tasks.spawn(report_health(workers.clone(), reporter, stop.clone()));

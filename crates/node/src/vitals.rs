@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Query, State};
@@ -13,6 +13,7 @@ use axum::routing::get;
 use http::{StatusCode, header};
 use serde::Deserialize;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::http::{Limits, serve};
@@ -41,32 +42,57 @@ pub enum Detail {
     Experts,
 }
 
-/// Takes the port.
-pub async fn bind(address: SocketAddr) -> Result<TcpListener, ServerError> {
-    TcpListener::bind(address).await.map_err(|source| ServerError::Bind { address, source })
+/// Takes the port, if one is wanted.
+pub async fn bind(address: Option<SocketAddr>) -> Result<Option<TcpListener>, ServerError> {
+    let Some(address) = address else { return Ok(None) };
+    let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Bind { address, source })?;
+    Ok(Some(listener))
 }
 
-/// Answers until `stop`, which should come last: a node that drains still says so.
-pub async fn answer(listener: TcpListener, vitals: Arc<dyn Vitals>, stop: CancellationToken) {
+/// A node that is there; None: it is starting.
+pub type Told = watch::Receiver<Option<Arc<dyn Vitals>>>;
+
+/// One that is there from the beginning.
+pub fn told(vitals: impl Vitals) -> Told {
+    watch::channel(Some(Arc::new(vitals) as _)).1
+}
+
+#[derive(Clone)]
+struct App {
+    told: Told,
+    /// Seconds since 1970.
+    started: f64,
+}
+
+/// Answers for as long as it is polled: until the end, as a node that drains still says so.
+pub async fn answer(listener: TcpListener, told: Told) {
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
     let router = Router::new()
         // Served by the same threads as everything else: an answer means that they turn.
         .route("/livez", get(async || "ok\n"))
         .route("/startupz", get(started))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
-        .with_state(vitals);
-    serve(listener, router, None, LIMITS, stop).await;
+        .with_state(App { told, started });
+    serve(listener, router, None, LIMITS, CancellationToken::new()).await;
 }
 
-async fn started(State(vitals): State<Arc<dyn Vitals>>) -> Response {
-    match vitals.has_started() {
+impl App {
+    fn vitals(&self) -> Option<Arc<dyn Vitals>> {
+        self.told.borrow().clone()
+    }
+}
+
+async fn started(State(app): State<App>) -> Response {
+    match app.vitals().is_some_and(|vitals| vitals.has_started()) {
         true => "ok\n".into_response(),
         false => (StatusCode::SERVICE_UNAVAILABLE, "still starting\n").into_response(),
     }
 }
 
-async fn ready(State(vitals): State<Arc<dyn Vitals>>) -> Response {
-    match vitals.not_ready() {
+async fn ready(State(app): State<App>) -> Response {
+    let reason = app.vitals().map_or_else(|| Some("still starting".into()), |vitals| vitals.not_ready());
+    match reason {
         None => "ok\n".into_response(),
         Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
     }
@@ -78,7 +104,7 @@ struct Scrape {
     experts: Option<String>,
 }
 
-async fn metrics(State(vitals): State<Arc<dyn Vitals>>, Query(scrape): Query<Scrape>) -> Response {
+async fn metrics(State(app): State<App>, Query(scrape): Query<Scrape>) -> Response {
     let detail = match scrape.experts.as_deref() {
         None => Detail::Nodes,
         Some("all") => Detail::Experts,
@@ -86,6 +112,9 @@ async fn metrics(State(vitals): State<Arc<dyn Vitals>>, Query(scrape): Query<Scr
     };
     let mut page = Page::default();
     page.gauges("moesaic_build_info", "The program's version.").sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
-    vitals.metrics(&mut page, detail);
+    page.gauge("process_start_time_seconds", "When the process began, in seconds since 1970.", app.started);
+    if let Some(vitals) = app.vitals() {
+        vitals.metrics(&mut page, detail);
+    }
     ([(header::CONTENT_TYPE, CONTENT_TYPE)], page.into_text()).into_response()
 }

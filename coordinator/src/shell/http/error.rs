@@ -20,7 +20,7 @@ impl IntoResponse for ApiError {
 fn respond(error: ApiError, rename: impl Fn(String) -> String) -> Response {
     let (status, kind, code) = class(&error);
     let retry_after_s = match &error {
-        ApiError::Full { retry_after_s, .. } => Some(*retry_after_s),
+        ApiError::Full { retry_after_s, .. } | ApiError::Quota { retry_after_s, .. } => Some(*retry_after_s),
         ApiError::Unavailable { .. } => Some(UNAVAILABLE_RETRY_S),
         _ => None,
     };
@@ -57,7 +57,9 @@ fn class(error: &ApiError) -> (StatusCode, &'static str, Option<&'static str>) {
         ApiError::Exists { .. } => (StatusCode::CONFLICT, INVALID, Some("request_id_in_use")),
         ApiError::Unauthenticated { .. } => (StatusCode::UNAUTHORIZED, INVALID, Some("invalid_api_key")),
         ApiError::Forbidden { .. } => (StatusCode::FORBIDDEN, INVALID, Some("not_allowed")),
-        ApiError::Full { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded")),
+        ApiError::Full { .. } | ApiError::Quota { .. } => {
+            (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"))
+        }
         ApiError::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("unavailable")),
         ApiError::Failed { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "server_error", None),
     }
