@@ -6,9 +6,9 @@ import re
 from files import ADAPTER, GRAFANA, REPOSITORY, alerts, records
 
 # Where a page is written: page.gauge("moesaic_...", ...).
-WRITTEN = re.compile(r'\.(counter|counters|gauge|gauges|histogram)\(\s*"(moesaic_\w+)"')
-LITERAL = re.compile(r'"(moesaic_\w+)"')
-USED = re.compile(r"(?<![\w:])moesaic_\w+(?![\w:])")
+WRITTEN = re.compile(r'\.(counter|counters|gauge|gauges|histogram)\(\s*"((?:moesaic|process)_\w+)"')
+LITERAL = re.compile(r'"((?:moesaic|process)_\w+)"')
+USED = re.compile(r"(?<![\w:])(?:moesaic|process)_\w+(?![\w:])")
 RECORDED = re.compile(r"\b\w+:moesaic_\w+:\w+")
 # A selector, and its matchers.
 SELECTOR = re.compile(r"(?<![\w:])(moesaic_\w+|up)\{([^}]*)\}")
