@@ -86,7 +86,7 @@ def test_settings_and_variables_exist():
     prometheus = {"rule_files"}
     reasons = set().union(*pages.labels_of_all()["moesaic_requests_refused_total"].values())
     assert [name for name in settings if name not in known | config | prometheus | reasons] == []
-    for variable in set(re.findall(r"\bMOESAIC_[A-Z]+", TEXT)):
+    for variable in set(re.findall(r"\bMOESAIC_[A-Z_]+", TEXT)):
         assert f'"{variable}"' in rust, variable
 
 
