@@ -79,7 +79,7 @@ impl Leading {
         let view = self.workers.view().borrow().clone();
         let decided = {
             let mut state = self.lock();
-            let State { leader, load } = &mut *state;
+            let State { leader, load, .. } = &mut *state;
             let Some(leader) = leader else { return true };
             let seen = self.seen(&view);
             let sight = Sight { workers: &seen, placement: view.placement.as_deref(), load: load.smoothed() };
@@ -136,7 +136,7 @@ impl Leading {
     pub fn rebalance(&self, dry_run: bool) -> Option<Result<RebalanceResponse, ApiError>> {
         let view = self.workers.view().borrow().clone();
         let mut state = self.lock();
-        let State { leader, load } = &mut *state;
+        let State { leader, load, .. } = &mut *state;
         let leader = leader.as_mut()?;
         let seen = self.seen(&view);
         let sight = Sight { workers: &seen, placement: view.placement.as_deref(), load: load.smoothed() };

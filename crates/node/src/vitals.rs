@@ -60,20 +60,20 @@ pub fn told(vitals: impl Vitals) -> Told {
 #[derive(Clone)]
 struct App {
     told: Told,
-    /// Seconds since 1970.
-    started: f64,
+    /// When the process began, nearly: seconds since 1970.
+    begun: f64,
 }
 
 /// Answers for as long as it is polled: until the end, as a node that drains still says so.
 pub async fn answer(listener: TcpListener, told: Told) {
-    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    let begun = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
     let router = Router::new()
         // Served by the same threads as everything else: an answer means that they turn.
         .route("/livez", get(async || "ok\n"))
         .route("/startupz", get(started))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
-        .with_state(App { told, started });
+        .with_state(App { told, begun });
     serve(listener, router, None, LIMITS, CancellationToken::new()).await;
 }
 
@@ -112,7 +112,7 @@ async fn metrics(State(app): State<App>, Query(scrape): Query<Scrape>) -> Respon
     };
     let mut page = Page::default();
     page.gauges("moesaic_build_info", "The program's version.").sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
-    page.gauge("process_start_time_seconds", "When the process began, in seconds since 1970.", app.started);
+    page.gauge("process_start_time_seconds", "When the process began, in seconds since 1970.", app.begun);
     if let Some(vitals) = app.vitals() {
         vitals.metrics(&mut page, detail);
     }

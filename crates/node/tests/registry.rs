@@ -61,7 +61,7 @@ impl Etcd {
 
     async fn registry(&self) -> Arc<dyn Registry> {
         let options = EtcdOptions { lease_ttl_seconds: 2, ..EtcdOptions::default() };
-        retry(|| registry::etcd(std::slice::from_ref(&self.endpoint), "test", options)).await
+        retry(|| registry::etcd(std::slice::from_ref(&self.endpoint), "test", options, registry::Way::Plain)).await
     }
 
     async fn client(&self) -> etcd_client::Client {

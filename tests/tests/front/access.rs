@@ -260,8 +260,10 @@ async fn ask(tls: &TlsConnector, address: &str, method: &str, path: &str, key: O
         "{method} {path} HTTP/1.1\r\nhost: localhost\r\n{authorization}content-length: 0\r\nconnection: close\r\n\r\n"
     );
     stream.write_all(request.as_bytes()).await?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await?;
+    // A stream of events does not end.
+    let mut answer = vec![0; 64];
+    let read = stream.read(&mut answer).await?;
+    answer.truncate(read);
     let text = String::from_utf8_lossy(&answer);
     let status = text.split(' ').nth(1).and_then(|status| status.parse().ok());
     status.ok_or_else(|| io::Error::other(format!("no status in {text:?}")))
