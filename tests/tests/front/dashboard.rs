@@ -118,7 +118,7 @@ async fn a_page_is_told_all_and_then_what_changes() {
     let (status, answer) = act(&cluster.url, "rebalance", json!({"dry_run": true})).await;
     assert!(status == 200 && answer["moved"].is_u64() && answer["imbalance_before"].is_f64(), "{answer}");
     for (action, body, expected) in [
-        ("cordon", json!({}), "worker is not set"),
+        ("cordon", json!({}), "worker: is not set"),
         ("cordon", json!({"worker": "e9"}), "e9"),
         ("cordon", json!({"worker": 5}), "worker"),
         ("rebalance", json!({"dry_run": "yes"}), "dry_run"),
