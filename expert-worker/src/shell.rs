@@ -60,7 +60,7 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
         profile: Arc::default(),
     };
     let membership = context.membership.clone();
-    membership.keep_up(run(config, context, stop)).await
+    membership.keep_up(Box::pin(run(config, context, stop))).await
 }
 
 /// Serves until `stop`; then waits until others have what it alone had, leaves, answers what it has in hand, all within

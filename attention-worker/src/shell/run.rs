@@ -64,7 +64,7 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
         profile: Arc::default(),
     };
     let membership = context.membership.clone();
-    membership.keep_up(run(config, context, stop)).await
+    membership.keep_up(Box::pin(run(config, context, stop))).await
 }
 
 /// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.

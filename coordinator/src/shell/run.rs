@@ -55,7 +55,7 @@ pub struct Coordinator {
 pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
     let membership = config.membership().open().await?;
-    membership.keep_up(run(config, Context { membership: membership.clone() }, stop)).await
+    membership.keep_up(Box::pin(run(config, Context { membership: membership.clone() }, stop))).await
 }
 
 /// Serves until `stop`, then lets running requests finish within the bound.

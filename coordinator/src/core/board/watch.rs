@@ -254,11 +254,10 @@ mod tests {
         }
     }
 
+    type Looked = (Vec<(Ends, EdgeState, bool)>, Vec<Edge>, Option<usize>);
+
     /// One second further: the changes, what is told, and the trouble if it is.
-    fn look(
-        edges: &mut Edges,
-        rows: &[(Ends, EdgeStatus)],
-    ) -> (Vec<(Ends, EdgeState, bool)>, Vec<Edge>, Option<usize>) {
+    fn look(edges: &mut Edges, rows: &[(Ends, EdgeStatus)]) -> Looked {
         edges.begin(edges.now_ms + 1000);
         for (ends, status) in rows {
             edges.see(*ends, status);
