@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -94,11 +95,22 @@ def etcd(folder: pathlib.Path):
     program = os.environ.get("MOESAIC_ETCD", "etcd")
     process = subprocess.Popen([program, f"--data-dir={folder / 'etcd'}", *urls], stdout=log, stderr=log)
     try:
+        # The kubelet would start pods again until it is there.
+        deadline = time.monotonic() + PATIENCE
+        while not listens(ETCD):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "etcd.log").read_text()[-2000:]
+            time.sleep(0.05)
         yield
     finally:
         process.kill()
         process.wait()
         log.close()
+
+
+def listens(address: str) -> bool:
+    host, port = address.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 def make_key(folder: pathlib.Path) -> tuple[pathlib.Path, str]:
