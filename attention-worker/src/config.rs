@@ -6,7 +6,9 @@ use std::thread;
 
 use moesaic_kernels::{Dtype, Pool, UnknownDtype};
 use moesaic_node::config::{InvalidAddress, check_address};
+use moesaic_node::membership::Settings;
 use moesaic_proto::limits::FRAME_ROWS_MAX;
+use moesaic_proto::v1::Role;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::memory::CacheSize;
@@ -35,8 +37,14 @@ pub struct Config {
     pub threads: usize,
     /// Whether each of them keeps to a core of its own.
     pub pin: bool,
-    /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
+    /// "etcd://host:port[,host:port]", "etcds://..." over TLS, or "embedded" inside `moesaic up`.
     pub registry: String,
+    /// Probes (/livez, /startupz, /readyz) and Prometheus' /metrics, without TLS. Unset: none.
+    pub metrics_listen: Option<SocketAddr>,
+    /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl. Unset: no TLS.
+    pub tls: Option<PathBuf>,
+    /// The authorities of etcd's certificate, in PEM; `tls`' ca.crt if unset.
+    pub registry_ca: Option<PathBuf>,
     /// Tokens that the latent cache holds.
     pub cache_tokens: Option<usize>,
     /// Bytes of the latent cache, instead of `cache_tokens`: a number, with or without KiB, MiB, GiB or TiB.
@@ -74,6 +82,9 @@ impl Default for Config {
             // Two workers on one machine would share their first cores.
             pin: false,
             registry: "etcd://127.0.0.1:2379".into(),
+            metrics_listen: None,
+            tls: None,
+            registry_ca: None,
             cache_tokens: None,
             memory: None,
             // One computes while the other waits for its experts.
@@ -106,6 +117,7 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// The cluster that it belongs to: a-z, 0-9 and -
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<String>,
@@ -129,10 +141,22 @@ pub struct Flags {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pin: Option<bool>,
-    /// etcd://host:port[,host:port]
+    /// etcd://host:port[,host:port], or etcds://... over TLS
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// Where to serve probes and metrics, without TLS
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<PathBuf>,
+    /// The authorities of etcd's certificate, in PEM, if they are not those of --tls
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registry_ca: Option<PathBuf>,
     /// Tokens that the latent cache holds
     #[arg(long, value_name = "N", conflicts_with = "memory")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -181,6 +205,8 @@ pub struct Flags {
 
 #[derive(Debug, thiserror::Error)]
 pub enum InvalidConfig {
+    #[error("model is not set; give the checkpoint's folder")]
+    Model,
     #[error("{field} is {given}; expected {min} to {max}")]
     Range { field: &'static str, given: u64, min: u64, max: u64 },
     #[error("cache_tokens ({tokens}) and memory ({memory}) are both set; expected one of them")]
@@ -197,6 +223,18 @@ impl Config {
     /// The kernels' threads.
     pub fn pool(&self) -> Pool {
         if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) }
+    }
+
+    /// What makes it a member of its cluster.
+    pub fn membership(&self) -> Settings<'_> {
+        Settings {
+            cluster: &self.cluster,
+            role: Role::AttentionWorker,
+            id: self.id.as_deref(),
+            registry: &self.registry,
+            tls: self.tls.as_deref(),
+            registry_ca: self.registry_ca.as_deref(),
+        }
     }
 
     /// Checks what the types do not.

@@ -10,4 +10,4 @@ pub mod engine;
 pub mod shell;
 
 pub use config::{Config, Flags};
-pub use shell::run::{Context, run};
+pub use shell::run::{Context, run, start};

@@ -1,14 +1,11 @@
 //! `moesaic-attention-worker`: one attention worker as a process of its own.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use anyhow::ensure;
 use clap::Parser;
-use moesaic_attention_worker::{Config, Context, Flags, run};
-use moesaic_model::Checkpoint;
+use moesaic_attention_worker::{Config, Flags, start};
 use moesaic_node::telemetry::LogFormat;
-use moesaic_node::{config, registry, stop, telemetry};
+use moesaic_node::{config, stop, telemetry};
 
 /// Owns sequences of a Moesaic cluster: attention, latent cache, batching and sampling.
 #[derive(Parser)]
@@ -29,15 +26,5 @@ async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     telemetry::init(arguments.log_format, "info")?;
     let config: Config = config::load(arguments.config.as_deref(), &arguments.flags)?;
-    config.validate()?;
-    ensure!(!config.model.as_os_str().is_empty(), "--model is not given: the checkpoint's folder");
-    let stop = stop::on_signals()?;
-    let context = Context {
-        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
-        registry: registry::open(&config.registry, &config.cluster).await?,
-        hub: None,
-        pool: config.pool(),
-        profile: Arc::default(),
-    };
-    run(config, context, stop).await
+    start(config, stop::on_signals()?).await
 }

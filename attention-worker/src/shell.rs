@@ -4,3 +4,4 @@ pub mod request;
 pub mod requests;
 pub mod run;
 pub mod service;
+pub mod vitals;

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use moesaic_node::membership::Settings;
+use moesaic_proto::v1::Role;
 use serde::{Deserialize, Serialize};
 
 /// One coordinator.
@@ -18,8 +20,19 @@ pub struct Config {
     pub cluster: String,
     /// gRPC and HTTP, both on this port. Port 0: any free one.
     pub listen: SocketAddr,
-    /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
+    /// "etcd://host:port[,host:port]", "etcds://..." over TLS, or "embedded" inside `moesaic up`.
     pub registry: String,
+    /// Probes (/livez, /startupz, /readyz) and Prometheus' /metrics, without TLS. Unset: none.
+    pub metrics_listen: Option<SocketAddr>,
+    /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl. Unset: no TLS.
+    pub tls: Option<PathBuf>,
+    /// The authorities of etcd's certificate, in PEM; `tls`' ca.crt if unset.
+    pub registry_ca: Option<PathBuf>,
+    /// A TOML file of API keys, as `moesaic key` prints them; it is read again when it changes. Unset: none.
+    pub keys: Option<PathBuf>,
+    /// Serve whoever reaches `listen`, with neither keys nor certificates. Without it `listen` must be a loopback address
+    /// then.
+    pub allow_anyone: bool,
     /// "host:port" that other coordinators can reach; `listen` if unset.
     pub advertise: Option<String>,
     /// Expert workers to wait for before the first placement is made.
@@ -46,6 +59,11 @@ impl Default for Config {
             cluster: "moesaic".into(),
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             registry: "etcd://127.0.0.1:2379".into(),
+            metrics_listen: None,
+            tls: None,
+            registry_ca: None,
+            keys: None,
+            allow_anyone: false,
             advertise: None,
             expert_workers: 1,
             replicas: 2,
@@ -73,6 +91,7 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// The cluster that it belongs to: a-z, 0-9 and -
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<String>,
@@ -80,10 +99,30 @@ pub struct Flags {
     #[arg(long, value_name = "HOST:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
-    /// etcd://host:port[,host:port]
+    /// etcd://host:port[,host:port], or etcds://... over TLS
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// Where to serve probes and metrics, without TLS
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<PathBuf>,
+    /// The authorities of etcd's certificate, in PEM, if they are not those of --tls
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registry_ca: Option<PathBuf>,
+    /// A TOML file of API keys, as `moesaic key` prints them
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keys: Option<PathBuf>,
+    /// Serve whoever reaches --listen, with neither keys nor certificates
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_anyone: Option<bool>,
     /// The address that other coordinators can reach, if it is not the one to listen on
     #[arg(long, value_name = "HOST:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -121,12 +160,33 @@ pub enum InvalidConfig {
     Model,
     #[error("config: {field} is 0; expected at least 1")]
     Zero { field: &'static str },
+    #[error(
+        "config: listen is {listen}, which others can reach, and nobody is asked who they are: set keys (`moesaic key` \
+         makes one), or tls, or allow_anyone"
+    )]
+    Unguarded { listen: SocketAddr },
 }
 
 impl Config {
+    /// What makes it a member of its cluster.
+    pub fn membership(&self) -> Settings<'_> {
+        Settings {
+            cluster: &self.cluster,
+            role: Role::Coordinator,
+            id: self.id.as_deref(),
+            registry: &self.registry,
+            tls: self.tls.as_deref(),
+            registry_ca: self.registry_ca.as_deref(),
+        }
+    }
+
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         if self.model.as_os_str().is_empty() {
             return Err(InvalidConfig::Model);
+        }
+        let is_guarded = self.keys.is_some() || self.tls.is_some() || self.allow_anyone;
+        if !is_guarded && !self.listen.ip().is_loopback() {
+            return Err(InvalidConfig::Unguarded { listen: self.listen });
         }
         let positive = [
             ("expert_workers", self.expert_workers),

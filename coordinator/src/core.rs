@@ -2,9 +2,11 @@
 //! where, what a client sees of the tokens. No tasks, no clock, no randomness, no I/O.
 
 pub mod admission;
+pub mod board;
 pub mod error;
 pub mod expert_load;
 pub mod journal;
+pub mod keys;
 pub mod leader;
 pub mod output;
 pub mod placement;

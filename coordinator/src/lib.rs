@@ -14,4 +14,4 @@ pub mod shell;
 pub mod text;
 
 pub use config::{Config, Flags};
-pub use shell::run::{Context, Coordinator, run};
+pub use shell::run::{Context, Coordinator, run, start};

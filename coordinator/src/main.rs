@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use moesaic_coordinator::{Config, Context, Flags, run};
+use moesaic_coordinator::{Config, Flags, start};
 use moesaic_node::telemetry::LogFormat;
-use moesaic_node::{config, registry, stop, telemetry};
+use moesaic_node::{config, stop, telemetry};
 
 /// The front door of a Moesaic cluster: gRPC and OpenAI-compatible HTTP on one port.
 #[derive(Parser)]
@@ -26,8 +26,5 @@ async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     telemetry::init(arguments.log_format, "info")?;
     let config: Config = config::load(arguments.config.as_deref(), &arguments.flags)?;
-    config.validate()?;
-    let stop = stop::on_signals()?;
-    let registry = registry::open(&config.registry, &config.cluster).await?;
-    run(config, Context { registry }, stop).await
+    start(config, stop::on_signals()?).await
 }

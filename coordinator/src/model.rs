@@ -40,6 +40,8 @@ pub struct Model {
     /// Layers with routed experts, and how many each has.
     pub moe_layers: Vec<LayerId>,
     pub experts: usize,
+    /// Experts that a row chooses in each of them.
+    pub chosen: usize,
     /// Groups in which a layer's experts are summed: the gate's, or fixed blocks.
     pub groups: usize,
     pub defaults: Defaults,
@@ -63,11 +65,13 @@ struct ConfigFile {
     num_hidden_layers: u64,
     #[serde(default)]
     n_routed_experts: Option<u64>,
-    /// This one and the next are read where there are experts only, as workers do.
+    /// This one and the next two are read where there are experts only, as workers do.
     #[serde(default)]
     n_group: Json,
     #[serde(default)]
     first_k_dense_replace: Json,
+    #[serde(default)]
+    num_experts_per_tok: Json,
     #[serde(default)]
     moe_layer_freq: Option<u64>,
     #[serde(default)]
@@ -125,6 +129,7 @@ impl Model {
             }
         };
         let dense = of_experts("first_k_dense_replace", &config.first_k_dense_replace)?;
+        let chosen = of_experts("num_experts_per_tok", &config.num_experts_per_tok)?;
         let groups = match of_experts("n_group", &config.n_group)? {
             0 | 1 => UNGROUPED_BLOCKS,
             groups => groups,
@@ -163,6 +168,7 @@ impl Model {
             eos,
             moe_layers: (0..layers).filter(is_moe).map(|layer| LayerId(layer as u8)).collect(),
             experts: experts as usize,
+            chosen: chosen as usize,
             groups: groups.min(experts.max(1)) as usize,
             defaults,
         })

@@ -6,6 +6,8 @@ use std::thread;
 
 use moesaic_kernels::{Dtype, Pool, UnknownDtype};
 use moesaic_node::config::{InvalidAddress, check_address};
+use moesaic_node::membership::Settings;
+use moesaic_proto::v1::Role;
 use serde::{Deserialize, Serialize};
 
 /// One expert worker.
@@ -29,8 +31,14 @@ pub struct Config {
     pub pin: bool,
     /// Frames that may wait to be computed; more are refused as busy.
     pub inbox_frames: usize,
-    /// "etcd://host:port[,host:port]", or "embedded" inside `moesaic up`.
+    /// "etcd://host:port[,host:port]", "etcds://..." over TLS, or "embedded" inside `moesaic up`.
     pub registry: String,
+    /// Probes (/livez, /startupz, /readyz) and Prometheus' /metrics, without TLS. Unset: none.
+    pub metrics_listen: Option<SocketAddr>,
+    /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl. Unset: no TLS.
+    pub tls: Option<PathBuf>,
+    /// The authorities of etcd's certificate, in PEM; `tls`' ca.crt if unset.
+    pub registry_ca: Option<PathBuf>,
     /// What the worker stands on and may fail with: copies of an expert go to different nodes. Its own id if unset.
     pub node: Option<String>,
     /// Experts that it can hold, over all layers; 0 for as many as it is given.
@@ -57,6 +65,9 @@ impl Default for Config {
             // A few for each of the micro-batches of some dozen attention workers.
             inbox_frames: 256,
             registry: "etcd://127.0.0.1:2379".into(),
+            metrics_listen: None,
+            tls: None,
+            registry_ca: None,
             node: None,
             expert_slots: 0,
             // A part of what a disk and one core give: serving keeps the rest.
@@ -77,6 +88,7 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// The cluster that it belongs to: a-z, 0-9 and -
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<String>,
@@ -104,10 +116,22 @@ pub struct Flags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inbox_frames: Option<usize>,
-    /// etcd://host:port[,host:port]
+    /// etcd://host:port[,host:port], or etcds://... over TLS
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// Where to serve probes and metrics, without TLS
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<PathBuf>,
+    /// The authorities of etcd's certificate, in PEM, if they are not those of --tls
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registry_ca: Option<PathBuf>,
     /// What it stands on and may fail with (a host, a rack); its own id if not given
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -128,6 +152,8 @@ pub struct Flags {
 
 #[derive(Debug, thiserror::Error)]
 pub enum InvalidConfig {
+    #[error("model is not set; give the checkpoint's folder")]
+    Model,
     #[error("{field} is {given}; expected 1 to {max}")]
     Range { field: &'static str, given: usize, max: usize },
     #[error(transparent)]
@@ -140,6 +166,18 @@ impl Config {
     /// The kernels' threads.
     pub fn pool(&self) -> Pool {
         if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) }
+    }
+
+    /// What makes it a member of its cluster.
+    pub fn membership(&self) -> Settings<'_> {
+        Settings {
+            cluster: &self.cluster,
+            role: Role::ExpertWorker,
+            id: self.id.as_deref(),
+            registry: &self.registry,
+            tls: self.tls.as_deref(),
+            registry_ca: self.registry_ca.as_deref(),
+        }
     }
 
     /// Checks what the types do not.

@@ -26,12 +26,23 @@ pub struct Profile {
     nanoseconds: AtomicU64,
     /// Pairs of a row and an expert.
     rows: AtomicU64,
+    /// By reason.
+    refused: [AtomicU64; 6],
 }
 
 impl Profile {
     fn add(&self, time: Duration, rows: usize) {
         self.nanoseconds.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
         self.rows.fetch_add(rows as u64, Ordering::Relaxed);
+    }
+
+    fn refuse(&self, reason: RefusalReason) {
+        self.refused[reason as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Frames that were not computed.
+    pub fn refused(&self, reason: RefusalReason) -> u64 {
+        self.refused[reason as usize].load(Ordering::Relaxed)
     }
 
     /// Time spent computing.
@@ -94,6 +105,15 @@ impl Engine {
 
     pub fn shards(&self) -> &Shards {
         &self.shards
+    }
+
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Frames that wait to be computed.
+    pub fn waiting(&self) -> usize {
+        self.inbox().len()
     }
 
     /// Refuses new frames from now on. The compute thread answers what waits and ends.
@@ -176,6 +196,7 @@ impl ExpertHost for Engine {
             Ok(()) => self.news.notify_one(),
             Err((job, refusal)) => {
                 tracing::debug!(header = ?job.frame.header, %refusal, "frame refused");
+                self.profile.refuse(refusal.reason);
                 job.reply.send(Err(refusal));
             }
         }

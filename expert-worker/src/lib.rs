@@ -11,6 +11,7 @@ pub mod core;
 pub mod engine;
 pub mod shard;
 pub mod shell;
+pub mod vitals;
 
 pub use config::{Config, Flags};
-pub use shell::{Context, run};
+pub use shell::{Context, run, start};

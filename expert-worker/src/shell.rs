@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -10,18 +11,20 @@ use moesaic_kernels::{Ffn, Numerics, Pool};
 use moesaic_model::packed::Experts;
 use moesaic_model::{Checkpoint, ModelError, load};
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::{Member, Registration, Registry, handshake};
+use moesaic_node::{Member, Membership, Registration, Registry, handshake, vitals};
 use moesaic_proto::v1::Role;
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 
-use crate::config::Config;
+use crate::config::{Config, InvalidConfig};
 use crate::core::handover::{is_covered, may_leave};
 use crate::engine::{Engine, Profile};
 use crate::shard::Shard;
+use crate::vitals::Figures;
 
 /// The service's name in health checks.
 pub const NAME: &str = "moesaic.v1.Experts";
@@ -36,7 +39,7 @@ const MOVED_ON: Duration = Duration::from_millis(500);
 
 /// What the worker shares with the process that it runs in.
 pub struct Context {
-    pub registry: Arc<dyn Registry>,
+    pub membership: Membership,
     /// Where attention workers of this process find it.
     pub hub: Option<Hub>,
     pub pool: Pool,
@@ -45,12 +48,28 @@ pub struct Context {
     pub profile: Arc<Profile>,
 }
 
+/// One worker as a process of its own: opens what the config names, then runs.
+pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
+    let context = Context {
+        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
+        membership: config.membership().open().await?,
+        hub: None,
+        pool: config.pool(),
+        profile: Arc::default(),
+    };
+    let membership = context.membership.clone();
+    membership.keep_up(Box::pin(run(config, context, stop))).await
+}
+
 /// Serves until `stop`; then waits until others have what it alone had, leaves, answers what it has in hand, all within
 /// the bound, and ends.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let Context { registry, hub, pool, checkpoint, profile } = context;
-    let id = handshake::worker_id(config.id.as_deref(), "experts")?;
+    let Context { membership, hub, pool, checkpoint, profile } = context;
+    let registry = &membership.registry;
+    let id = membership.id(config.id.as_deref(), "experts")?;
     let numerics = Numerics::detect(config.dtype()?);
     let hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), numerics.name());
     let model = checkpoint.config();
@@ -59,11 +78,12 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         Engine::start(shape, numerics, config.inbox_frames, pool, profile).context("starting the compute thread")?;
 
     let bound = server::bind(config.listen).await?;
+    let watched = vitals::bind(config.metrics_listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let closing = CancellationToken::new();
     let service = grpc::service(engine.clone(), hello.clone(), closing.clone());
     let (routes, reporter) = with_health_and_reflection(Routes::new(service), NAME).await;
-    let serve = bound.serve(routes, closing.clone(), Duration::from_secs(config.drain_seconds));
+    let serve = bound.serve(routes, membership.tls.clone(), closing.clone(), Duration::from_secs(config.drain_seconds));
     if let Some(hub) = &hub {
         hub.insert(id.clone(), engine.clone());
     }
@@ -72,6 +92,18 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let member = Member { expert_slots: config.expert_slots, ..member };
     let registration = registry.register(member.clone()).await?;
     tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "expert worker serves");
+    let figures = Figures {
+        id: id.clone(),
+        engine: engine.clone(),
+        membership: membership.clone(),
+        has_started: AtomicBool::new(false),
+        stop: stop.clone(),
+    };
+    // Ends with this function.
+    let mut tasks = JoinSet::new();
+    if let Some(listener) = watched {
+        tasks.spawn(vitals::answer(listener, vitals::told(figures)));
+    }
     let follower = Follower {
         member,
         numerics,
@@ -83,10 +115,10 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let drain = Duration::from_secs(config.drain_seconds);
     let live = async {
         tokio::select! {
-            failed = follower.follow(&*registry, &registration) => return failed,
+            failed = follower.follow(&**registry, &registration) => return failed,
             () = stop.cancelled() => {}
         }
-        let handed_over = timeout(drain, follower.hand_over(&*registry, &registration)).await;
+        let handed_over = timeout(drain, follower.hand_over(&**registry, &registration)).await;
         if handed_over.is_err() {
             tracing::warn!(seconds = drain.as_secs(), "nobody else has loaded what this worker alone holds");
         }

@@ -117,6 +117,15 @@ impl Placement {
         self.experts_of_layers().filter(|(_, _, holders)| holders.contains(&(index as u32))).count()
     }
 
+    /// The same for each of `workers()`, in their order.
+    pub fn held_by_each(&self) -> Vec<usize> {
+        let mut held = vec![0; self.workers.len()];
+        for (_, _, holders) in self.experts_of_layers() {
+            holders.iter().for_each(|worker| held[*worker as usize] += 1);
+        }
+        held
+    }
+
     /// What one worker holds, by layer, experts ascending; empty if it is not part of the placement.
     pub fn shard(&self, worker: &WorkerId) -> BTreeMap<LayerId, Vec<ExpertId>> {
         let Some(index) = self.workers.iter().position(|w| w == worker) else { return BTreeMap::new() };

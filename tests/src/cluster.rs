@@ -96,7 +96,8 @@ impl Cluster {
                 ..Default::default()
             };
             let (registry, hub, pool, checkpoint) = (registry.clone(), hub.clone(), pool.clone(), checkpoint.clone());
-            let context = expert_worker::Context { registry, hub, pool, checkpoint, profile: Arc::default() };
+            let context =
+                expert_worker::Context { membership: registry.into(), hub, pool, checkpoint, profile: Arc::default() };
             nodes.push(tokio::spawn(expert_worker::run(config, context, stop.clone())));
         }
         for i in 0..options.attention_workers {
@@ -113,7 +114,13 @@ impl Cluster {
                 ..Default::default()
             };
             let (registry, hub, pool, checkpoint) = (registry.clone(), hub.clone(), pool.clone(), checkpoint.clone());
-            let context = attention_worker::Context { registry, hub, pool, checkpoint, profile: Arc::default() };
+            let context = attention_worker::Context {
+                membership: registry.into(),
+                hub,
+                pool,
+                checkpoint,
+                profile: Arc::default(),
+            };
             nodes.push(tokio::spawn(attention_worker::run(config, context, stop.clone())));
         }
         let config = coordinator::Config {
@@ -126,7 +133,7 @@ impl Cluster {
             sequences_max: options.sequences_max,
             ..Default::default()
         };
-        let context = coordinator::Context { registry: registry.clone() };
+        let context = coordinator::Context { membership: registry.clone().into() };
         let coordinator = coordinator::Coordinator::bind(config, context).await.unwrap();
         let url = format!("http://{}", coordinator.address());
         nodes.push(tokio::spawn(coordinator.serve(stop.clone())));

@@ -8,5 +8,6 @@ pub mod fixtures;
 pub mod fuzz;
 pub mod processes;
 pub mod requests;
+pub mod secured;
 pub mod sim;
 pub mod wire;

@@ -1,5 +1,6 @@
 //! `moesaic up` as a process, with its children if it has any. Built by the same `cargo test --workspace`.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -15,13 +16,25 @@ pub struct Up {
 impl Up {
     /// Returns when it says that it is ready.
     pub fn start(arguments: &[&str]) -> Self {
-        let mut command = Command::new(program());
-        command.args(["up", "--listen", "127.0.0.1:0"]).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
+        Self::started(&mut command(arguments))
+    }
+
+    /// The same, with what it logs from a level on (such as "info,moesaic_coordinator=debug") in a file.
+    pub fn start_logged(arguments: &[&str], level: &str, log: File) -> Self {
+        Self::started(command(arguments).env("MOESAIC_LOG", level).stderr(log))
+    }
+
+    fn started(command: &mut Command) -> Self {
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let ready = lines.map_while(Result::ok).find(|line| line.starts_with("ready")).expect("it becomes ready");
-        let url = ready.split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned();
+        let url = ready.split_whitespace().find(|word| word.starts_with("http")).unwrap().to_owned();
         Self { child, url }
+    }
+
+    /// Where clients connect to.
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     pub async fn client(&self) -> InferenceClient<Channel> {
@@ -42,6 +55,12 @@ impl Drop for Up {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(program());
+    command.args(["up", "--listen", "127.0.0.1:0"]).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
+    command
 }
 
 /// Beside the folder of this test's own program.

@@ -100,4 +100,26 @@ impl EngineHandle {
     pub fn experts(&self) -> &ExpertCounts {
         &self.experts
     }
+
+    pub fn observer(&self) -> Observer {
+        Observer { counts: self.counts.clone(), experts: self.experts.clone() }
+    }
+}
+
+/// Sees what the engine counts, and does not keep it alive.
+#[derive(Clone)]
+pub struct Observer {
+    counts: watch::Receiver<Counts>,
+    experts: Arc<ExpertCounts>,
+}
+
+impl Observer {
+    /// As of the engine's last step; `None` if the engine has stopped.
+    pub fn counts(&self) -> Option<Counts> {
+        self.counts.has_changed().is_ok().then(|| *self.counts.borrow())
+    }
+
+    pub fn experts(&self) -> &ExpertCounts {
+        &self.experts
+    }
 }

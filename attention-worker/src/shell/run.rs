@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -10,7 +11,8 @@ use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::{Connector, Member, Registry, View, handshake};
+use moesaic_node::vitals::{self, Vitals};
+use moesaic_node::{Connector, Member, Membership, View, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::{Hello, Role};
 use tokio::sync::watch;
@@ -21,7 +23,8 @@ use tonic_health::server::HealthReporter;
 
 use super::requests::Requests;
 use super::service::{NAME, Service};
-use crate::config::Config;
+use super::vitals::Figures;
+use crate::config::{Config, InvalidConfig};
 use crate::core::batcher::Limits;
 use crate::engine::handle::EngineHandle;
 use crate::engine::memory::MemoryPlan;
@@ -40,7 +43,7 @@ const ENGINE_END: Duration = Duration::from_secs(2);
 
 /// What the worker shares with the process that it runs in.
 pub struct Context {
-    pub registry: Arc<dyn Registry>,
+    pub membership: Membership,
     /// The expert workers of this process, if any.
     pub hub: Option<Hub>,
     pub pool: Pool,
@@ -49,39 +52,72 @@ pub struct Context {
     pub profile: Arc<Profile>,
 }
 
+/// One worker as a process of its own: opens what the config names, then runs.
+pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
+    let context = Context {
+        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
+        membership: config.membership().open().await?,
+        hub: None,
+        pool: config.pool(),
+        profile: Arc::default(),
+    };
+    let membership = context.membership.clone();
+    membership.keep_up(Box::pin(run(config, context, stop))).await
+}
+
 /// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let Context { registry, hub, pool, checkpoint, profile } = context;
-    let id = handshake::worker_id(config.id.as_deref(), "attention")?;
+    let Context { membership, hub, pool, checkpoint, profile } = context;
+    let registry = &membership.registry;
+    // Dropped, and so ended, with this function.
+    let mut tasks = JoinSet::new();
+    let (tell, told) = watch::channel(None);
+    if let Some(listener) = vitals::bind(config.metrics_listen).await? {
+        tasks.spawn(vitals::answer(listener, told));
+    }
+    let id = membership.id(config.id.as_deref(), "attention")?;
     let numerics = Numerics::detect(config.dtype()?);
     let hello = own_hello(&config, &checkpoint, numerics, &id);
-    let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone()), hub);
+    let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone(), membership.connector()), hub);
+    let counted = profile.clone();
     let (engine, ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), (pool, profile)).await?;
     let ended = ended.shared();
 
     let bound = server::bind(config.listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
+    let figures = Arc::new(Figures {
+        engine: engine.observer(),
+        dispatcher: dispatcher.clone(),
+        checkpoint: checkpoint.clone(),
+        profile: counted.clone(),
+        requests: requests.clone(),
+        is_registered: AtomicBool::new(false),
+        stop: stop.clone(),
+    });
+    tell.send_replace(Some(figures.clone() as Arc<dyn Vitals>));
     let service = Service {
         hello: hello.clone(),
         checkpoint: checkpoint.clone(),
         engine,
         dispatcher: dispatcher.clone(),
         waiting_max: config.waiting_max,
+        profile: counted,
         stop: stop.clone(),
         requests: requests.clone(),
     };
     let (routes, reporter) = with_health_and_reflection(Routes::new(service.server()), NAME).await;
-    let serve = bound.serve(routes, stop.clone(), Duration::from_secs(config.drain_seconds));
+    let serve = bound.serve(routes, membership.tls.clone(), stop.clone(), Duration::from_secs(config.drain_seconds));
 
-    // Dropped, and so ended, with this function.
-    let mut tasks = JoinSet::new();
     tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
     tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
     tasks.spawn(sweep(requests));
     let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
     let registration = registry.register(member).await?;
+    figures.is_registered.store(true, Ordering::Relaxed);
     tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "attention worker serves");
     let leave = async {
         stop.cancelled().await;
@@ -116,7 +152,7 @@ fn own_hello(config: &Config, checkpoint: &Checkpoint, numerics: Numerics, id: &
     hello
 }
 
-fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello) -> DispatchConfig {
+fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello, connector: Connector) -> DispatchConfig {
     let model = checkpoint.config();
     DispatchConfig {
         hidden: model.hidden_size,
@@ -125,7 +161,7 @@ fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello) -> Di
         source: hello.source as u16,
         layer_deadline: Duration::from_millis(config.layer_deadline_ms),
         hello,
-        connector: Connector::default(),
+        connector,
         ops: CombineOps { first: combine_first, next: combine_next, add },
     }
 }

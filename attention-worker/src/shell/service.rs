@@ -20,6 +20,7 @@ use super::requests::{Requests, Ticket};
 use crate::core::batcher::Finish;
 use crate::engine::events::{Event, Reader};
 use crate::engine::handle::{EngineHandle, SubmitError, Token};
+use crate::engine::profile::Profile;
 
 /// The service's name in health checks.
 pub const NAME: &str = "moesaic.v1.AttentionWorker";
@@ -30,6 +31,7 @@ pub struct Service {
     pub engine: EngineHandle,
     pub dispatcher: Dispatcher,
     pub waiting_max: usize,
+    pub profile: Arc<Profile>,
     /// Refuses new sequences once cancelled.
     pub stop: CancellationToken,
     pub requests: Requests,
@@ -94,6 +96,7 @@ impl AttentionWorker for Service {
 
     async fn load(&self, _: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
         let counts = self.engine.load().ok_or_else(|| Status::unavailable("the engine has stopped"))?;
+        let steps = self.profile.counts();
         Ok(Response::new(v1::LoadResponse {
             pages_total: counts.pages_total as u32,
             pages_free: counts.pages_free as u32,
@@ -108,6 +111,8 @@ impl AttentionWorker for Service {
             orphans: self.requests.orphans() as u32,
             edges: self.dispatcher.edges(),
             dispatch: Some(dispatch_counts(&self.dispatcher)),
+            micro_batches: steps.steps,
+            micro_batch_rows: steps.rows,
         }))
     }
 

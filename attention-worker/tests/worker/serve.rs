@@ -65,7 +65,7 @@ impl Worker {
             experts.push(registry.register(member).await.unwrap());
         }
         let context = Context {
-            registry: registry.clone(),
+            membership: registry.clone().into(),
             hub: Some(model.hub()),
             pool: Pool::new(2),
             checkpoint: checkpoint.clone(),

@@ -32,6 +32,13 @@ pub enum ApiError {
     Exists { request_id: String },
     #[error("The cluster is full: {reason}. Try again in {retry_after_s} s.")]
     Full { reason: String, retry_after_s: u64 },
+    /// The caller's own limit, not the cluster's.
+    #[error("Your limit is reached: {reason}. Try again in {retry_after_s} s.")]
+    Quota { reason: String, retry_after_s: u64 },
+    #[error("Who are you? {reason}.")]
+    Unauthenticated { reason: String },
+    #[error("Not allowed: {reason}.")]
+    Forbidden { reason: String },
     #[error("The cluster cannot produce a token at present: {reason}.")]
     Unavailable { reason: String },
     #[error("The generation failed: {reason}.")]

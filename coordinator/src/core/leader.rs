@@ -6,6 +6,7 @@
 //! that workers never serve more than two of them.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use moesaic_node::{Member, View};
@@ -107,6 +108,20 @@ pub enum Why {
     Joined,
     Asked,
     Load,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::First => "the first placement",
+            Self::Lost => "experts were lost",
+            Self::Leaving => "a worker is leaving",
+            Self::Gone => "a worker is gone",
+            Self::Joined => "a worker has joined",
+            Self::Asked => "an operator asked for it",
+            Self::Load => "the load has changed",
+        })
+    }
 }
 
 /// See the module.

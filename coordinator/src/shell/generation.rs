@@ -11,6 +11,8 @@ use futures::stream::{self, Stream};
 use tokio::time::{Instant, sleep};
 use tonic::Status;
 
+use super::figures::{Over, over};
+use super::seats::Seat;
 use super::service::Ticket;
 use super::workers::{Call, is_transport};
 use crate::core::journal::{Journal, Place};
@@ -34,24 +36,51 @@ struct Running {
     journal: Journal,
     output: Output,
     ticket: Arc<Ticket>,
+    seat: Seat,
     /// Tokens that the client has from an earlier stream.
     known: u32,
     has_ended: bool,
+    /// How it was over.
+    is_counted: bool,
+    began: Instant,
+    /// When the last token came.
+    last: Option<Instant>,
     /// Set while no token has come since a worker was lost: when that was, and how long the next try waits.
     stalled: Option<(Instant, Duration)>,
 }
 
 impl Generation {
     /// `known`: tokens that the client has from an earlier stream.
-    pub(super) fn new(call: Call, journal: Journal, output: Output, ticket: Arc<Ticket>, known: u32) -> Self {
-        let (has_ended, stalled) = (false, None);
-        Self { running: Some(Running { call, journal, output, ticket, known, has_ended, stalled }) }
+    pub(super) fn new(
+        call: Call,
+        journal: Journal,
+        output: Output,
+        (ticket, seat): (Arc<Ticket>, Seat),
+        known: u32,
+    ) -> Self {
+        let (has_ended, is_counted, began, last, stalled) = (false, false, Instant::now(), None, None);
+        Self {
+            running: Some(Running {
+                call,
+                journal,
+                output,
+                ticket,
+                seat,
+                known,
+                has_ended,
+                is_counted,
+                began,
+                last,
+                stalled,
+            }),
+        }
     }
 
     /// The next news; None after the last one or an error.
     pub async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
         let running = self.running.as_mut()?;
         let news = running.next().await;
+        running.count(&news);
         if !matches!(&news, Ok(delta) if delta.ending.is_none()) {
             self.running = None;
         }
@@ -65,6 +94,9 @@ impl Generation {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        if !self.is_counted {
+            self.ticket.figures().over(Over::Left, self.began.elapsed());
+        }
         if !self.has_ended && !self.ticket.leaves_its_sequences() {
             self.call.place.abort(&self.journal.run().request_id);
         }
@@ -72,6 +104,28 @@ impl Drop for Running {
 }
 
 impl Running {
+    /// What the key and the figures are to know of news.
+    fn count(&mut self, news: &Result<Delta, ApiError>) {
+        let figures = self.ticket.figures();
+        let over = match news {
+            Ok(delta) => {
+                if !delta.is_known && !delta.tokens.is_empty() {
+                    self.ticket.charge(delta.tokens.len());
+                    let now = Instant::now();
+                    let waited = now - self.last.replace(now).unwrap_or(self.began);
+                    figures.tokens(delta, delta.position == 0, waited);
+                    self.seat.emitted(delta.position + delta.tokens.len() as u32);
+                }
+                delta.ending.as_ref().map(|ending| over(ending.reason))
+            }
+            Err(_) => Some(Over::Failed),
+        };
+        if let Some(over) = over {
+            self.is_counted = true;
+            figures.over(over, self.began.elapsed());
+        }
+    }
+
     async fn next(&mut self) -> Result<Delta, ApiError> {
         loop {
             let event = tokio::select! {
@@ -125,6 +179,8 @@ impl Running {
         let request_id = &self.journal.run().request_id;
         let (worker, position) = (self.call.place.worker.clone(), self.journal.position());
         tracing::info!(request_id, %worker, position, reason, "a sequence goes on elsewhere");
+        self.ticket.figures().moved();
+        self.seat.recovering();
         let (begun, mut wait) = self.stalled.unwrap_or((Instant::now(), Duration::ZERO));
         let mut last = vec![worker];
         loop {
@@ -147,6 +203,7 @@ impl Running {
                 Ok(call) => {
                     let (worker, ms) = (call.place.worker.clone(), begun.elapsed().as_millis() as u64);
                     tracing::debug!(request_id, %worker, ms, "a sequence has found another worker");
+                    self.seat.placed(&worker);
                     self.call = call;
                     return Ok(());
                 }

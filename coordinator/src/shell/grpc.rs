@@ -15,6 +15,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::service::{Service, draw_id, draw_seed};
 use crate::core::error::shortened;
+use crate::core::keys::Account;
 use crate::core::{ApiError, Delta, Params};
 use crate::text::template::Message;
 
@@ -32,11 +33,13 @@ impl Inference for Grpc {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        Ok(Response::new(self.start(request.into_inner()).await.map_err(status)?))
+        let account = request.extensions().get().cloned();
+        Ok(Response::new(self.start(account, request.into_inner()).await.map_err(status)?))
     }
 
     async fn abort(&self, request: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
-        let aborted = self.0.abort(&request.into_inner().request_id);
+        let account = request.extensions().get::<Arc<Account>>();
+        let aborted = self.0.abort(account.map(|account| account.name.as_str()), &request.get_ref().request_id);
         Ok(Response::new(AbortResponse { aborted }))
     }
 
@@ -66,7 +69,11 @@ impl Inference for Grpc {
 }
 
 impl Grpc {
-    async fn start(&self, mut message: GenerateRequest) -> Result<<Self as Inference>::GenerateStream, ApiError> {
+    async fn start(
+        &self,
+        account: Option<Arc<Account>>,
+        mut message: GenerateRequest,
+    ) -> Result<<Self as Inference>::GenerateStream, ApiError> {
         let service = &self.0;
         service.check_model(&message.model)?;
         let (prompt, known) = (message.prompt.take(), message.resume_position);
@@ -86,8 +93,8 @@ impl Grpc {
         let params = params(message);
         params.check(&service.model)?;
         let ticket = match known {
-            Some(_) => service.admit_again(request_id.clone(), 1).await?,
-            None => service.admit(request_id.clone(), 1)?,
+            Some(_) => service.admit_again(account, request_id.clone(), 1).await?,
+            None => service.admit(account, request_id.clone(), 1)?,
         };
         let prompt = match prompt {
             None => return Err(ApiError::invalid("prompt", "is not set; expected tokens, text or chat")),
@@ -176,12 +183,14 @@ pub(super) fn status(error: ApiError) -> Status {
         ApiError::Method { .. } => Code::Unimplemented,
         ApiError::SlowBody { .. } => Code::DeadlineExceeded,
         ApiError::Exists { .. } => Code::AlreadyExists,
-        ApiError::Full { .. } => Code::ResourceExhausted,
+        ApiError::Unauthenticated { .. } => Code::Unauthenticated,
+        ApiError::Forbidden { .. } => Code::PermissionDenied,
+        ApiError::Full { .. } | ApiError::Quota { .. } => Code::ResourceExhausted,
         ApiError::Unavailable { .. } => Code::Unavailable,
         ApiError::Failed { .. } => Code::Internal,
     };
     let mut status = Status::new(code, error.to_string());
-    if let ApiError::Full { retry_after_s, .. } = error {
+    if let ApiError::Full { retry_after_s, .. } | ApiError::Quota { retry_after_s, .. } = error {
         status.metadata_mut().insert("retry-after", retry_after_s.into());
     }
     status

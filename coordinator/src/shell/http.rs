@@ -15,14 +15,16 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio_util::sync::CancellationToken;
 
+use super::access::Doorkeeper;
 use super::service::Service;
 use crate::core::ApiError;
 use crate::core::error::shortened;
+use crate::core::keys::Account;
 use error::ChatError;
 use fields::Fields;
 use progress::Progress;
@@ -37,33 +39,66 @@ const BODY_READ_TIMEOUT: Duration = Duration::from_secs(30);
 struct App {
     service: Arc<Service>,
     body_bytes_max: usize,
+    /// Callers must say who they are.
+    is_guarded: bool,
     stop: CancellationToken,
 }
 
-pub fn router(service: Arc<Service>, body_bytes_max: usize, stop: CancellationToken) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(chat_completions))
-        .route("/v1/completions", post(text_completions))
-        .route("/v1/models", get(models))
-        .route("/v1/models/{*id}", get(model))
-        .route("/tokenize", post(tokenize))
-        .route("/detokenize", post(detokenize))
-        .route("/health", get(health))
-        .fallback(unknown_path)
-        .method_not_allowed_fallback(unknown_method)
-        .with_state(App { service, body_bytes_max, stop })
+/// One request to run the model.
+struct Incoming {
+    /// Whose key it came with, where there are keys.
+    account: Option<Arc<Account>>,
+    progress: Option<Progress>,
+    fields: Fields,
+}
+
+/// Every route, by its row in the table of who may use it.
+fn routes() -> [(&'static str, MethodRouter<App>); 7] {
+    [
+        ("POST /v1/chat/completions", post(chat_completions)),
+        ("POST /v1/completions", post(text_completions)),
+        ("GET /v1/models", get(models)),
+        ("GET /v1/models/{*id}", get(model)),
+        ("POST /tokenize", post(tokenize)),
+        ("POST /detokenize", post(detokenize)),
+        ("GET /health", get(health)),
+    ]
+}
+
+/// Every route's row.
+pub fn rows() -> Vec<&'static str> {
+    routes().into_iter().map(|(row, _)| row).collect()
+}
+
+/// `more` routes are guarded as these are: `keeper` lets in whom it knows; without one everybody may use everything.
+pub fn router(
+    service: Arc<Service>,
+    body_bytes_max: usize,
+    more: Router,
+    keeper: Option<Doorkeeper>,
+    stop: CancellationToken,
+) -> Router {
+    let mut router = Router::new();
+    for (row, handler) in routes() {
+        let (_, path) = row.split_once(' ').expect("a row is a method and a path");
+        router = router.route(path, handler);
+    }
+    let router = router.with_state(App { service, body_bytes_max, is_guarded: keeper.is_some(), stop }).merge(more);
+    let router = match keeper {
+        Some(keeper) => keeper.guard_http(router),
+        None => router,
+    };
+    router.fallback(unknown_path).method_not_allowed_fallback(unknown_method)
 }
 
 async fn chat_completions(State(app): State<App>, request: Request) -> Result<Response, ChatError> {
-    let progress = Progress::of_headers(request.headers())?;
-    let fields = app.fields(request).await?;
-    Ok(chat::completions(app.service, fields, progress).await?)
+    let incoming = app.incoming(request).await?;
+    Ok(chat::completions(app.service, incoming).await?)
 }
 
 async fn text_completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let progress = Progress::of_headers(request.headers())?;
-    let fields = app.fields(request).await?;
-    completions::completions(app.service, fields, progress).await
+    let incoming = app.incoming(request).await?;
+    completions::completions(app.service, incoming).await
 }
 
 async fn models(State(app): State<App>) -> Json<ModelList> {
@@ -104,11 +139,13 @@ async fn detokenize(State(app): State<App>, request: Request) -> Result<Json<Tex
     Ok(Json(Text { prompt: app.service.tokenizer.decode(&tokens) }))
 }
 
-/// 200 only when a token could be produced.
+/// 200 only when a token could be produced. Anybody may ask, so where callers must say who they are it says no more.
 async fn health(State(app): State<App>) -> Result<Response, ApiError> {
     let reason = app.service.workers.not_ready().borrow().clone();
     let reason = reason.or_else(|| app.stop.is_cancelled().then(|| "the coordinator is stopping".into()));
     match reason {
+        Some(_) if app.is_guarded => Err(ApiError::Unavailable { reason: "the cluster is not ready".into() }),
+        None if app.is_guarded => Ok(Json(serde_json::json!({"status": "ready"})).into_response()),
         Some(reason) => Err(ApiError::Unavailable { reason }),
         None => Ok(Json(serde_json::json!({"status": "ready", "sequences": app.service.sequences()})).into_response()),
     }
@@ -125,17 +162,14 @@ async fn unknown_method(request: Request) -> ApiError {
 }
 
 impl App {
-    /// Reads the body, bounded in size and time.
+    async fn incoming(&self, request: Request) -> Result<Incoming, ApiError> {
+        let account = request.extensions().get().cloned();
+        let progress = Progress::of_headers(request.headers())?;
+        Ok(Incoming { account, progress, fields: self.fields(request).await? })
+    }
+
     async fn fields(&self, request: Request<Body>) -> Result<Fields, ApiError> {
-        let body = Limited::new(request.into_body(), self.body_bytes_max).collect();
-        let body = tokio::time::timeout(BODY_READ_TIMEOUT, body)
-            .await
-            .map_err(|_| ApiError::SlowBody { seconds: BODY_READ_TIMEOUT.as_secs() })?;
-        let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
-            Some(_) => ApiError::TooLarge { limit: self.body_bytes_max },
-            None => ApiError::invalid("body", "did not arrive whole"),
-        })?;
-        Fields::parse(&body.to_bytes())
+        read_fields(request, self.body_bytes_max).await
     }
 
     fn card(&self) -> ModelCard {
@@ -148,4 +182,17 @@ impl App {
             max_model_len: model.context_max,
         }
     }
+}
+
+/// Reads a body, bounded in size and time.
+pub(super) async fn read_fields(request: Request<Body>, bytes_max: usize) -> Result<Fields, ApiError> {
+    let body = Limited::new(request.into_body(), bytes_max).collect();
+    let body = tokio::time::timeout(BODY_READ_TIMEOUT, body)
+        .await
+        .map_err(|_| ApiError::SlowBody { seconds: BODY_READ_TIMEOUT.as_secs() })?;
+    let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
+        Some(_) => ApiError::TooLarge { limit: bytes_max },
+        None => ApiError::invalid("body", "did not arrive whole"),
+    })?;
+    Fields::parse(&body.to_bytes())
 }

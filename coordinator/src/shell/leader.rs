@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use moesaic_node::metrics::Page;
 use moesaic_node::{Registry, View};
 use moesaic_proto::v1::{ExpertLoadRequest, RebalanceResponse, Role};
 use tokio::sync::watch;
@@ -13,7 +14,7 @@ use super::workers::Workers;
 use crate::core::ApiError;
 use crate::core::expert_load::ExpertLoad;
 use crate::core::leader::{Leader, Policy, Seen, Sight, Why, seen};
-use crate::core::placement::planner::Plan;
+use crate::core::placement::planner::{Load, Plan};
 
 /// How often it is looked whether anything has changed.
 const TICK: Duration = Duration::from_millis(100);
@@ -37,6 +38,13 @@ struct State {
     /// While this coordinator leads.
     leader: Option<Leader>,
     load: ExpertLoad,
+    /// Placements that this coordinator has published, and what workers had to load for them.
+    published: u64,
+    moved: u64,
+    /// The most loaded worker's load over the mean: before the last of them, and as it was planned.
+    imbalance: Option<(f64, f64)>,
+    /// In words.
+    last_plan: Option<String>,
 }
 
 impl Leading {
@@ -71,7 +79,7 @@ impl Leading {
         let view = self.workers.view().borrow().clone();
         let decided = {
             let mut state = self.lock();
-            let State { leader, load } = &mut *state;
+            let State { leader, load, .. } = &mut *state;
             let Some(leader) = leader else { return true };
             let seen = self.seen(&view);
             let sight = Sight { workers: &seen, placement: view.placement.as_deref(), load: load.smoothed() };
@@ -90,6 +98,13 @@ impl Leading {
         match self.registry.publish(placement.with_term(term)).await {
             Ok(true) => {
                 tracing::info!(%epoch, ?why, workers, moved, imbalance_before, imbalance, "the experts are placed");
+                let mut state = self.lock();
+                state.published += 1;
+                state.moved += moved as u64;
+                let before = imbalance_before.unwrap_or(imbalance);
+                state.imbalance = Some((before, imbalance));
+                state.last_plan =
+                    Some(format!("{moved} experts to load; {why}: imbalance {before:.2} → {imbalance:.2}"));
                 true
             }
             Ok(false) => {
@@ -121,7 +136,7 @@ impl Leading {
     pub fn rebalance(&self, dry_run: bool) -> Option<Result<RebalanceResponse, ApiError>> {
         let view = self.workers.view().borrow().clone();
         let mut state = self.lock();
-        let State { leader, load } = &mut *state;
+        let State { leader, load, .. } = &mut *state;
         let leader = leader.as_mut()?;
         let seen = self.seen(&view);
         let sight = Sight { workers: &seen, placement: view.placement.as_deref(), load: load.smoothed() };
@@ -141,6 +156,31 @@ impl Leading {
             })
         };
         Some(planned.map_err(|error| ApiError::Unavailable { reason: error.to_string() }).and_then(answer))
+    }
+
+    /// What the placement in force is for, if this coordinator has made it.
+    pub fn last_plan(&self) -> Option<String> {
+        self.lock().last_plan.clone()
+    }
+
+    /// The experts' load, as it is measured.
+    pub fn load<R>(&self, read: impl FnOnce(&Load) -> R) -> R {
+        read(self.lock().load.smoothed())
+    }
+
+    /// What this coordinator has done as the leader.
+    pub fn figures(&self, page: &mut Page) {
+        let (published, moved, imbalance) = {
+            let state = self.lock();
+            (state.published, state.moved, state.imbalance)
+        };
+        page.counter("moesaic_placements_total", "Placements that this coordinator has published.", published);
+        page.counter("moesaic_experts_moved_total", "Experts that workers had to load for them.", moved);
+        if let Some((before, after)) = imbalance {
+            let help = "The most loaded worker's load over the mean, by the plan that was made last.";
+            let mut family = page.gauges("moesaic_placement_imbalance", help);
+            family.sample(&[("when", "before")], before).sample(&[("when", "after")], after);
+        }
     }
 
     /// The expert workers of this model.

@@ -4,21 +4,29 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::http::header;
 use anyhow::Context as _;
+use axum::Router;
+use axum::extract::Request;
 use moesaic_node::config::check_address;
+use moesaic_node::http::{Limits, serve};
 use moesaic_node::server::{set_serving, with_health_and_reflection};
-use moesaic_node::{Connector, Member, Registration, Registry, handshake};
+use moesaic_node::{Member, Membership, Registration, handshake, vitals};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
+use tower::ServiceExt;
 
+use super::access::Doorkeeper;
+use super::dashboard::{self, Dashboard};
 use super::leader::Leading;
 use super::service::Service;
+use super::vitals::Front;
 use super::workers::Workers;
-use super::{admin, grpc, http, server};
+use super::{admin, grpc, http};
 use crate::config::Config;
 use crate::core::leader::Policy;
 use crate::model::Model;
@@ -26,17 +34,28 @@ use crate::text::{ChatTemplate, Tokenizer};
 
 /// What the coordinator shares with the process that it runs in.
 pub struct Context {
-    pub registry: Arc<dyn Registry>,
+    pub membership: Membership,
 }
 
 /// A coordinator whose port is taken but not served yet.
 pub struct Coordinator {
     config: Config,
     id: WorkerId,
-    registry: Arc<dyn Registry>,
+    membership: Membership,
     service: Arc<Service>,
+    /// None: everybody may use everything.
+    keeper: Option<Doorkeeper>,
     listener: TcpListener,
+    /// For probes and metrics.
+    watched: Option<TcpListener>,
     address: SocketAddr,
+}
+
+/// One coordinator as a process of its own: opens what the config names, then runs.
+pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    let membership = config.membership().open().await?;
+    membership.keep_up(Box::pin(run(config, Context { membership: membership.clone() }, stop))).await
 }
 
 /// Serves until `stop`, then lets running requests finish within the bound.
@@ -54,15 +73,18 @@ impl Coordinator {
         if template.is_none() {
             tracing::warn!("the model has no chat template: /v1/chat/completions will refuse");
         }
-        let id = handshake::worker_id(config.id.as_deref(), "coordinator")?;
-        let registry = context.registry;
-        let connector = Connector::default();
-        let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, &*registry, connector);
+        let membership = context.membership;
+        let is_guarded = config.keys.is_some() || membership.tls.is_some();
+        let keeper = is_guarded.then(|| Doorkeeper::open(config.keys.as_deref())).transpose()?;
+        let id = membership.id(config.id.as_deref(), "coordinator")?;
+        let (registry, connector) = (&*membership.registry, membership.connector());
+        let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, registry, connector);
         let service = Service::new(model, tokenizer, template, Arc::new(workers), config.sequences_max);
         let listener =
             TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = listener.local_addr()?;
-        Ok(Self { config, id, registry, service: Arc::new(service), listener, address })
+        let watched = vitals::bind(config.metrics_listen).await?;
+        Ok(Self { config, id, membership, service: Arc::new(service), keeper, listener, watched, address })
     }
 
     /// With the port that was taken.
@@ -74,20 +96,31 @@ impl Coordinator {
         &self.service.model.name
     }
 
-    pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let (workers, registry) = (&self.service.workers, &self.registry);
+    pub async fn serve(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        let (workers, registry) = (&self.service.workers, &self.membership.registry);
         let leading = Arc::new(Leading::new(workers.clone(), registry.clone(), self.policy()));
         let operators = admin::Operators {
             id: self.id.clone(),
             service: self.service.clone(),
             leading: leading.clone(),
             registry: registry.clone(),
+            connector: self.membership.connector(),
         };
         let routes = tonic::service::Routes::new(grpc::server(self.service.clone()));
-        let routes = routes.add_service(admin::server(operators));
+        let routes = routes.add_service(admin::server(operators.clone()));
         let (routes, reporter) = with_health_and_reflection(routes, grpc::NAME).await;
         // Dropped, and so ended, with this function.
         let mut tasks = JoinSet::new();
+        if let Some(listener) = self.watched.take() {
+            let front = Front {
+                id: self.id.clone(),
+                service: self.service.clone(),
+                leading: leading.clone(),
+                registry: registry.clone(),
+                stop: stop.clone(),
+            };
+            tasks.spawn(vitals::answer(listener, vitals::told(front)));
+        }
         tasks.spawn(workers.clone().follow());
         tasks.spawn(report_health(workers.clone(), reporter, stop.clone()));
         let campaign = registry.campaign(self.id.clone());
@@ -95,11 +128,24 @@ impl Coordinator {
         tasks.spawn(leading.measure());
         let registration = self.register().await?;
 
-        let limits = server::Limits {
+        let limits = Limits {
             connections_max: self.config.connections_max,
             drain: Duration::from_secs(self.config.drain_seconds),
         };
-        let http = http::router(self.service.clone(), self.config.body_bytes_max, stop.clone());
+        let (keeper, tls) = (self.keeper.clone(), self.membership.tls.clone());
+        let board = Dashboard::new(operators.clone(), self.config.sequences_max, keeper.is_some(), stop.clone());
+        let board = Arc::new(board);
+        tasks.spawn(board.clone().run());
+        let (service, body_bytes_max) = (self.service.clone(), self.config.body_bytes_max);
+        let http = http::router(service, body_bytes_max, dashboard::router(board), keeper.clone(), stop.clone());
+        let grpc = routes.prepare().into_axum_router();
+        let grpc = match keeper {
+            Some(keeper) => {
+                tasks.spawn(keeper.clone().follow());
+                keeper.guard_grpc(grpc)
+            }
+            None => grpc,
+        };
         tracing::info!(address = %self.address, model = self.service.model.name, "serving gRPC and HTTP");
         let resign = async {
             stop.cancelled().await;
@@ -109,7 +155,7 @@ impl Coordinator {
                 registration.leave().await;
             }
         };
-        let serve = server::serve(self.listener, http, routes.prepare().into_axum_router(), limits, stop.clone());
+        let serve = serve(self.listener, doors(http, grpc), tls, limits, stop.clone());
         tokio::join!(serve, resign);
         tracing::info!("stopped");
         Ok(())
@@ -138,8 +184,18 @@ impl Coordinator {
         let hello = handshake::hello(cluster, Role::Coordinator, &self.id, "", "");
         let address = advertise.clone().unwrap_or_else(|| self.address.to_string());
         let member = Member::new(hello, self.id.clone(), address, None);
-        Ok(Some(self.registry.register(member).await?))
+        Ok(Some(self.membership.registry.register(member).await?))
     }
+}
+
+/// One port for both, told apart by the requests' content type.
+fn doors(http: Router, grpc: Router) -> Router {
+    let door = move |request: Request| {
+        let content_type = request.headers().get(header::CONTENT_TYPE);
+        let is_grpc = content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+        if is_grpc { grpc.clone().oneshot(request) } else { http.clone().oneshot(request) }
+    };
+    Router::new().fallback_service(tower::service_fn(door))
 }
 
 /// grpc.health.v1 says the same as /health.

@@ -9,10 +9,13 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::figures::Figures;
 use super::generation::Generation;
+use super::seats::Seats;
 use super::workers::Workers;
 use crate::core::error::shortened;
 use crate::core::journal::Journal;
+use crate::core::keys::{Account, Place};
 use crate::core::request::{check_request_id, choice_seed};
 use crate::core::{Admission, ApiError, Output, Params, Request};
 use crate::model::Model;
@@ -30,6 +33,8 @@ pub struct Service {
     pub model: Model,
     pub tokenizer: Arc<Tokenizer>,
     pub workers: Arc<Workers>,
+    pub figures: Figures,
+    pub seats: Arc<Seats>,
     template: Option<ChatTemplate>,
     requests: Mutex<Requests>,
     started: Instant,
@@ -42,9 +47,11 @@ struct Requests {
     running: HashMap<String, Signals>,
 }
 
-/// What a running request may be told.
+/// What a running request may be told, and by whom.
 #[derive(Clone, Default)]
 struct Signals {
+    /// Whose it is, where there are keys.
+    owner: Option<String>,
     abort: CancellationToken,
     /// The client goes on on another stream: this one ends, and leaves what it runs.
     superseded: CancellationToken,
@@ -55,11 +62,29 @@ pub struct Ticket {
     service: Arc<Service>,
     request_id: String,
     signals: Signals,
+    /// Among the requests of its key.
+    place: Option<Place>,
 }
 
 impl Ticket {
     pub fn request_id(&self) -> &str {
         &self.request_id
+    }
+
+    /// Counts tokens that were read or made for the request against its key.
+    pub(super) fn charge(&self, tokens: usize) {
+        if let Some(place) = &self.place {
+            place.charge(tokens);
+        }
+    }
+
+    /// The name of the key that it came with; empty where there are none.
+    fn owner(&self) -> &str {
+        self.signals.owner.as_deref().unwrap_or_default()
+    }
+
+    pub(super) fn figures(&self) -> &Figures {
+        &self.service.figures
     }
 
     pub(super) async fn aborted(&self) {
@@ -77,7 +102,7 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let now_ms = self.service.started.elapsed().as_millis() as u64;
+        let now_ms = self.service.now_ms();
         let mut requests = self.service.lock();
         requests.running.remove(&self.request_id);
         requests.admission.release(&self.request_id, now_ms);
@@ -104,6 +129,8 @@ impl Service {
             model,
             tokenizer: Arc::new(tokenizer),
             workers,
+            figures: Figures::default(),
+            seats: Arc::default(),
             template,
             requests: Mutex::new(requests),
             started: Instant::now(),
@@ -112,25 +139,46 @@ impl Service {
         }
     }
 
-    /// Lets a request in, with so many sequences.
-    pub fn admit(self: &Arc<Self>, request_id: String, sequences: usize) -> Result<Arc<Ticket>, ApiError> {
+    /// Lets a request in, with so many sequences; `account` is that of its key, where there are keys.
+    pub fn admit(
+        self: &Arc<Self>,
+        account: Option<Arc<Account>>,
+        request_id: String,
+        sequences: usize,
+    ) -> Result<Arc<Ticket>, ApiError> {
+        let admitted = self.try_admit(account, request_id, sequences);
+        self.figures.asked(&admitted);
+        admitted
+    }
+
+    fn try_admit(
+        self: &Arc<Self>,
+        account: Option<Arc<Account>>,
+        request_id: String,
+        sequences: usize,
+    ) -> Result<Arc<Ticket>, ApiError> {
         check_request_id(&request_id)?;
         if let Some(reason) = self.workers.not_ready().borrow().clone() {
             return Err(ApiError::Unavailable { reason });
         }
-        let signals = Signals::default();
+        let place = account.as_ref().map(|account| account.admit(sequences as u32, self.now_ms())).transpose()?;
+        let signals = Signals { owner: account.map(|account| account.name.clone()), ..Signals::default() };
         let mut requests = self.lock();
         requests.admission.admit(&request_id, sequences)?;
         requests.running.insert(request_id.clone(), signals.clone());
         drop(requests);
-        Ok(Arc::new(Ticket { service: self.clone(), request_id, signals }))
+        Ok(Arc::new(Ticket { service: self.clone(), request_id, signals, place }))
     }
 
     /// The same for a client that goes on with a request: a stream of it that is still here ends.
-    pub async fn admit_again(self: &Arc<Self>, request_id: String, sequences: usize) -> Result<Arc<Ticket>, ApiError> {
+    pub async fn admit_again(
+        self: &Arc<Self>,
+        account: Option<Arc<Account>>,
+        request_id: String,
+        sequences: usize,
+    ) -> Result<Arc<Ticket>, ApiError> {
         check_request_id(&request_id)?;
-        let before = self.lock().running.get(&request_id).cloned();
-        if let Some(before) = before {
+        if let Some(before) = self.running(account.as_ref().map(|account| account.name.as_str()), &request_id) {
             before.superseded.cancel();
             let gone = async {
                 while self.lock().running.contains_key(&request_id) {
@@ -140,7 +188,7 @@ impl Service {
             // Whoever does not read cannot be told to go: then the id is refused as in use.
             let _ = tokio::time::timeout(SUPERSEDED_MAX, gone).await;
         }
-        self.admit(request_id, sequences)
+        self.admit(account, request_id, sequences)
     }
 
     /// From now on streams that are cut go on on other coordinators.
@@ -148,10 +196,19 @@ impl Service {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// Ends a running request; false if there is none of that id.
-    pub fn abort(&self, request_id: &str) -> bool {
+    /// Ends a running request of `owner`; false if there is none of that id.
+    pub fn abort(&self, owner: Option<&str>, request_id: &str) -> bool {
+        self.running(owner, request_id).inspect(|signals| signals.abort.cancel()).is_some()
+    }
+
+    /// One key's requests are nobody else's; without a key all are in reach.
+    fn running(&self, owner: Option<&str>, request_id: &str) -> Option<Signals> {
         let signals = self.lock().running.get(request_id).cloned();
-        signals.inspect(|signals| signals.abort.cancel()).is_some()
+        signals.filter(|signals| owner.is_none() || signals.owner.as_deref() == owner)
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
     }
 
     /// Sequences that run or wait.
@@ -182,11 +239,16 @@ impl Service {
         (sequence, choice): (u32, u32),
         known: Option<u32>,
     ) -> Result<Generation, ApiError> {
+        if choice == 0 {
+            ticket.charge(request.prompt.len());
+        }
+        self.figures.started(request.prompt.len(), known.is_some());
         let output = Output::new(&request, self.tokenizer.clone());
         let request_id = match sequence {
             0 => ticket.request_id.clone(),
             _ => format!("{}-{sequence}", ticket.request_id),
         };
+        let seat = self.seats.take(&request_id, ticket.owner(), request.prompt.len());
         let run = request.into_run(request_id, choice_seed(seed, choice));
         let resume = async || match known {
             Some(_) => self.workers.resume(run.clone()).await,
@@ -212,7 +274,8 @@ impl Service {
             }
             call = placed => call?,
         };
-        Ok(Generation::new(call, Journal::new(run), output, ticket, known.unwrap_or(0)))
+        seat.placed(&call.place.worker);
+        Ok(Generation::new(call, Journal::new(run), output, (ticket, seat), known.unwrap_or(0)))
     }
 
     /// A text's tokens.

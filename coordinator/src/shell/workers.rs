@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
 use crate::core::routing::Identity;
@@ -269,7 +269,7 @@ impl Workers {
             if state.clients.contains_key(&id) || !state.router.accept(&identity_of(member)) {
                 continue;
             }
-            let Some(client) = connect(&self.connector, &member.address) else { continue };
+            let Some(client) = connect(&self.connector, member) else { continue };
             tracing::info!(worker = %id, address = member.address, "an attention worker has joined");
             state.router.add(id.clone());
             let polling = tokio::spawn(poll(Arc::downgrade(self), id.clone(), client.clone())).abort_handle();
@@ -390,11 +390,12 @@ fn identity_of(member: &Member) -> Identity {
     Identity { fingerprint: member.hello.fingerprint.clone(), numerics: member.hello.numerics.clone() }
 }
 
-fn connect(connector: &Connector, address: &str) -> Option<Client> {
-    let endpoint = match Endpoint::from_shared(format!("http://{address}")) {
+fn connect(connector: &Connector, member: &Member) -> Option<Client> {
+    let peer = member.peer();
+    let endpoint = match peer.endpoint() {
         Ok(endpoint) => endpoint,
         Err(error) => {
-            tracing::warn!(address, %error, "an attention worker's address is no address");
+            tracing::warn!(address = peer.address, %error, "an attention worker's address is no address");
             return None;
         }
     };
@@ -404,7 +405,7 @@ fn connect(connector: &Connector, address: &str) -> Option<Client> {
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true);
-    let channel = connector.connect_lazy(&endpoint);
+    let channel = connector.connect_lazy(&peer, &endpoint);
     Some(AttentionWorkerClient::new(channel).max_decoding_message_size(WORKER_MESSAGE_BYTES_MAX))
 }
 

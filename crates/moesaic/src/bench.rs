@@ -83,11 +83,11 @@ pub async fn run(mut args: Args) -> Result<()> {
     let plan = Plan::new(cluster(&args))?;
     ensure!(args.runs > 0, "--runs is 0; expected at least 1");
     let profiles = Profiles::default();
-    let Cluster { nodes, registry, address } =
+    let Cluster { nodes, membership, address } =
         here::start_profiled(&plan, profiles.clone(), args.transport == "local").await?;
-    up::until_ready(address).await;
+    up::until_ready(&membership, address).await;
     let ready = began.elapsed();
-    let worker = registry.view().borrow().of_role(Role::AttentionWorker).next().cloned();
+    let worker = membership.registry.view().borrow().of_role(Role::AttentionWorker).next().cloned();
     let load = Load::connect(&worker.context("the attention worker has left")?, &plan, address).await?;
 
     let roof = tokio::task::spawn_blocking(move || Roof::measure(&Pool::new(plan.threads))).await?;
@@ -108,7 +108,7 @@ pub async fn run(mut args: Args) -> Result<()> {
     }
     report.finish();
     crate::cli::say(&if args.json { report.json() } else { report.table(args.layers) });
-    drop((load, registry));
+    drop((load, membership));
     node::stop_all(nodes).await
 }
 
@@ -176,6 +176,9 @@ fn cluster(args: &Args) -> up::Args {
         processes: false,
         registry: None,
         cluster: None,
+        tls: None,
+        keys: None,
+        allow_anyone: false,
         threads: args.threads,
         cache_tokens: Some(cache_tokens),
         memory: None,

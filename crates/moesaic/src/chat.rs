@@ -1,26 +1,22 @@
 //! `moesaic chat`: a conversation over gRPC, printed as it comes. Keeps the history of this process, nothing else.
 
 use std::io::{BufRead, IsTerminal, Read, Write};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use moesaic_proto::v1::generate_request::Prompt;
 use moesaic_proto::v1::inference_client::InferenceClient;
 use moesaic_proto::v1::{ChatMessage, Conversation, GenerateRequest, SamplingParams};
-use tonic::transport::{Channel, Endpoint};
 
-use crate::cli::BadArguments;
+use crate::server::{Door, Server};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Ends the reasoning of R1-style models; what comes before it is thought, not said.
 const THINK_END: &str = "</think>";
 const THINK_START: &str = "<think>";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where a coordinator listens
-    #[arg(long, value_name = "URL", env = "MOESAIC_SERVER", default_value = "http://127.0.0.1:8080")]
-    server: String,
+    #[command(flatten)]
+    server: Server,
     /// What the model is told before the conversation
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -35,7 +31,7 @@ pub struct Args {
 }
 
 pub async fn run(args: Args) -> Result<()> {
-    let mut chat = Chat::new(connect(&args.server).await?, &args);
+    let mut chat = Chat::new(InferenceClient::new(args.server.connect().await?), &args);
     if let Some(prompt) = &args.prompt {
         return chat.turn(prompt).await;
     }
@@ -55,18 +51,6 @@ pub async fn run(args: Args) -> Result<()> {
     }
 }
 
-async fn connect(server: &str) -> Result<InferenceClient<Channel>> {
-    let endpoint = Endpoint::from_shared(server.to_owned()).ok().filter(|e| e.uri().scheme_str() == Some("http"));
-    let endpoint =
-        endpoint.ok_or_else(|| BadArguments(format!("--server is {server:?}; expected http://HOST:PORT")))?;
-    let channel = endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .connect()
-        .await
-        .with_context(|| format!("no coordinator answers at {server}; start one with `moesaic up`"))?;
-    Ok(InferenceClient::new(channel))
-}
-
 fn read_line() -> std::io::Result<Option<String>> {
     let mut line = String::new();
     let read = std::io::stdin().lock().read_line(&mut line)?;
@@ -74,7 +58,7 @@ fn read_line() -> std::io::Result<Option<String>> {
 }
 
 struct Chat {
-    client: InferenceClient<Channel>,
+    client: InferenceClient<Door>,
     temperature: f32,
     max_tokens: Option<u32>,
     messages: Vec<ChatMessage>,
@@ -83,7 +67,7 @@ struct Chat {
 }
 
 impl Chat {
-    fn new(client: InferenceClient<Channel>, args: &Args) -> Self {
+    fn new(client: InferenceClient<Door>, args: &Args) -> Self {
         let messages = args.system.iter().map(|text| message("system", text)).collect();
         let dim = std::io::stdout().is_terminal();
         Self { client, temperature: args.temperature, max_tokens: args.max_tokens, messages, dim }

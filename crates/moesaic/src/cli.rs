@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use moesaic_node::config::ConfigError;
 use moesaic_node::telemetry::{self, FILTER_VARIABLE, LogFormat};
 
-use crate::{bench, chat, checkpoint, etcd, operate, roles, up};
+use crate::{bench, certs, chat, checkpoint, etcd, key, operate, reference, roles, up};
 
 const EXIT_BAD_ARGUMENTS: u8 = 2;
 /// What may still run when a command is done (a read of standard input) is not waited for longer than this.
@@ -45,6 +45,8 @@ enum Command {
     Synth(checkpoint::SynthArgs),
     /// Tell how a cluster is: its workers, who reaches whom, which experts have too few copies
     Status(operate::StatusArgs),
+    /// The same, again and again
+    Top(operate::TopArgs),
     /// Give a worker nothing new
     Cordon(operate::WorkerArgs),
     /// Take a cordon or a drain back
@@ -53,12 +55,19 @@ enum Command {
     Drain(operate::WorkerArgs),
     /// Place the experts anew by the load that was measured
     Rebalance(operate::RebalanceArgs),
+    /// Make an authority, and a certificate for each node of a cluster
+    Certs(certs::Args),
+    /// Make an API key
+    Key(key::Args),
     /// Run a coordinator: the front door, gRPC and HTTP
     Coordinator(roles::RoleArgs<moesaic_coordinator::Flags>),
     /// Run an attention worker: owns sequences and their latent cache
     AttentionWorker(roles::RoleArgs<moesaic_attention_worker::Flags>),
     /// Run an expert worker: owns a shard of the routed experts
     ExpertWorker(roles::RoleArgs<moesaic_expert_worker::Flags>),
+    /// Print docs/configuration.md
+    #[command(hide = true)]
+    Reference,
     /// Run an etcd until standard input closes (used by `up --processes`)
     #[command(hide = true)]
     Etcd(etcd::Args),
@@ -117,13 +126,17 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Synth(args) => checkpoint::synth(&args)?,
         Command::Bench(args) => bench::run(args).await?,
         Command::Status(args) => operate::status(args).await?,
+        Command::Top(args) => operate::top(args).await?,
         Command::Cordon(args) => operate::cordon(args, true, false).await?,
         Command::Uncordon(args) => operate::cordon(args, false, false).await?,
         Command::Drain(args) => operate::cordon(args, true, true).await?,
         Command::Rebalance(args) => operate::rebalance(args).await?,
+        Command::Certs(args) => certs::run(&args)?,
+        Command::Key(args) => key::run(&args)?,
         Command::Coordinator(args) => roles::coordinator(args).await?,
         Command::AttentionWorker(args) => roles::attention_worker(args).await?,
         Command::ExpertWorker(args) => roles::expert_worker(args).await?,
+        Command::Reference => say(&reference::configuration()),
         Command::Etcd(args) => etcd::run(args).await?,
     }
     Ok(ExitCode::SUCCESS)

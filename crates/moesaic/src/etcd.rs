@@ -5,16 +5,17 @@
 
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use moesaic_node::{Registry, registry, stop};
+use moesaic_node::membership::Settings;
+use moesaic_node::{Membership, stop};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
+use crate::certs;
 use crate::cli::BadArguments;
 use crate::roles::stop_when_stdin_closes;
 
@@ -32,6 +33,9 @@ pub struct Args {
     client: SocketAddr,
     #[arg(long)]
     peer: SocketAddr,
+    /// A folder that `moesaic certs` has made
+    #[arg(long)]
+    tls: Option<PathBuf>,
 }
 
 /// The etcd of this machine.
@@ -60,10 +64,13 @@ pub fn free_port() -> Result<SocketAddr> {
 }
 
 /// The guard's command line, without the program.
-pub fn guard_arguments(program: PathBuf, client: SocketAddr, peer: SocketAddr) -> Vec<OsString> {
+pub fn guard_arguments(program: PathBuf, client: SocketAddr, peer: SocketAddr, tls: Option<&Path>) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = ["etcd", "--program"].map(OsString::from).into();
     arguments.push(program.into());
     arguments.extend(["--client".to_owned(), client.to_string(), "--peer".into(), peer.to_string()].map(Into::into));
+    if let Some(dir) = tls {
+        arguments.extend(["--tls".into(), dir.into()]);
+    }
     arguments
 }
 
@@ -72,8 +79,15 @@ pub async fn run(args: Args) -> Result<()> {
     let stop = stop::on_signals()?;
     stop_when_stdin_closes(stop.clone());
     let data = tempfile::Builder::new().prefix("moesaic-etcd-").tempdir()?;
-    let (client, peer) = (format!("http://{}", args.client), format!("http://{}", args.peer));
-    let mut child = Command::new(&args.program)
+    let scheme = if args.tls.is_some() { "https" } else { "http" };
+    let (client, peer) = (format!("{scheme}://{}", args.client), format!("http://{}", args.peer));
+    let mut command = Command::new(&args.program);
+    if let Some(dir) = &args.tls {
+        let own = certs::etcd_folder(dir);
+        command.arg("--cert-file").arg(own.join("tls.crt")).arg("--key-file").arg(own.join("tls.key"));
+        command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(own.join("ca.crt"));
+    }
+    let mut child = command
         .arg("--data-dir")
         .arg(data.path().join("data"))
         .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
@@ -91,11 +105,11 @@ pub async fn run(args: Args) -> Result<()> {
 }
 
 /// Opens the registry of an etcd that is about to answer.
-pub async fn wait(spec: &str, cluster: &str) -> Result<Arc<dyn Registry>> {
+pub async fn wait(settings: &Settings<'_>) -> Result<Membership> {
     let deadline = Instant::now() + START_MAX;
     loop {
-        match registry::open(spec, cluster).await {
-            Ok(registry) => return Ok(registry),
+        match settings.open().await {
+            Ok(membership) => return Ok(membership),
             Err(error) if Instant::now() > deadline => return Err(error.into()),
             Err(_) => sleep(START_POLL).await,
         }

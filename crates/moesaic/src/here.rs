@@ -41,7 +41,7 @@ pub async fn start_profiled(plan: &Plan, profiles: Profiles, direct: bool) -> Re
     // First of all, so that a port that is taken is said before anything is loaded.
     let coordinator = Coordinator::bind(
         config::load(None, &plan.coordinator(spec, plan.args.listen))?,
-        moesaic_coordinator::Context { registry: registry.clone() },
+        moesaic_coordinator::Context { membership: registry.clone().into() },
     )
     .await?;
     let address = coordinator.address();
@@ -55,13 +55,13 @@ pub async fn start_profiled(plan: &Plan, profiles: Profiles, direct: bool) -> Re
         nodes.push(attention_worker(plan, &flags, &shared)?);
     }
     nodes.push(Node::spawn("coordinator c0", |stop| coordinator.serve(stop)));
-    Ok(Cluster { nodes, registry, address })
+    Ok(Cluster { nodes, membership: registry.into(), address })
 }
 
 fn expert_worker(plan: &Plan, flags: &moesaic_expert_worker::Flags, shared: &Shared) -> Result<Node> {
     let config: moesaic_expert_worker::Config = config::load(None, flags)?;
     let context = moesaic_expert_worker::Context {
-        registry: shared.registry.clone(),
+        membership: shared.registry.clone().into(),
         hub: shared.hub.clone(),
         pool: shared.pool.clone(),
         checkpoint: plan.checkpoint.clone(),
@@ -74,7 +74,7 @@ fn expert_worker(plan: &Plan, flags: &moesaic_expert_worker::Flags, shared: &Sha
 fn attention_worker(plan: &Plan, flags: &moesaic_attention_worker::Flags, shared: &Shared) -> Result<Node> {
     let config: moesaic_attention_worker::Config = config::load(None, flags)?;
     let context = moesaic_attention_worker::Context {
-        registry: shared.registry.clone(),
+        membership: shared.registry.clone().into(),
         hub: shared.hub.clone(),
         pool: shared.pool.clone(),
         checkpoint: plan.checkpoint.clone(),

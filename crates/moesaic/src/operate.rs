@@ -1,25 +1,24 @@
 //! What operators ask of a running cluster: status, cordon, drain, rebalance. Each is one call of the Admin service.
 
 use std::fmt::Write as _;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
+use moesaic_node::stop;
 use moesaic_proto::v1::admin_client::AdminClient;
 use moesaic_proto::v1::{
     AttentionStatus, CordonRequest, EdgeState, ExpertStatus, LoadResponse, RebalanceRequest, StatusRequest,
     StatusResponse,
 };
+use tokio::time::sleep;
 use tonic::Status;
-use tonic::transport::Channel;
 
-use crate::cli::say;
+use crate::cli::{BadArguments, say};
+use crate::server::{Door, Server};
 
-/// Where the cluster is.
-#[derive(Debug, clap::Args)]
-pub struct Server {
-    /// Any coordinator
-    #[arg(long, value_name = "URL", env = "MOESAIC_SERVER", default_value = "http://127.0.0.1:8080")]
-    server: String,
-}
+/// Clears a terminal and goes to its first line.
+const CLEAR: &str = "\x1b[2J\x1b[H";
 
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
@@ -28,6 +27,15 @@ pub struct StatusArgs {
     /// Every edge between attention and expert workers
     #[arg(long)]
     edges: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct TopArgs {
+    #[command(flatten)]
+    status: StatusArgs,
+    /// Seconds between two looks
+    #[arg(long, value_name = "N", default_value_t = 1.0)]
+    every: f64,
 }
 
 #[derive(Debug, clap::Args)]
@@ -48,7 +56,7 @@ pub struct RebalanceArgs {
 }
 
 pub async fn status(args: StatusArgs) -> Result<()> {
-    let status = args.server.client().await?.status(StatusRequest {}).await.map_err(refused)?.into_inner();
+    let status = client(&args.server).await?.status(StatusRequest {}).await.map_err(refused)?.into_inner();
     say(&described(&status, args.edges));
     match status.not_ready.is_empty() {
         true => Ok(()),
@@ -56,9 +64,53 @@ pub async fn status(args: StatusArgs) -> Result<()> {
     }
 }
 
+/// The status over and over, in place on a terminal, until Ctrl-C.
+pub async fn top(args: TopArgs) -> Result<()> {
+    let every = Duration::try_from_secs_f64(args.every).ok().filter(|every| !every.is_zero());
+    let every = every.ok_or_else(|| BadArguments(format!("--every is {}; expected seconds above 0", args.every)))?;
+    let stop = stop::on_signals()?;
+    let mut client = client(&args.status.server).await?;
+    let mut before: Option<(Instant, StatusResponse)> = None;
+    let watch = async {
+        loop {
+            let (now, status) = (Instant::now(), client.status(StatusRequest {}).await.map_err(refused)?.into_inner());
+            let mut text = described(&status, args.status.edges);
+            if let Some((then, before)) = &before {
+                text.push_str(&rates(before, &status, now - *then));
+            }
+            if !status.not_ready.is_empty() {
+                let _ = writeln!(text, "not ready {}", status.not_ready);
+            }
+            say(&if std::io::stdout().is_terminal() { format!("{CLEAR}{text}") } else { format!("{text}\n") });
+            before = Some((now, status));
+            sleep(every).await;
+        }
+    };
+    stop.run_until_cancelled(watch).await.unwrap_or(Ok(()))
+}
+
+/// What attention workers have done between two looks.
+fn rates(before: &StatusResponse, now: &StatusResponse, time: Duration) -> String {
+    let mut text = String::new();
+    for worker in &now.attention {
+        let last = before.attention.iter().find(|last| last.id == worker.id).and_then(|last| last.load.as_ref());
+        let (Some(load), Some(last)) = (&worker.load, last) else { continue };
+        let rows = load.micro_batch_rows.saturating_sub(last.micro_batch_rows);
+        let batches = load.micro_batches.saturating_sub(last.micro_batches);
+        let _ = writeln!(
+            text,
+            "rate      {}: {:.0} rows a second, {:.1} in a micro-batch",
+            worker.id,
+            rows as f64 / time.as_secs_f64(),
+            if batches == 0 { 0.0 } else { rows as f64 / batches as f64 },
+        );
+    }
+    text
+}
+
 pub async fn cordon(args: WorkerArgs, cordoned: bool, drain: bool) -> Result<()> {
     let request = CordonRequest { worker: args.worker.clone(), cordoned, drain };
-    args.server.client().await?.cordon(request).await.map_err(refused)?;
+    client(&args.server).await?.cordon(request).await.map_err(refused)?;
     let done = match (cordoned, drain) {
         (true, true) => "is being drained: `moesaic status` shows when it holds nothing",
         (true, false) => "gets nothing new",
@@ -70,7 +122,7 @@ pub async fn cordon(args: WorkerArgs, cordoned: bool, drain: bool) -> Result<()>
 
 pub async fn rebalance(args: RebalanceArgs) -> Result<()> {
     let request = RebalanceRequest { dry_run: args.dry_run };
-    let answer = args.server.client().await?.rebalance(request).await.map_err(refused)?.into_inner();
+    let answer = client(&args.server).await?.rebalance(request).await.map_err(refused)?.into_inner();
     let verb = if args.dry_run { "would be" } else { "is" };
     say(&match answer.moved {
         0 => format!("nothing moves: the busiest worker has {:.2} of the mean\n", answer.imbalance_before),
@@ -83,11 +135,8 @@ pub async fn rebalance(args: RebalanceArgs) -> Result<()> {
     Ok(())
 }
 
-impl Server {
-    async fn client(&self) -> Result<AdminClient<Channel>> {
-        let connected = AdminClient::connect(self.server.clone()).await;
-        connected.with_context(|| format!("no coordinator answers at {} (see --server)", self.server))
-    }
+async fn client(server: &Server) -> Result<AdminClient<Door>> {
+    Ok(AdminClient::new(server.connect().await?))
 }
 
 /// A status in words.

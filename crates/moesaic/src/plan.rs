@@ -9,7 +9,10 @@ use anyhow::Result;
 use moesaic_kernels::{Dtype, Numerics};
 use moesaic_model::inspect::Parameters;
 use moesaic_model::{Checkpoint, Family};
+use moesaic_node::Tls;
+use moesaic_proto::v1::Role;
 
+use crate::certs;
 use crate::cli::BadArguments;
 use crate::up::Args;
 
@@ -36,7 +39,10 @@ impl Plan {
         let checkpoint = Arc::new(Checkpoint::open(&model)?);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let drawn = || format!("up-{:08x}", uuid::Uuid::new_v4().as_fields().0);
-        let cluster = args.cluster.clone().unwrap_or_else(drawn);
+        let cluster = match &args.tls {
+            Some(dir) => Tls::open_as(&certs::operator_folder(dir), Role::Operator)?.own().cluster.clone(),
+            None => args.cluster.clone().unwrap_or_else(drawn),
+        };
         let numerics = Numerics::detect(args.dtype.parse::<Dtype>().map_err(|e| BadArguments(e.to_string()))?);
         Ok(Self { threads: args.threads.unwrap_or(cores), args, checkpoint, cluster, numerics })
     }
@@ -54,6 +60,9 @@ impl Plan {
             registry: Some(registry.to_owned()),
             expert_workers: Some(self.args.expert_workers),
             replicas: Some(self.args.replicas),
+            tls: self.folder(Role::Coordinator, "c0"),
+            keys: self.args.keys.clone(),
+            allow_anyone: self.args.allow_anyone.then_some(true),
             ..Default::default()
         }
     }
@@ -69,6 +78,7 @@ impl Plan {
             registry: Some(registry.to_owned()),
             cache_tokens: self.args.cache_tokens,
             memory: self.args.memory.clone(),
+            tls: self.folder(Role::AttentionWorker, &format!("a{i}")),
             ..Default::default()
         };
         (0..self.args.attention_workers).map(worker).collect()
@@ -83,9 +93,15 @@ impl Plan {
             dtype: Some(self.args.dtype.clone()),
             threads: Some(self.threads),
             registry: Some(registry.to_owned()),
+            tls: self.folder(Role::ExpertWorker, &format!("e{i}")),
             ..Default::default()
         };
         (0..self.args.expert_workers).map(worker).collect()
+    }
+
+    /// A node's certificate.
+    fn folder(&self, role: Role, id: &str) -> Option<PathBuf> {
+        self.args.tls.as_ref().map(|dir| certs::folder(dir, role, id))
     }
 
     pub fn numerics(&self) -> Numerics {

@@ -4,7 +4,9 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
+use moesaic_node::membership::Settings;
 use moesaic_node::telemetry::FILTER_VARIABLE;
+use moesaic_proto::v1::Role;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::process::Command;
@@ -12,19 +14,28 @@ use tokio::process::Command;
 use crate::node::{self, Node};
 use crate::plan::Plan;
 use crate::up::Cluster;
-use crate::{etcd, roles};
+use crate::{certs, etcd, roles};
 
 pub async fn start(plan: &Plan) -> Result<Cluster> {
     let mut nodes = Vec::new();
     let spec = match &plan.args.registry {
         Some(spec) => spec.clone(),
-        None => own_etcd(&mut nodes)?,
+        None => own_etcd(plan, &mut nodes)?,
     };
-    let registry = if nodes.is_empty() {
-        moesaic_node::registry::open(&spec, &plan.cluster).await?
+    let operator = plan.args.tls.as_deref().map(certs::operator_folder);
+    let settings = Settings {
+        cluster: &plan.cluster,
+        role: Role::Operator,
+        id: None,
+        registry: &spec,
+        tls: operator.as_deref(),
+        registry_ca: None,
+    };
+    let membership = if nodes.is_empty() {
+        settings.open().await?
     } else {
         tokio::select! {
-            opened = etcd::wait(&spec, &plan.cluster) => opened?,
+            opened = etcd::wait(&settings) => opened?,
             failure = node::first_failure(&mut nodes) => return Err(failure),
         }
     };
@@ -40,15 +51,16 @@ pub async fn start(plan: &Plan) -> Result<Cluster> {
     };
     let flags = plan.coordinator(&spec, address);
     nodes.push(child("coordinator", flags.id.as_deref(), &flags)?);
-    Ok(Cluster { nodes, registry, address })
+    Ok(Cluster { nodes, membership, address })
 }
 
-fn own_etcd(nodes: &mut Vec<Node>) -> Result<String> {
+fn own_etcd(plan: &Plan, nodes: &mut Vec<Node>) -> Result<String> {
     let (program, client, peer) = (etcd::find()?, etcd::free_port()?, etcd::free_port()?);
     let mut guard = own_program()?;
-    guard.args(etcd::guard_arguments(program, client, peer));
+    guard.args(etcd::guard_arguments(program, client, peer, plan.args.tls.as_deref()));
     nodes.push(Node::child("etcd", guard)?);
-    Ok(format!("etcd://{client}"))
+    let scheme = if plan.args.tls.is_some() { "etcds" } else { "etcd" };
+    Ok(format!("{scheme}://{client}"))
 }
 
 /// A role in a process of its own. Workers that die are started again; without its coordinator `up` has nothing to serve.

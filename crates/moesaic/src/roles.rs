@@ -1,15 +1,11 @@
 //! `moesaic coordinator`, `attention-worker` and `expert-worker`: one node as a process of its own.
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use anyhow::Result;
-use moesaic_model::Checkpoint;
-use moesaic_node::{config, registry, stop};
+use moesaic_node::{config, stop};
 use tokio_util::sync::CancellationToken;
-
-use crate::cli::BadArguments;
 
 /// As a flag on a role's command line.
 pub const STOP_WITH_STDIN: &str = "--stop-with-stdin";
@@ -29,45 +25,17 @@ pub struct RoleArgs<F: clap::Args> {
 
 pub async fn coordinator(args: RoleArgs<moesaic_coordinator::Flags>) -> Result<()> {
     let stop = stop_token(args.stop_with_stdin)?;
-    let config: moesaic_coordinator::Config = config::load(args.config.as_deref(), &args.flags)?;
-    config.validate()?;
-    let registry = registry::open(&config.registry, &config.cluster).await?;
-    moesaic_coordinator::run(config, moesaic_coordinator::Context { registry }, stop).await
+    moesaic_coordinator::start(config::load(args.config.as_deref(), &args.flags)?, stop).await
 }
 
 pub async fn attention_worker(args: RoleArgs<moesaic_attention_worker::Flags>) -> Result<()> {
     let stop = stop_token(args.stop_with_stdin)?;
-    let config: moesaic_attention_worker::Config = config::load(args.config.as_deref(), &args.flags)?;
-    config.validate()?;
-    let context = moesaic_attention_worker::Context {
-        checkpoint: open(&config.model)?,
-        registry: registry::open(&config.registry, &config.cluster).await?,
-        hub: None,
-        pool: config.pool(),
-        profile: Arc::default(),
-    };
-    moesaic_attention_worker::run(config, context, stop).await
+    moesaic_attention_worker::start(config::load(args.config.as_deref(), &args.flags)?, stop).await
 }
 
 pub async fn expert_worker(args: RoleArgs<moesaic_expert_worker::Flags>) -> Result<()> {
     let stop = stop_token(args.stop_with_stdin)?;
-    let config: moesaic_expert_worker::Config = config::load(args.config.as_deref(), &args.flags)?;
-    config.validate()?;
-    let context = moesaic_expert_worker::Context {
-        checkpoint: open(&config.model)?,
-        registry: registry::open(&config.registry, &config.cluster).await?,
-        hub: None,
-        pool: config.pool(),
-        profile: Arc::default(),
-    };
-    moesaic_expert_worker::run(config, context, stop).await
-}
-
-fn open(model: &Path) -> Result<Arc<Checkpoint>> {
-    if model.as_os_str().is_empty() {
-        return Err(BadArguments("--model is not given: the checkpoint's folder".into()).into());
-    }
-    Ok(Arc::new(Checkpoint::open(model)?))
+    moesaic_expert_worker::start(config::load(args.config.as_deref(), &args.flags)?, stop).await
 }
 
 fn stop_token(with_stdin: bool) -> Result<CancellationToken> {

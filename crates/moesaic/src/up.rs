@@ -3,19 +3,18 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use moesaic_node::{Registry, View, stop};
+use moesaic_node::{Membership, Peer, View, stop};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
 use moesaic_proto::v1::{LoadRequest, Role};
-use tonic::transport::Endpoint;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
+use crate::certs;
 use crate::cli::say;
 use crate::node::{self, Node};
 use crate::plan::{Plan, megabytes};
@@ -52,6 +51,15 @@ pub struct Args {
     /// The cluster's name in the registry: a-z, 0-9 and -. Drawn if not given
     #[arg(long, value_name = "NAME")]
     pub cluster: Option<String>,
+    /// A folder that `moesaic certs` has made: TLS between all nodes and to etcd. With --processes
+    #[arg(long, value_name = "DIR", requires = "processes", conflicts_with_all = ["cluster", "registry"])]
+    pub tls: Option<PathBuf>,
+    /// A TOML file of API keys, as `moesaic key` prints them
+    #[arg(long, value_name = "FILE")]
+    pub keys: Option<PathBuf>,
+    /// Serve whoever reaches --listen, with neither keys nor certificates
+    #[arg(long)]
+    pub allow_anyone: bool,
     /// Threads of the kernels, shared by all workers; with --processes of each worker. All cores if not given
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -66,7 +74,7 @@ pub struct Args {
 /// What was started. Nodes are in the order of their start and stop in the opposite one.
 pub struct Cluster {
     pub nodes: Vec<Node>,
-    pub registry: Arc<dyn Registry>,
+    pub membership: Membership,
     pub address: SocketAddr,
 }
 
@@ -76,13 +84,13 @@ pub async fn run(args: Args) -> Result<()> {
     let plan = Plan::new(args)?;
     say(&plan.to_string());
     let start = async { if plan.args.processes { processes::start(&plan).await } else { here::start(&plan).await } };
-    let Cluster { mut nodes, registry, address } = tokio::select! {
+    let Cluster { mut nodes, membership, address } = tokio::select! {
         cluster = start => cluster?,
         () = stop.cancelled() => return Ok(()),
     };
     let announce = async {
-        until_ready(address).await;
-        say(&announcement(&plan, &registry, address, began).await);
+        until_ready(&membership, address).await;
+        say(&announcement(&plan, &membership, address, began).await);
         std::future::pending::<()>().await;
     };
     let failure = tokio::select! {
@@ -91,7 +99,7 @@ pub async fn run(args: Args) -> Result<()> {
         () = announce => None,
     };
     // Before its etcd is stopped, which it would miss.
-    drop(registry);
+    drop(membership);
     let stopped = node::stop_all(nodes).await;
     match failure {
         Some(failure) => Err(failure),
@@ -100,9 +108,10 @@ pub async fn run(args: Args) -> Result<()> {
 }
 
 /// Waits until the coordinator says that a token could be produced.
-pub async fn until_ready(address: SocketAddr) {
-    let endpoint = Endpoint::from_shared(format!("http://{}", reachable(address))).expect("an address makes a URL");
-    let mut client = HealthClient::new(endpoint.connect_lazy());
+pub async fn until_ready(membership: &Membership, address: SocketAddr) {
+    let peer = Peer { role: Role::Coordinator, id: None, address: reachable(address).to_string() };
+    let endpoint = peer.endpoint().expect("an address makes a URL");
+    let mut client = HealthClient::new(membership.connector().connect_lazy(&peer, &endpoint));
     loop {
         let answer = client.check(HealthCheckRequest::default()).await;
         if answer.is_ok_and(|answer| answer.get_ref().status() == ServingStatus::Serving) {
@@ -113,18 +122,30 @@ pub async fn until_ready(address: SocketAddr) {
 }
 
 /// Who holds what, and where to connect.
-async fn announcement(plan: &Plan, registry: &Arc<dyn Registry>, address: SocketAddr, began: Instant) -> String {
-    let view = registry.view().borrow().clone();
-    let url = format!("http://{}", reachable(address));
+async fn announcement(plan: &Plan, membership: &Membership, address: SocketAddr, began: Instant) -> String {
+    let view = membership.registry.view().borrow().clone();
+    let scheme = if membership.tls.is_some() { "https" } else { "http" };
+    let url = format!("{scheme}://{}", reachable(address));
     let model = serde_json::Value::from(plan.checkpoint.name());
-    let server = if url == "http://127.0.0.1:8080" { String::new() } else { format!(" --server {url}") };
-    let mut text = experts(&view) + &caches(plan, &view).await;
+    let mut flags = if url == "http://127.0.0.1:8080" { String::new() } else { format!(" --server {url}") };
+    let mut known = String::new();
+    if let Some(dir) = &plan.args.tls {
+        let _ = write!(known, " --cacert {}", dir.join("ca.crt").display());
+        let _ = write!(flags, " --tls {}", certs::operator_folder(dir).display());
+    }
+    if plan.args.keys.is_some() {
+        known.push_str(" -H 'authorization: Bearer KEY'");
+        if plan.args.tls.is_none() {
+            flags.push_str(" --key KEY");
+        }
+    }
+    let mut text = experts(&view) + &caches(plan, membership, &view).await;
     let _ = write!(
         text,
         "ready     after {:.2} s at {url} (gRPC and HTTP)\n\n  \
-         curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{{\"model\": {model}, \"temperature\": \
+         curl{known} {url}/v1/chat/completions -H 'content-type: application/json' -d '{{\"model\": {model}, \"temperature\": \
          0, \"messages\": [{{\"role\": \"user\", \"content\": \"What is 347 + 586?\"}}]}}'\n  \
-         moesaic chat{server} \"What is 347 + 586?\"\n\nCtrl-C stops it.\n",
+         moesaic chat{flags} \"What is 347 + 586?\"\n\nCtrl-C stops it.\n",
         began.elapsed().as_secs_f64(),
     );
     text
@@ -152,12 +173,13 @@ fn experts(view: &View) -> String {
 }
 
 /// The latent caches, as the attention workers sized them.
-async fn caches(plan: &Plan, view: &View) -> String {
+async fn caches(plan: &Plan, membership: &Membership, view: &View) -> String {
     let mut text = String::new();
     for member in view.of_role(Role::AttentionWorker) {
-        let Ok(mut client) = AttentionWorkerClient::connect(format!("http://{}", member.address)).await else {
-            continue;
-        };
+        let peer = member.peer();
+        let Ok(endpoint) = peer.endpoint() else { continue };
+        let Ok(channel) = membership.connector().connect(&peer, &endpoint).await else { continue };
+        let mut client = AttentionWorkerClient::new(channel);
         let Ok(load) = client.load(LoadRequest {}).await else { continue };
         let tokens = u64::from(load.get_ref().pages_total) * u64::from(load.get_ref().page_tokens);
         let bytes = plan.cache_bytes_per_token();

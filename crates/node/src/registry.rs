@@ -10,12 +10,16 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use moesaic_proto::v1::{Cordon, Hello, MemberRecord, Role};
 use moesaic_proto::{Epoch, Placement, WorkerId};
+use rustls::RootCertStore;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::DropGuard;
 
 pub use embedded::embedded;
-pub use etcd::{EtcdOptions, etcd};
+pub use etcd::{EtcdOptions, Way, etcd};
+
+use crate::connect::Peer;
+use crate::tls::Tls;
 
 /// A node's name, in bytes: as long as a host name may be.
 const NODE_LEN_MAX: usize = 253;
@@ -71,8 +75,12 @@ pub struct Member {
 
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    #[error("registry {spec:?} is unknown; expected embedded or etcd://host:port[,host:port]")]
+    #[error(
+        "registry {spec:?} is unknown; expected embedded, etcd://host:port[,host:port] or etcds://host:port[,host:port]"
+    )]
     Spec { spec: String },
+    #[error("registry {spec:?} is over TLS; set tls to the folder of this node's certificate")]
+    NoCertificate { spec: String },
     #[error("cluster {cluster:?} is not 1 to 63 characters of a-z, 0-9 and -")]
     Cluster { cluster: String },
     #[error("no etcd answers at {endpoints}")]
@@ -144,14 +152,31 @@ impl Registration {
 
 /// Opens the registry that `spec` names: "embedded" or "etcd://host:port[,host:port]".
 pub async fn open(spec: &str, cluster: &str) -> Result<Arc<dyn Registry>, RegistryError> {
-    match spec.split_once("://") {
-        None if spec == "embedded" => Ok(embedded()),
-        Some(("etcd", endpoints)) if !endpoints.is_empty() => {
-            let endpoints: Vec<String> = endpoints.split(',').map(str::to_owned).collect();
-            etcd(&endpoints, cluster, EtcdOptions::default()).await
-        }
-        _ => Err(RegistryError::Spec { spec: spec.to_owned() }),
+    open_over(spec, cluster, None, None).await
+}
+
+/// The same; also "etcds://host:port[,host:port]" over TLS, where this node shows its certificate and etcd one of
+/// `authorities` or, if there are none, of the cluster's.
+pub async fn open_over(
+    spec: &str,
+    cluster: &str,
+    tls: Option<Tls>,
+    authorities: Option<RootCertStore>,
+) -> Result<Arc<dyn Registry>, RegistryError> {
+    let unknown = || RegistryError::Spec { spec: spec.to_owned() };
+    if spec == "embedded" {
+        return Ok(embedded());
     }
+    let (scheme, endpoints) =
+        spec.split_once("://").filter(|(_, endpoints)| !endpoints.is_empty()).ok_or_else(unknown)?;
+    let endpoints: Vec<String> = endpoints.split(',').map(str::to_owned).collect();
+    let way = match (scheme, tls) {
+        ("etcd", _) => Way::Plain,
+        ("etcds", Some(tls)) => Way::Tls { tls, authorities },
+        ("etcds", None) => return Err(RegistryError::NoCertificate { spec: spec.to_owned() }),
+        _ => return Err(unknown()),
+    };
+    etcd(&endpoints, cluster, EtcdOptions::default(), way).await
 }
 
 impl Member {
@@ -159,6 +184,11 @@ impl Member {
     pub fn new(hello: Hello, id: WorkerId, address: String, node: Option<&str>) -> Self {
         let node = node.unwrap_or(id.as_str()).to_owned();
         Self { hello, id, address, epoch_loaded: Epoch(0), node, expert_slots: 0, draining: false }
+    }
+
+    /// Whom to connect to.
+    pub fn peer(&self) -> Peer {
+        Peer { role: self.hello.role(), id: Some(self.id.clone()), address: self.address.clone() }
     }
 
     pub fn to_record(&self) -> MemberRecord {
@@ -172,8 +202,8 @@ impl Member {
         let hello = record.hello.unwrap_or_default();
         let refused = |reason: String| RegistryError::Member { id: hello.id.chars().take(80).collect(), reason };
         let id = WorkerId::new(&hello.id).map_err(|e| refused(e.to_string()))?;
-        if hello.role() == Role::Unspecified {
-            return Err(refused(format!("role {} is unknown", hello.role)));
+        if matches!(hello.role(), Role::Unspecified | Role::Operator) {
+            return Err(refused(format!("role {} is no member's", hello.role)));
         }
         if record.address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
             let given: String = record.address.chars().take(80).collect();

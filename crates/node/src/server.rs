@@ -1,15 +1,27 @@
-//! The gRPC server of a worker: nodelay, health, reflection and limits set on purpose.
+//! The gRPC server of a worker: nodelay, TLS, health, reflection and limits set on purpose.
 
+use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use moesaic_proto::FILE_DESCRIPTOR_SET;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::Connected;
 use tonic_health::server::HealthReporter;
+
+use crate::access::{Caller, guarded};
+use crate::connect::Stream;
+use crate::tls::{ClientCertificate, Tls};
 
 /// Calls at a time on one connection: a coordinator's running requests, with room.
 pub const STREAMS_MAX: u32 = 4096;
@@ -24,17 +36,24 @@ pub const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
 /// Large frames, so that rows travel in few pieces.
 pub const FRAME_BYTES: u32 = 1 << 20;
 
+/// A client that has not shown who it is by then is sent away.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Clients that may be showing it at a time; more wait.
+pub const HANDSHAKES_MAX: usize = 256;
+/// After accept has failed (no file descriptors left).
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     #[error("cannot listen on {address}")]
-    Bind { address: SocketAddr, source: std::io::Error },
+    Bind { address: SocketAddr, source: io::Error },
     #[error("the gRPC server on {address} ended")]
     Serve { address: SocketAddr, source: tonic::transport::Error },
 }
 
 /// A port that is taken but not served yet.
 pub struct Bound {
-    incoming: TcpIncoming,
+    listener: TcpListener,
     address: SocketAddr,
 }
 
@@ -43,7 +62,7 @@ pub async fn bind(address: SocketAddr) -> Result<Bound, ServerError> {
     let failed = |source| ServerError::Bind { address, source };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    Ok(Bound { incoming: TcpIncoming::from(listener).with_nodelay(Some(true)), address })
+    Ok(Bound { listener, address })
 }
 
 impl Bound {
@@ -52,21 +71,115 @@ impl Bound {
         self.address
     }
 
-    /// Serves until `stop`, then lets running calls finish for at most `grace`.
-    pub async fn serve(self, routes: Routes, stop: CancellationToken, grace: Duration) -> Result<(), ServerError> {
-        let server =
-            builder().add_routes(routes).serve_with_incoming_shutdown(self.incoming, stop.clone().cancelled_owned());
+    /// Serves until `stop`, then lets running calls finish for at most `grace`. With `tls` a client must show a
+    /// certificate, and each call is checked against the table of `access`.
+    pub async fn serve(
+        self,
+        routes: Routes,
+        tls: Option<Tls>,
+        stop: CancellationToken,
+        grace: Duration,
+    ) -> Result<(), ServerError> {
+        let routes = if tls.is_some() { guarded(routes) } else { routes };
+        let (ready, connections) = mpsc::channel(1);
+        let server = builder()
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(ReceiverStream::new(connections), stop.clone().cancelled_owned());
         let patience = async {
             stop.cancelled().await;
             tokio::time::sleep(grace).await;
         };
         tokio::select! {
             served = server => served.map_err(|source| ServerError::Serve { address: self.address, source }),
+            () = accept(self.listener, tls, ready) => unreachable!("accepts until it is dropped"),
             () = patience => {
                 tracing::warn!(address = %self.address, ?grace, "calls were still running when the grace ended");
                 Ok(())
             }
         }
+    }
+}
+
+/// Accepts connections for ever. Those who are slow to show their certificate hold up nobody.
+async fn accept(listener: TcpListener, tls: Option<Tls>, ready: mpsc::Sender<io::Result<Connection>>) {
+    let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    loop {
+        let accepted =
+            listener.accept().await.and_then(|(stream, from)| stream.set_nodelay(true).map(|()| (stream, from)));
+        let (stream, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        // Nobody closes it.
+        let Ok(place) = places.clone().acquire_owned().await else { continue };
+        let (tls, ready) = (tls.clone(), ready.clone());
+        tokio::spawn(async move {
+            let opened = timeout(HANDSHAKE_TIMEOUT, Connection::open(stream, tls.as_ref())).await;
+            drop(place);
+            match opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                // It is served, unless the server has ended.
+                Ok(connection) => drop(ready.send(Ok(connection)).await),
+                Err(error) => tracing::warn!(%from, %error, "a client was sent away"),
+            }
+        });
+    }
+}
+
+/// A client's connection, and who it is.
+struct Connection {
+    stream: Box<dyn Stream>,
+    caller: Caller,
+}
+
+impl Connection {
+    async fn open(stream: TcpStream, tls: Option<&Tls>) -> io::Result<Self> {
+        let Some(tls) = tls else { return Ok(Self { stream: Box::new(stream), caller: Caller::default() }) };
+        let (stream, identity) = tls.accept(stream, ClientCertificate::Required).await?;
+        Ok(Self { stream: Box::new(stream), caller: Caller { identity } })
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Caller;
+
+    fn connect_info(&self) -> Caller {
+        self.caller.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
     }
 }
 

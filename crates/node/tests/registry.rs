@@ -61,7 +61,7 @@ impl Etcd {
 
     async fn registry(&self) -> Arc<dyn Registry> {
         let options = EtcdOptions { lease_ttl_seconds: 2, ..EtcdOptions::default() };
-        retry(|| registry::etcd(std::slice::from_ref(&self.endpoint), "test", options)).await
+        retry(|| registry::etcd(std::slice::from_ref(&self.endpoint), "test", options, registry::Way::Plain)).await
     }
 
     async fn client(&self) -> etcd_client::Client {
@@ -240,7 +240,7 @@ async fn a_member_whose_process_is_gone_disappears_with_its_lease() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(async {
             let options = EtcdOptions { lease_ttl_seconds: 2, ..EtcdOptions::default() };
-            let registry = registry::etcd(&[endpoint], "test", options).await.unwrap();
+            let registry = registry::etcd(&[endpoint], "test", options, registry::Way::Plain).await.unwrap();
             std::mem::forget(registry.register(member("a", 0)).await.unwrap());
         });
         runtime.shutdown_background();

@@ -61,6 +61,11 @@ impl Inbox {
         taken
     }
 
+    /// Frames that wait.
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// From now on everything is refused; what waits stays.
     pub fn stop(&mut self) {
         self.stopping = true;

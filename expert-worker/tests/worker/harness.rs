@@ -54,7 +54,7 @@ impl Workers {
             let id = Some(worker_id(number).as_str().to_owned());
             let config = Config { id, cluster: "test".into(), dtype: "f32".into(), ..config.clone() };
             let context = Context {
-                registry: registry.clone(),
+                membership: registry.clone().into(),
                 hub: Some(hub.clone()),
                 pool: Pool::new(2),
                 checkpoint: checkpoint.clone(),

@@ -153,6 +153,9 @@ impl Cluster {
             let mut arguments = self.role("coordinator", name, &listen, &self.programs.model)?;
             arguments.extend(["--expert-workers", "4", "--sequences-max"].map(str::to_owned));
             arguments.push(self.shape.sequences_max.to_string());
+            if self.programs.knows("coordinator", "--allow-anyone") {
+                arguments.push("--allow-anyone".into());
+            }
             if self.programs.knows("coordinator", "--replicas") {
                 arguments.extend(["--replicas", "2"].map(str::to_owned));
             }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Router;
 use axum::body::Body;
 use http::header::{HeaderName, HeaderValue};
 use http::{HeaderMap, Request, StatusCode};
@@ -47,7 +48,7 @@ pub(super) fn service() -> Arc<Service> {
 /// `<method> <path>`, header lines, an empty line, the body.
 pub fn http(data: &[u8]) {
     let Some(request) = parse(data) else { return };
-    let router = router(service(), BODY_BYTES_MAX, CancellationToken::new());
+    let router = router(service(), BODY_BYTES_MAX, Router::new(), None, CancellationToken::new());
     let (status, body) = RUNTIME.with(|runtime| {
         runtime.block_on(async {
             let response = router.oneshot(request).await.unwrap();

@@ -45,6 +45,7 @@ pub async fn run(site: Site, id: String) -> turmoil::Result {
         engine,
         dispatcher: dispatcher.clone(),
         waiting_max: 64,
+        profile: Arc::default(),
         stop: CancellationToken::new(),
         requests: requests.clone(),
     };

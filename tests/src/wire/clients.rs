@@ -4,13 +4,12 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use moesaic_node::Connector;
+use moesaic_node::{Connector, Peer};
 use moesaic_proto::v1::generate_request::Prompt;
 use moesaic_proto::v1::inference_client::InferenceClient;
-use moesaic_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, SamplingParams, TokenIds};
+use moesaic_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, Role, SamplingParams, TokenIds};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tonic::transport::Endpoint;
 use tonic::{Code, Status};
 
 use super::arithmetic::{answer, mix};
@@ -174,12 +173,14 @@ async fn stream(site: &Site, load: &Load, asked: &Asked, door: usize, progress: 
 }
 
 async fn connect(connector: &Connector, door: &str) -> Result<tonic::transport::Channel, Break> {
-    let endpoint = Endpoint::from_shared(format!("http://{}", net::address(door)))
+    let peer = Peer { role: Role::Coordinator, id: None, address: net::address(door) };
+    let endpoint = peer
+        .endpoint()
         .map_err(|error| Break::Failed(error.to_string()))?
         .connect_timeout(CONNECT_MAX)
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE);
-    connector.connect(&endpoint).await.map_err(|error| Break::Gone(error.to_string()))
+    connector.connect(&peer, &endpoint).await.map_err(|error| Break::Gone(error.to_string()))
 }
 
 /// True at the end of the answer.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Router;
 use moesaic_coordinator::core::leader::Policy;
 use moesaic_coordinator::model::Model;
 use moesaic_coordinator::shell::leader::Leading;
@@ -40,7 +41,7 @@ pub async fn run(site: Site, id: String, expert_workers: usize) -> turmoil::Resu
     tokio::spawn(leading.clone().run(campaign.term.clone()));
     tokio::spawn(leading.measure());
     site.register(site.hello(Role::Coordinator, &id)).await;
-    let router = http::router(service.clone(), BODY_BYTES_MAX, CancellationToken::new());
+    let router = http::router(service.clone(), BODY_BYTES_MAX, Router::new(), None, CancellationToken::new());
     tokio::try_join!(net::serve(Routes::new(grpc::server(service))), net::serve_http(router))?;
     Ok(())
 }

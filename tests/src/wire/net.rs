@@ -9,7 +9,7 @@ use axum::Router;
 use axum::serve::Listener;
 use futures::Stream;
 use futures::stream::unfold;
-use moesaic_node::{Connector, server};
+use moesaic_node::{Connector, Peer, server};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::service::Routes;
 use tonic::transport::server::Connected;
@@ -24,7 +24,7 @@ pub fn address(host: &str) -> String {
 }
 
 pub fn connector() -> Connector {
-    Connector::new(|address: String| async move { TcpStream::connect(address.as_str()).await })
+    Connector::new(|peer: Peer| async move { TcpStream::connect(peer.address.as_str()).await })
 }
 
 /// Serves with the product's limits, for as long as it is polled.

@@ -7,12 +7,11 @@ use axum::response::{IntoResponse, Response};
 use moesaic_proto::limits::LOGPROBS_MAX;
 use serde_json::{Map, Value};
 
-use super::CHOICES_MAX;
 use super::batch::{Batch, Chunks, Prompts, admit, head, resumed};
 use super::fields::{Fields, wrong};
 use super::logprobs::{chat_logprobs, prompt_logprobs};
-use super::progress::Progress;
 use super::types::{Answer, ChatChoice, ChatChunkChoice, ChatDelta, ChatMessage, Head, Usage};
+use super::{CHOICES_MAX, Incoming};
 use crate::core::error::shortened;
 use crate::core::{ApiError, Delta, Params};
 use crate::shell::service::Service;
@@ -32,14 +31,13 @@ struct ChatRequest {
 
 pub async fn completions(
     service: Arc<Service>,
-    mut fields: Fields,
-    progress: Option<Progress>,
+    Incoming { account, progress, mut fields }: Incoming,
 ) -> Result<Response, ApiError> {
     service.check_model(&fields.string("model")?.unwrap_or_default())?;
     let request = read(&mut fields)?;
     request.params.check(&service.model)?;
     let resumed = resumed(progress, request.stream, request.n as usize)?;
-    let ticket = admit(&service, "chatcmpl-", request.n as usize, resumed.as_ref()).await?;
+    let ticket = admit(&service, account, "chatcmpl-", request.n as usize, resumed.as_ref()).await?;
     let prompt = service.tokenize_chat(&request.messages, &request.variables).await?;
     let opened = prompt.reasoning_opened;
     let prompts = Prompts { tokens: vec![prompt.tokens], n: request.n };

@@ -5,12 +5,11 @@ use std::sync::Arc;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 
-use super::CHOICES_MAX;
 use super::batch::{Batch, Chunks, Prompts, admit, head, resumed};
 use super::fields::{Fields, wrong};
 use super::logprobs::{LegacyLogprobs, prompt_logprobs};
-use super::progress::Progress;
 use super::types::{Answer, Head, TextChoice, TextPrompt, Usage};
+use super::{CHOICES_MAX, Incoming};
 use crate::core::{ApiError, Delta, Params};
 use crate::shell::service::Service;
 use crate::text::Tokenizer;
@@ -31,15 +30,14 @@ struct TextRequest {
 
 pub async fn completions(
     service: Arc<Service>,
-    mut fields: Fields,
-    progress: Option<Progress>,
+    Incoming { account, progress, mut fields }: Incoming,
 ) -> Result<Response, ApiError> {
     service.check_model(&fields.string("model")?.unwrap_or_default())?;
     let request = read(&mut fields)?;
     request.params.check(&service.model)?;
     let sequences = request.prompts.len() * request.n as usize;
     let resumed = resumed(progress, request.stream, sequences)?;
-    let ticket = admit(&service, "cmpl-", sequences, resumed.as_ref()).await?;
+    let ticket = admit(&service, account, "cmpl-", sequences, resumed.as_ref()).await?;
     let mut prompts = Vec::with_capacity(request.prompts.len());
     for prompt in request.prompts {
         prompts.push(match prompt {

@@ -20,13 +20,16 @@ impl IntoResponse for ApiError {
 fn respond(error: ApiError, rename: impl Fn(String) -> String) -> Response {
     let (status, kind, code) = class(&error);
     let retry_after_s = match &error {
-        ApiError::Full { retry_after_s, .. } => Some(*retry_after_s),
+        ApiError::Full { retry_after_s, .. } | ApiError::Quota { retry_after_s, .. } => Some(*retry_after_s),
         ApiError::Unavailable { .. } => Some(UNAVAILABLE_RETRY_S),
         _ => None,
     };
     let mut body = body(error, kind, code);
     body.error.param = body.error.param.map(rename);
     let mut response = (status, Json(body)).into_response();
+    if status == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
     if let Some(seconds) = retry_after_s {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     }
@@ -52,7 +55,11 @@ fn class(error: &ApiError) -> (StatusCode, &'static str, Option<&'static str>) {
         ApiError::Method { .. } => (StatusCode::METHOD_NOT_ALLOWED, INVALID, Some("method_not_supported")),
         ApiError::SlowBody { .. } => (StatusCode::REQUEST_TIMEOUT, INVALID, Some("request_timeout")),
         ApiError::Exists { .. } => (StatusCode::CONFLICT, INVALID, Some("request_id_in_use")),
-        ApiError::Full { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded")),
+        ApiError::Unauthenticated { .. } => (StatusCode::UNAUTHORIZED, INVALID, Some("invalid_api_key")),
+        ApiError::Forbidden { .. } => (StatusCode::FORBIDDEN, INVALID, Some("not_allowed")),
+        ApiError::Full { .. } | ApiError::Quota { .. } => {
+            (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"))
+        }
         ApiError::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("unavailable")),
         ApiError::Failed { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "server_error", None),
     }

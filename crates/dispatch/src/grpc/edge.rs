@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use futures::{StreamExt, stream};
-use moesaic_node::{Connector, handshake};
+use moesaic_node::{Connector, Peer, handshake};
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1::exchange_message::Kind;
 use moesaic_proto::v1::experts_client::ExpertsClient;
@@ -202,7 +202,8 @@ async fn open(
     config: &EdgeConfig,
     outbound: mpsc::Receiver<Outbound>,
 ) -> Result<Streaming<v1::ExchangeMessage>, String> {
-    let channel = config.connector.connect(&endpoint(&config.address)?).await.map_err(|error| chain(&error))?;
+    let peer = Peer { role: v1::Role::ExpertWorker, id: Some(config.worker.clone()), address: config.address.clone() };
+    let channel = config.connector.connect(&peer, &endpoint(&peer)?).await.map_err(|error| chain(&error))?;
     let mut client = ExpertsClient::new(channel)
         .max_decoding_message_size(FRAME_BYTES_MAX)
         .max_encoding_message_size(FRAME_BYTES_MAX);
@@ -234,8 +235,8 @@ async fn open(
     Ok(inbound)
 }
 
-fn endpoint(address: &str) -> Result<Endpoint, String> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| chain(&error))?;
+fn endpoint(peer: &Peer) -> Result<Endpoint, String> {
+    let endpoint = peer.endpoint().map_err(|error| chain(&error))?;
     Ok(endpoint
         .tcp_nodelay(true)
         .connect_timeout(CONNECT_TIMEOUT)

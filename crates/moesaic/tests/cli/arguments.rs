@@ -25,7 +25,7 @@ fn errors_name_what_is_wrong() {
         ("pack /nonexistent --dtype f64", 2, "f64"),
         ("chat --server http://127.0.0.1:1 hello", 1, "http://127.0.0.1:1"),
         ("chat --server : hello", 2, "--server"),
-        ("expert-worker --registry embedded", 2, "--model"),
+        ("expert-worker --registry embedded", 2, "model is not set"),
         ("expert-worker --registry embedded --threads 0", 2, "threads is 0"),
         ("attention-worker --registry embedded --chunk 0", 2, "chunk is 0"),
         ("coordinator --registry embedded", 2, "model"),

@@ -3,4 +3,5 @@
 
 mod arguments;
 mod process;
+mod secured;
 mod up;

@@ -53,7 +53,7 @@ impl Running {
             }
         }
         let ready = self.seen.lines().find(|line| line.starts_with("ready")).unwrap();
-        ready.split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned()
+        ready.split_whitespace().find(|word| word.starts_with("http")).unwrap().to_owned()
     }
 
     /// What it printed until it was ready.

@@ -9,14 +9,15 @@
 //!   record again.
 
 mod leader;
+mod way;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, KeyValue, LeaseKeepAliveStream,
-    LeaseKeeper, PutOptions, Txn, TxnOp, WatchOptions, WatchStream,
+    Client, Compare, CompareOp, Error, EventType, GetOptions, KeyValue, LeaseKeepAliveStream, LeaseKeeper, PutOptions,
+    Txn, TxnOp, WatchOptions, WatchStream,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -28,11 +29,15 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+pub use way::Way;
+
 use super::records::{self, Record, cordon_key, decode_placement, member_key};
 use super::{Campaign, Entry, Leader, Member, Registration, Registry, RegistryError, View};
 
 /// How long one call may take: far more than a healthy etcd needs, far less than anybody waits.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+/// A connection on which nothing comes is asked so often whether it still lives.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// Between tries to reach an etcd that is away.
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
@@ -59,14 +64,11 @@ pub async fn etcd(
     endpoints: &[String],
     cluster: &str,
     options: EtcdOptions,
+    way: Way,
 ) -> Result<Arc<dyn Registry>, RegistryError> {
     WorkerId::new(cluster).map_err(|_| RegistryError::Cluster { cluster: cluster.to_owned() })?;
-    let connect = ConnectOptions::new()
-        .with_connect_timeout(CALL_TIMEOUT)
-        .with_keep_alive(Duration::from_secs(2), CALL_TIMEOUT)
-        .with_keep_alive_while_idle(true);
     let unreachable = |source| RegistryError::Connect { endpoints: endpoints.join(","), source };
-    let mut client = Client::connect(endpoints, Some(connect)).await.map_err(unreachable)?;
+    let mut client = way.connect(endpoints).await.map_err(unreachable)?;
     let prefix = format!("/moesaic/{cluster}/");
 
     let (listed, revision) = match call(Listing::default().read(&mut client, &prefix)).await {

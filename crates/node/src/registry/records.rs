@@ -5,6 +5,7 @@ use moesaic_proto::{Placement, WorkerId};
 use prost::Message;
 
 use super::{Leader, Member};
+use crate::identity::{role_name, role_of_name};
 
 pub(super) const PLACEMENT: &str = "placement";
 pub(super) const LEADER: &str = "leader";
@@ -65,20 +66,11 @@ fn decode_leader(value: &[u8], created: i64) -> Result<Leader, String> {
 /// Whose cordon stands under a key, if it is one.
 pub(super) fn cordoned_worker(key: &str) -> Option<(Role, WorkerId)> {
     let (role, id) = key.strip_prefix(CORDONS)?.split_once('/')?;
-    let role = ROLES.iter().find(|(_, name)| *name == role)?.0;
-    Some((role, WorkerId::new(id).ok()?))
+    Some((role_of_name(role)?, WorkerId::new(id).ok()?))
 }
 
-const ROLES: [(Role, &str); 4] = [
-    (Role::Unspecified, "unspecified"),
-    (Role::Coordinator, "coordinator"),
-    (Role::AttentionWorker, "attention-worker"),
-    (Role::ExpertWorker, "expert-worker"),
-];
-
 fn role_and_id(role: Role, id: &WorkerId) -> String {
-    let name = ROLES.iter().find(|(of, _)| *of == role).map_or("", |(_, name)| name);
-    format!("{name}/{id}")
+    format!("{}/{id}", role_name(role))
 }
 
 /// After the prefix.

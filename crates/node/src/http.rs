@@ -1,13 +1,12 @@
-//! One port for gRPC and HTTP: HTTP/1.1 and HTTP/2 without TLS, told apart by the connection's first bytes, gRPC and the
-//! rest by their content type. Bounds connections, headers, streams and waits; stops gracefully.
+//! A port for HTTP/1.1 and HTTP/2, told apart by what TLS has agreed on or, without it, by the connection's first bytes.
+//! Bounds connections, headers, streams and waits; stops gracefully.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use http::{Request, Response, header};
+use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -19,9 +18,16 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
+use crate::access::Caller;
+use crate::connect::Stream;
+use crate::tls::{ClientCertificate, HTTP2, Tls};
+
 /// A connection that has not said what it wants by then is closed: the first bytes, and a request's headers.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(12);
 const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+/// The same over HTTP/1.1, where what is read of a body passes through the same buffer.
+const HTTP1_BUFFER_BYTES: usize = 64 << 10;
+const HTTP1_HEADERS_MAX: usize = 64;
 /// Requests at a time on one connection.
 const STREAMS_MAX: u32 = 256;
 /// Streams that a peer may open and reset before it is sent away (rapid reset).
@@ -41,9 +47,9 @@ pub struct Limits {
     pub drain: Duration,
 }
 
-/// Serves until `stop`; then accepts nothing more, lets running requests finish within the bound, and cuts the rest.
-pub async fn serve(listener: TcpListener, http: Router, grpc: Router, limits: Limits, stop: CancellationToken) {
-    let doors = Doors { http, grpc };
+/// Serves until `stop`; then accepts nothing more, lets running requests finish within the bound, and cuts the rest. A
+/// client's certificate, which it need not have, is noted on its requests as a `Caller`.
+pub async fn serve(listener: TcpListener, router: Router, tls: Option<Tls>, limits: Limits, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(limits.connections_max));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
@@ -55,7 +61,13 @@ pub async fn serve(listener: TcpListener, http: Router, grpc: Router, limits: Li
         };
         match accepted {
             Ok((stream, place)) => {
-                connections.spawn(connection(stream, place, doors.clone(), graceful.watcher(), stop.clone()));
+                connections.spawn(connection(
+                    stream,
+                    place,
+                    (router.clone(), tls.clone()),
+                    graceful.watcher(),
+                    stop.clone(),
+                ));
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -82,24 +94,47 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> std::io::Res
 async fn connection(
     stream: TcpStream,
     _place: OwnedSemaphorePermit,
-    doors: Doors,
+    (router, tls): (Router, Option<Tls>),
     watcher: Watcher,
     stop: CancellationToken,
 ) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "no nodelay");
     }
-    tokio::select! {
-        // hyper decides between the versions only when it has the whole preface, and would wait for it for ever.
-        spoken = tokio::time::timeout(HEADER_READ_TIMEOUT, preface_or_other(&stream)) => if spoken.is_err() { return },
+    let opened = tokio::select! {
+        opened = tokio::time::timeout(HEADER_READ_TIMEOUT, open(stream, tls.as_ref())) => opened,
         () = stop.cancelled() => return,
-    }
-    let service = tower::service_fn(move |request: Request<Incoming>| doors.clone().call(request.map(Body::new)));
-    let builder = builder();
+    };
+    let (stream, caller, builder) = match opened {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(error)) => return tracing::debug!(%error, "a client was sent away"),
+        Err(_) => return tracing::debug!("a client said nothing"),
+    };
+    let service = tower::service_fn(move |request: Request<Incoming>| {
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(caller.clone());
+        router.clone().oneshot(request)
+    });
     let serving = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)).into_owned();
     if let Err(error) = watcher.watch(serving).await {
         tracing::debug!(%error, "a connection broke");
     }
+}
+
+/// What is spoken over a new connection, and by whom.
+async fn open(
+    stream: TcpStream,
+    tls: Option<&Tls>,
+) -> std::io::Result<(Box<dyn Stream>, Caller, Builder<TokioExecutor>)> {
+    let Some(tls) = tls else {
+        // hyper decides between the versions only when it has the whole preface, and would wait for it for ever.
+        preface_or_other(&stream).await;
+        return Ok((Box::new(stream), Caller::default(), builder()));
+    };
+    let (stream, identity) = tls.accept(stream, ClientCertificate::Optional).await?;
+    let is_http2 = stream.get_ref().1.alpn_protocol() == Some(HTTP2);
+    let builder = if is_http2 { builder().http2_only() } else { builder().http1_only() };
+    Ok((Box::new(stream), Caller { identity }, builder))
 }
 
 /// Waits for enough bytes to tell HTTP/2 from HTTP/1.
@@ -115,7 +150,12 @@ async fn preface_or_other(stream: &TcpStream) {
 
 fn builder() -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ_TIMEOUT);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_READ_TIMEOUT)
+        .max_buf_size(HTTP1_BUFFER_BYTES)
+        .max_headers(HTTP1_HEADERS_MAX);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -127,18 +167,4 @@ fn builder() -> Builder<TokioExecutor> {
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     builder
-}
-
-#[derive(Clone)]
-struct Doors {
-    http: Router,
-    grpc: Router,
-}
-
-impl Doors {
-    async fn call(self, request: Request<Body>) -> Result<Response<Body>, Infallible> {
-        let content_type = request.headers().get(header::CONTENT_TYPE);
-        let is_grpc = content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
-        if is_grpc { self.grpc.oneshot(request).await } else { self.http.oneshot(request).await }
-    }
 }

@@ -1,0 +1,2 @@
+// Style sheets are bundled by the builder; importing one gives nothing.
+declare module "*.css";

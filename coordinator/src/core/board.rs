@@ -1,0 +1,358 @@
+//! The cluster as the dashboard shows it: what a coordinator sees each second, turned into what has changed since the
+//! second before, and into a log of what happened. One board for all who watch.
+
+mod codes;
+pub mod messages;
+#[cfg(test)]
+mod tests;
+mod watch;
+mod window;
+
+use std::collections::{BTreeMap, VecDeque};
+
+use moesaic_proto::v1::{EdgeState, LoadResponse};
+use moesaic_proto::{Placement, WorkerId};
+
+pub use codes::heats;
+pub use window::Window;
+
+use codes::{rate, rounded, time};
+use messages::*;
+use watch::{Edges, Totals};
+
+/// Points that are kept: a quarter of an hour.
+const HISTORY: usize = 900;
+const EVENTS: usize = 200;
+/// Requests that are listed, and new ones an update may have.
+const LISTED: usize = 100;
+const LISTED_NEW: usize = 20;
+/// Rates are over so many seconds.
+const RATE_SECONDS: u64 = 5;
+
+/// What the coordinator sees at one moment.
+#[derive(Default)]
+pub struct Look<'a> {
+    /// Milliseconds since 1970.
+    pub t: u64,
+    pub status: Status,
+    pub coordinators: Vec<Coordinator>,
+    /// Without numbers, which the board gives; and what each answered last.
+    pub attention: Vec<(Attention, Option<&'a LoadResponse>)>,
+    pub experts: Vec<Expert>,
+    /// Running here; numbered by whoever runs them, oldest first.
+    pub sequences: Vec<Sequence>,
+    /// Since the coordinator started.
+    pub tokens: u64,
+    pub requests: u64,
+    pub refusals: u64,
+    /// p50, p95, p99 in ms.
+    pub first_token: [Option<f64>; 3],
+    pub gap: [Option<f64>; 3],
+    /// The leader's word on the placement in force, if it is this coordinator.
+    pub why_placed: Option<String>,
+}
+
+#[derive(Default)]
+pub struct Board {
+    numbers: BTreeMap<(char, String), u32>,
+    attention: BTreeMap<u32, Attention>,
+    experts: BTreeMap<u32, Expert>,
+    loads: BTreeMap<u32, Load>,
+    totals: BTreeMap<u32, Totals>,
+    counters: Counters,
+    edges: Edges,
+    status: Status,
+    coordinators: Vec<Coordinator>,
+    listed: BTreeMap<u64, Sequence>,
+    total: usize,
+    history: VecDeque<Point>,
+    /// (s, tokens, requests)
+    counted: VecDeque<(u64, u64, u64)>,
+    events: VecDeque<Event>,
+    next_event: u64,
+    /// Nothing is news at the first look.
+    has_looked: bool,
+}
+
+impl Board {
+    /// A second has passed.
+    pub fn tick(&mut self, look: Look<'_>) -> Update {
+        let first_event = self.next_event;
+        let point = self.point(&look);
+        let mut update = Update {
+            t: look.t,
+            point,
+            counters: None,
+            status: None,
+            coordinators: None,
+            attention: Vec::new(),
+            experts: Vec::new(),
+            gone: Vec::new(),
+            load: Vec::new(),
+            edges: Vec::new(),
+            trouble: None,
+            requests: Vec::new(),
+            progress: Vec::new(),
+            ended: Vec::new(),
+            requests_total: None,
+            events: Vec::new(),
+        };
+        self.note_status(&look, &mut update);
+        self.note_workers(&look, &mut update);
+        self.note_loads(&look, &mut update);
+        self.note_sequences(&look, &mut update);
+        self.has_looked = true;
+        update.events = self.events.iter().filter(|event| event.n >= first_event).cloned().collect();
+        update
+    }
+
+    /// All of it, as of the newest tick.
+    pub fn snapshot<'a>(&'a self, t: u64, model: &'a Model) -> Snapshot<'a> {
+        Snapshot {
+            t,
+            model,
+            status: &self.status,
+            coordinators: &self.coordinators,
+            attention: self.attention.values().collect(),
+            experts: self.experts.values().collect(),
+            load: self.loads.values().collect(),
+            edges: self.edges.all(),
+            trouble: self.edges.trouble(),
+            counters: self.counters,
+            history: self.history.iter().copied().collect(),
+            requests: self.listed.values().collect(),
+            requests_total: self.total,
+            events: self.events.iter().collect(),
+        }
+    }
+
+    /// Who holds what, by the board's numbers.
+    pub fn placed(&mut self, placement: &Placement) -> Placed {
+        let numbers: Vec<u32> = placement.workers().iter().map(|worker| self.number('e', worker.as_str())).collect();
+        let number = |worker: &WorkerId| {
+            let index = placement.workers().iter().position(|of| of == worker);
+            index.map_or(0, |index| numbers[index])
+        };
+        Placed { epoch: placement.epoch().0, holders: codes::holders(placement, number) }
+    }
+
+    /// Given once.
+    fn number(&mut self, side: char, id: &str) -> u32 {
+        let next = self.numbers.len() as u32;
+        *self.numbers.entry((side, id.to_owned())).or_insert(next)
+    }
+
+    fn tell(&mut self, t: u64, kind: Kind, subject: impl Into<String>, text: impl Into<String>) {
+        let n = self.next_event;
+        self.next_event += 1;
+        self.events.push_back(Event { n, t, kind, subject: subject.into(), text: text.into() });
+        if self.events.len() > EVENTS {
+            self.events.pop_front();
+        }
+    }
+
+    fn point(&mut self, look: &Look<'_>) -> Point {
+        let t_s = look.t / 1000;
+        self.counted.push_back((t_s, look.tokens, look.requests));
+        while self.counted.front().is_some_and(|(t, ..)| t + RATE_SECONDS < t_s) {
+            self.counted.pop_front();
+        }
+        let (from, tokens, requests) = self.counted[0];
+        let seconds = (t_s - from).max(1) as f64;
+        let [ttft_p50, ttft_p95, ttft_p99] = look.first_token.map(|ms| ms.map(rounded));
+        let [gap_p50, gap_p95, gap_p99] = look.gap.map(|ms| ms.map(rounded));
+        let tokens = rounded(look.tokens.saturating_sub(tokens) as f64 / seconds);
+        let requests = rounded(look.requests.saturating_sub(requests) as f64 / seconds);
+        let point = Point(t_s, tokens, requests, ttft_p50, ttft_p95, ttft_p99, gap_p50, gap_p95, gap_p99);
+        self.history.push_back(point);
+        if self.history.len() > HISTORY {
+            self.history.pop_front();
+        }
+        point
+    }
+
+    fn note_status(&mut self, look: &Look<'_>, update: &mut Update) {
+        let (before, now) = (std::mem::replace(&mut self.status, look.status.clone()), &look.status);
+        if self.has_looked {
+            if before.leader != now.leader {
+                let text =
+                    if now.leader.is_empty() { "nobody leads".into() } else { format!("leads, term {}", now.term) };
+                let subject = if now.leader.is_empty() { &before.leader } else { &now.leader };
+                self.tell(look.t, Kind::Leader, subject, text);
+            }
+            if before.registry_reachable != now.registry_reachable {
+                let text = if now.registry_reachable { "is back" } else { "is away; the last view is in force" };
+                self.tell(look.t, Kind::Registry, "etcd", text);
+            }
+            if before.epoch != now.epoch {
+                let text = look.why_placed.clone().unwrap_or_else(|| "is in force".into());
+                self.tell(look.t, Kind::Placed, format!("epoch {}", now.epoch), text);
+            }
+        }
+        if !self.has_looked || before != *now {
+            update.status = Some(now.clone());
+        }
+        if self.coordinators != look.coordinators {
+            self.coordinators = look.coordinators.clone();
+            update.coordinators = Some(look.coordinators.clone());
+        }
+    }
+
+    fn note_workers(&mut self, look: &Look<'_>, update: &mut Update) {
+        let mut seen = BTreeMap::new();
+        for (row, _) in &look.attention {
+            let row = Attention { n: self.number('a', &row.id), ..row.clone() };
+            let before = self.attention.get(&row.n).cloned();
+            self.note_worker(look.t, &row.id, &row.node, before.as_ref().map(|b| b.cordoned), row.cordoned);
+            if before.as_ref() != Some(&row) {
+                update.attention.push(row.clone());
+            }
+            seen.insert(row.n, row);
+        }
+        for (n, row) in std::mem::replace(&mut self.attention, seen) {
+            if !self.attention.contains_key(&n) {
+                update.gone.push(("a", n, self.note_gone(look.t, &row.id, row.draining)));
+                self.edges.drop_attention(n);
+                self.loads.remove(&n);
+                self.totals.remove(&n);
+            }
+        }
+        let mut seen = BTreeMap::new();
+        for row in &look.experts {
+            let row = Expert { n: self.number('e', &row.id), ..row.clone() };
+            let before = self.experts.get(&row.n).cloned();
+            self.note_worker(look.t, &row.id, &row.node, before.as_ref().map(|b| b.cordoned), row.cordoned);
+            if before.as_ref() != Some(&row) {
+                update.experts.push(row.clone());
+            }
+            seen.insert(row.n, row);
+        }
+        for (n, row) in std::mem::replace(&mut self.experts, seen) {
+            if !self.experts.contains_key(&n) {
+                update.gone.push(("e", n, self.note_gone(look.t, &row.id, row.draining)));
+                self.edges.drop_expert(n);
+            }
+        }
+    }
+
+    /// `before`: whether it was cordoned; None: it was not there.
+    fn note_worker(&mut self, t: u64, id: &str, node: &str, before: Option<bool>, cordoned: bool) {
+        if !self.has_looked {
+            return;
+        }
+        if before.is_none() {
+            self.tell(t, Kind::Joined, id, format!("on node {node}"));
+        }
+        match (before.unwrap_or(false), cordoned) {
+            (false, true) => self.tell(t, Kind::Cordoned, id, "gets nothing new"),
+            (true, false) => self.tell(t, Kind::Uncordoned, id, "is in use again"),
+            _ => {}
+        }
+    }
+
+    fn note_gone(&mut self, t: u64, id: &str, was_draining: bool) -> &'static str {
+        if was_draining {
+            self.tell(t, Kind::Left, id, "has stopped in order");
+            return "left";
+        }
+        self.tell(t, Kind::Died, id, "its lease ran out, or it was stopped");
+        "died"
+    }
+
+    fn note_loads(&mut self, look: &Look<'_>, update: &mut Update) {
+        let before = self.counters;
+        self.edges.begin(look.t);
+        for (row, load) in &look.attention {
+            let n = self.number('a', &row.id);
+            let Some(load) = load else {
+                self.loads.remove(&n);
+                self.edges.silence(n);
+                continue;
+            };
+            let (now, dispatch) = (Totals::of(load), load.dispatch.unwrap_or_default());
+            let risen = now.since(self.totals.insert(n, now).as_ref());
+            risen.add_to(&mut self.counters);
+            if self.has_looked && risen.resent > 0 {
+                self.tell(look.t, Kind::Resent, &row.id, format!("{} frames were sent again", risen.resent));
+            }
+            let rows_per_step =
+                (risen.micro_batches > 0).then(|| rounded(risen.rows as f64 / risen.micro_batches as f64));
+            let row = Load(
+                n,
+                load.pages_free,
+                load.sequences_running,
+                load.sequences_waiting,
+                load.orphans,
+                rows_per_step,
+                None,
+                load.preemptions,
+                dispatch.resent,
+                dispatch.hedged,
+            );
+            if self.loads.get(&n) != Some(&row) {
+                update.load.push(row.clone());
+                self.loads.insert(n, row);
+            }
+            for edge in &load.edges {
+                let e = self.number('e', &edge.worker);
+                self.edges.see((n, e), edge);
+            }
+        }
+        self.counters.refusals = look.refusals;
+        if self.counters != before {
+            update.counters = Some(self.counters);
+        }
+        for change in self.edges.changes() {
+            let (a, e) = (self.id_of('a', change.attention), self.id_of('e', change.expert));
+            let subject = if change.all { format!("* → {e}") } else { format!("{a} → {e}") };
+            let (kind, text) = match change.state {
+                EdgeState::Live => (Kind::EdgeUp, "answers in time again".to_owned()),
+                EdgeState::Slow => (Kind::EdgeSlow, "answers late; its rows go elsewhere".to_owned()),
+                EdgeState::Silent => (Kind::EdgeSlow, "is silent; its rows go elsewhere".to_owned()),
+                EdgeState::Down | EdgeState::Unspecified => (Kind::EdgeDown, change.detail),
+            };
+            self.tell(look.t, kind, subject, text);
+        }
+        update.edges = self.edges.news();
+        update.trouble = self.edges.trouble_if_due();
+    }
+
+    fn id_of(&self, side: char, n: u32) -> String {
+        let found = self.numbers.iter().find(|((of, _), number)| *of == side && **number == n);
+        found.map_or_else(String::new, |((_, id), _)| id.clone())
+    }
+
+    fn note_sequences(&mut self, look: &Look<'_>, update: &mut Update) {
+        let running: BTreeMap<u64, &Sequence> = look.sequences.iter().map(|sequence| (sequence.n, sequence)).collect();
+        update.ended = self.listed.keys().filter(|n| !running.contains_key(n)).copied().collect();
+        self.listed.retain(|n, _| running.contains_key(n));
+        let mut moved: BTreeMap<String, usize> = BTreeMap::new();
+        for (n, before) in &mut self.listed {
+            let now = running[n];
+            if before.worker != now.worker || before.state != now.state {
+                if before.worker != now.worker && !before.worker.is_empty() && !now.worker.is_empty() {
+                    *moved.entry(before.worker.clone()).or_default() += 1;
+                }
+                update.requests.push(now.clone());
+            } else if before.emitted != now.emitted {
+                update.progress.push((*n, now.emitted));
+            }
+            *before = now.clone();
+        }
+        for (worker, sequences) in moved {
+            let noun = if sequences == 1 { "sequence goes" } else { "sequences go" };
+            self.tell(look.t, Kind::Moved, worker, format!("{sequences} {noun} on elsewhere"));
+        }
+        let room = LISTED.saturating_sub(self.listed.len()).min(LISTED_NEW);
+        let new: Vec<&Sequence> =
+            running.into_values().filter(|s| !self.listed.contains_key(&s.n)).take(room).collect();
+        for sequence in new {
+            update.requests.push(sequence.clone());
+            self.listed.insert(sequence.n, sequence.clone());
+        }
+        if self.total != look.sequences.len() {
+            self.total = look.sequences.len();
+            update.requests_total = Some(self.total);
+        }
+    }
+}
