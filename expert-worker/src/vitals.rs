@@ -39,11 +39,10 @@ impl Vitals for Figures {
     }
 
     fn not_ready(&self) -> Option<String> {
-        match () {
-            () if self.stop.is_cancelled() => Some("the worker is stopping".into()),
-            () if !self.has_started() => Some("its experts are loading".into()),
-            () => None,
+        if self.stop.is_cancelled() {
+            return Some("the worker is stopping".into());
         }
+        (!self.has_started()).then(|| "its experts are loading".into())
     }
 
     fn metrics(&self, page: &mut Page, _: Detail) {

@@ -61,9 +61,9 @@ pub fn identity(cluster: &str, role: Role, id: &str) -> Identity {
 
 /// The coordinators' file of keys.
 pub fn keys_file(dir: &Path) -> PathBuf {
-    let hex = |key: &str| keys::hash(key).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    let entry =
-        |(name, key, scope)| format!("[[keys]]\nname = {name:?}\nsha256 = {:?}\nscopes = [{scope:?}]\n", hex(key));
+    let entry = |(name, key, scope)| {
+        format!("[[keys]]\nname = {name:?}\nsha256 = {:?}\nscopes = [{scope:?}]\n", keys::written_hash(key))
+    };
     let text: String = [("user", INFER_KEY, "infer"), ("operator", OPERATE_KEY, "operate")].map(entry).concat();
     let path = dir.join("keys.toml");
     std::fs::write(&path, text).unwrap();
@@ -152,12 +152,7 @@ impl Secured {
             Shown::OtherCluster => leaf(&identity("other", Role::Operator, "o"), good),
             Shown::Expired => leaf(&operator, Validity { from: good.from - day * 3, to: good.from - day }),
             Shown::NotYetValid => leaf(&operator, Validity { from: good.to, to: good.to + day }),
-            Shown::Revoked => Leaf {
-                certificate: self.revoked.certificate.clone(),
-                key: self.revoked.key.clone(),
-                authority: self.revoked.authority.clone(),
-                serial: self.revoked.serial.clone(),
-            },
+            Shown::Revoked => self.revoked.clone(),
             Shown::Nameless => self.authority.leaf(None, &[], good).unwrap(),
         };
         let folder = self.dir.path().join(format!("client-{shown:?}"));

@@ -59,9 +59,7 @@ pub enum Command {
 #[derive(Clone)]
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
-    /// As of the engine's last step.
-    counts: watch::Receiver<Counts>,
-    experts: Arc<ExpertCounts>,
+    observer: Observer,
 }
 
 /// The engine's end of its handles.
@@ -75,7 +73,7 @@ pub struct Inbox {
 pub fn channel(counts: Counts, experts: Arc<ExpertCounts>) -> (EngineHandle, Inbox) {
     let (sender, commands) = mpsc::channel(COMMANDS_MAX);
     let (counts, published) = watch::channel(counts);
-    (EngineHandle { commands: sender, counts: published, experts }, Inbox { commands, counts })
+    (EngineHandle { commands: sender, observer: Observer { counts: published, experts } }, Inbox { commands, counts })
 }
 
 impl EngineHandle {
@@ -94,27 +92,28 @@ impl EngineHandle {
 
     /// As of the engine's last step, however long the present one takes; `None` if the engine has stopped.
     pub fn load(&self) -> Option<Counts> {
-        self.counts.has_changed().is_ok().then(|| *self.counts.borrow())
+        self.observer.counts()
     }
 
     pub fn experts(&self) -> &ExpertCounts {
-        &self.experts
+        self.observer.experts()
     }
 
-    pub fn observer(&self) -> Observer {
-        Observer { counts: self.counts.clone(), experts: self.experts.clone() }
+    pub fn observer(&self) -> &Observer {
+        &self.observer
     }
 }
 
 /// Sees what the engine counts, and does not keep it alive.
 #[derive(Clone)]
 pub struct Observer {
+    /// As of the engine's last step.
     counts: watch::Receiver<Counts>,
     experts: Arc<ExpertCounts>,
 }
 
 impl Observer {
-    /// As of the engine's last step; `None` if the engine has stopped.
+    /// As of the engine's last step, however long the present one takes; `None` if the engine has stopped.
     pub fn counts(&self) -> Option<Counts> {
         self.counts.has_changed().is_ok().then(|| *self.counts.borrow())
     }

@@ -90,7 +90,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
     let figures = Arc::new(Figures {
-        engine: engine.observer(),
+        engine: engine.observer().clone(),
         dispatcher: dispatcher.clone(),
         checkpoint: checkpoint.clone(),
         profile: counted.clone(),

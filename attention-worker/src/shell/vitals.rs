@@ -38,12 +38,16 @@ impl Vitals for Figures {
     }
 
     fn not_ready(&self) -> Option<String> {
-        let reason = match () {
-            () if !self.has_started() => "the worker is starting",
-            () if self.stop.is_cancelled() => "the worker is stopping",
-            () if self.engine.counts().is_none() => "the engine has ended",
-            () if !Service::is_reachable(&self.checkpoint, &self.dispatcher) => "some experts cannot be reached",
-            () => return None,
+        let reason = if !self.has_started() {
+            "the worker is starting"
+        } else if self.stop.is_cancelled() {
+            "the worker is stopping"
+        } else if self.engine.counts().is_none() {
+            "the engine has ended"
+        } else if !Service::is_reachable(&self.checkpoint, &self.dispatcher) {
+            "some experts cannot be reached"
+        } else {
+            return None;
         };
         Some(reason.into())
     }

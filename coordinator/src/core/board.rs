@@ -79,24 +79,7 @@ impl Board {
     pub fn tick(&mut self, look: Look<'_>) -> Update {
         let first_event = self.next_event;
         let point = self.point(&look);
-        let mut update = Update {
-            t: look.t,
-            point,
-            counters: None,
-            status: None,
-            coordinators: None,
-            attention: Vec::new(),
-            experts: Vec::new(),
-            gone: Vec::new(),
-            load: Vec::new(),
-            edges: Vec::new(),
-            trouble: None,
-            requests: Vec::new(),
-            progress: Vec::new(),
-            ended: Vec::new(),
-            requests_total: None,
-            events: Vec::new(),
-        };
+        let mut update = Update { t: look.t, point, ..Update::default() };
         self.note_status(&look, &mut update);
         self.note_workers(&look, &mut update);
         self.note_loads(&look, &mut update);
@@ -266,7 +249,8 @@ impl Board {
             let n = self.number('a', &row.id);
             let Some(load) = load else {
                 self.loads.remove(&n);
-                self.edges.silence(n);
+                // What is known of its edges is old.
+                self.edges.drop_attention(n);
                 continue;
             };
             let (now, dispatch) = (Totals::of(load), load.dispatch.unwrap_or_default());

@@ -97,8 +97,13 @@ struct Entry {
     sequences: Option<u32>,
 }
 
+/// A key as a file has it: 64 hexadecimal digits.
+pub fn written_hash(key: &str) -> String {
+    hash(key).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// A key as it is kept.
-pub fn hash(key: &str) -> [u8; HASH_BYTES] {
+fn hash(key: &str) -> [u8; HASH_BYTES] {
     let digest = ring::digest::digest(&ring::digest::SHA256, key.as_bytes());
     digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
@@ -268,13 +273,9 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
-    fn hex(key: &str) -> String {
-        hash(key).iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
     fn keys(entries: &[(&str, &str, &str)]) -> Keys {
         let entry = |(name, key, more): &(&str, &str, &str)| {
-            format!("[[keys]]\nname = {name:?}\nsha256 = {:?}\n{more}\n", hex(key))
+            format!("[[keys]]\nname = {name:?}\nsha256 = {:?}\n{more}\n", written_hash(key))
         };
         Keys::parse(&entries.iter().map(entry).collect::<String>(), &Keys::default()).unwrap()
     }
@@ -284,7 +285,7 @@ mod tests {
         let keys = keys(&[("a", "moe-1", ""), ("b", "moe-2", "scopes = ['operate', 'infer']")]);
         let name = |key| keys.find(key).map(|account| account.name.clone());
         assert_eq!([name("moe-1"), name("moe-2")], [Some("a".into()), Some("b".into())]);
-        assert_eq!([name(""), name("moe-3"), name("moe-1 "), name(&hex("moe-1"))], [const { None }; 4]);
+        assert_eq!([name(""), name("moe-3"), name("moe-1 "), name(&written_hash("moe-1"))], [const { None }; 4]);
         let scopes = |key| [Scope::Infer, Scope::Operate].map(|scope| keys.find(key).unwrap().has(scope));
         assert_eq!((scopes("moe-1"), scopes("moe-2")), ([true, false], [true, true]));
     }
@@ -335,7 +336,7 @@ mod tests {
     fn what_was_used_stays_used_when_the_file_is_read_again() {
         let before = keys(&[("a", "k", "requests_per_minute = 1")]);
         before.find("k").unwrap().admit(1, 0).unwrap();
-        let text = format!("[[keys]]\nname = 'a'\nsha256 = {:?}\nrequests_per_minute = 1", hex("new"));
+        let text = format!("[[keys]]\nname = 'a'\nsha256 = {:?}\nrequests_per_minute = 1", written_hash("new"));
         let after = Keys::parse(&text, &before).unwrap();
         assert!(after.find("k").is_none());
         assert!(after.find("new").unwrap().admit(1, 0).is_err());
@@ -343,7 +344,7 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_a_file_is_named() {
-        let good = hex("k");
+        let good = written_hash("k");
         let one = |text: &str| format!("[[keys]]\nname = 'a'\nsha256 = '{good}'\n{text}");
         for (text, expected) in [
             (String::new(), "no keys"),

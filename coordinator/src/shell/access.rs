@@ -10,7 +10,7 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, Method, header};
-use moesaic_node::access::{Caller, rule};
+use moesaic_node::access::{self, Caller, Denied};
 use moesaic_node::reload;
 use tokio::sync::watch;
 
@@ -100,30 +100,30 @@ impl Doorkeeper {
         Ok(())
     }
 
+    /// A certificate, or else a key, and whose.
     fn check(&self, row: &str, headers: &HeaderMap, caller: Option<&Caller>) -> Result<Option<Arc<Account>>, ApiError> {
-        let Some(rule) = rule(row) else {
-            return Err(ApiError::Forbidden { reason: format!("{} is open to nobody", shortened(row)) });
+        let Err(denied) = access::check(row, caller) else { return Ok(None) };
+        let rule = match &denied {
+            Denied::NoRule { .. } => return Err(denied.into()),
+            Denied::Role { rule, .. } | Denied::Unknown(rule) => *rule,
         };
-        let identity = caller.and_then(|caller| caller.identity.as_ref());
-        if rule.is_open || identity.is_some_and(|identity| rule.admits(identity)) {
-            return Ok(None);
+        let (Some(scope), Some(key)) = (rule.key, bearer(headers)) else { return Err(denied.into()) };
+        let unknown = || ApiError::Unauthenticated { reason: "the API key is not known".into() };
+        let account = self.keys.borrow().1.find(key).ok_or_else(unknown)?;
+        if !account.has(scope) {
+            let reason = format!("the key {:?} may not use this: it needs {}", account.name, rule.needed());
+            return Err(ApiError::Forbidden { reason });
         }
-        let needed = rule.needed();
-        match (rule.key, bearer(headers), identity) {
-            (Some(scope), Some(key), _) => {
-                let account = self.keys.borrow().1.find(key);
-                let unknown = || ApiError::Unauthenticated { reason: "the API key is not known".into() };
-                let account = account.ok_or_else(unknown)?;
-                if !account.has(scope) {
-                    let reason = format!("the key {:?} may not use this: it needs {needed}", account.name);
-                    return Err(ApiError::Forbidden { reason });
-                }
-                Ok(Some(account))
-            }
-            (_, _, Some(identity)) => {
-                Err(ApiError::Forbidden { reason: format!("{identity} may not use this: it needs {needed}") })
-            }
-            _ => Err(ApiError::Unauthenticated { reason: format!("this needs {needed}") }),
+        Ok(Some(account))
+    }
+}
+
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> Self {
+        let reason = denied.to_string();
+        match denied {
+            Denied::Unknown(_) => Self::Unauthenticated { reason },
+            Denied::NoRule { .. } | Denied::Role { .. } => Self::Forbidden { reason },
         }
     }
 }

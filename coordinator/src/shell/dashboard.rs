@@ -25,7 +25,7 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use super::admin::{AUTHORIZATION, Operators};
-use super::http::read_fields;
+use super::http::{read_fields, routed};
 use super::unix_ms;
 use crate::core::ApiError;
 use crate::core::board::messages::{self, Access, Bye, Heat, PROTOCOL};
@@ -89,11 +89,7 @@ pub fn rows() -> Vec<&'static str> {
 }
 
 pub fn router(dashboard: Arc<Dashboard>) -> Router {
-    let add = |router: Router<Arc<Dashboard>>, (row, handler): (&str, MethodRouter<Arc<Dashboard>>)| {
-        let (_, path) = row.split_once(' ').expect("a row is a method and a path");
-        router.route(path, handler)
-    };
-    routes().into_iter().fold(Router::new(), add).with_state(dashboard)
+    routed(routes()).with_state(dashboard)
 }
 
 impl Dashboard {

@@ -78,17 +78,24 @@ pub fn router(
     keeper: Option<Doorkeeper>,
     stop: CancellationToken,
 ) -> Router {
-    let mut router = Router::new();
-    for (row, handler) in routes() {
-        let (_, path) = row.split_once(' ').expect("a row is a method and a path");
-        router = router.route(path, handler);
-    }
-    let router = router.with_state(App { service, body_bytes_max, is_guarded: keeper.is_some(), stop }).merge(more);
+    let app = App { service, body_bytes_max, is_guarded: keeper.is_some(), stop };
+    let router = routed(routes()).with_state(app).merge(more);
     let router = match keeper {
         Some(keeper) => keeper.guard_http(router),
         None => router,
     };
     router.fallback(unknown_path).method_not_allowed_fallback(unknown_method)
+}
+
+/// A router of routes that are named by their rows.
+pub(super) fn routed<S>(routes: impl IntoIterator<Item = (&'static str, MethodRouter<S>)>) -> Router<S>
+where
+    S: Clone + Send + Sync + 'static,
+{
+    routes.into_iter().fold(Router::new(), |router, (row, handler)| {
+        let (_, path) = row.split_once(' ').expect("a row is a method and a path");
+        router.route(path, handler)
+    })
 }
 
 async fn chat_completions(State(app): State<App>, request: Request) -> Result<Response, ChatError> {

@@ -41,10 +41,17 @@ struct State {
     /// Placements that this coordinator has published, and what workers had to load for them.
     published: u64,
     moved: u64,
-    /// The most loaded worker's load over the mean: before the last of them, and as it was planned.
-    imbalance: Option<(f64, f64)>,
-    /// In words.
-    last_plan: Option<String>,
+    last: Option<LastPlan>,
+}
+
+/// What the last of them was for, and brought.
+#[derive(Clone, Copy)]
+struct LastPlan {
+    why: Why,
+    moved: usize,
+    /// The most loaded worker's load over the mean, before and as it was planned.
+    before: f64,
+    after: f64,
 }
 
 impl Leading {
@@ -102,9 +109,7 @@ impl Leading {
                 state.published += 1;
                 state.moved += moved as u64;
                 let before = imbalance_before.unwrap_or(imbalance);
-                state.imbalance = Some((before, imbalance));
-                state.last_plan =
-                    Some(format!("{moved} experts to load; {why}: imbalance {before:.2} → {imbalance:.2}"));
+                state.last = Some(LastPlan { why, moved, before, after: imbalance });
                 true
             }
             Ok(false) => {
@@ -158,9 +163,10 @@ impl Leading {
         Some(planned.map_err(|error| ApiError::Unavailable { reason: error.to_string() }).and_then(answer))
     }
 
-    /// What the placement in force is for, if this coordinator has made it.
+    /// What the last placement of this coordinator was for, and brought, in words.
     pub fn last_plan(&self) -> Option<String> {
-        self.lock().last_plan.clone()
+        let LastPlan { why, moved, before, after } = self.lock().last?;
+        Some(format!("{moved} experts to load; {why}: imbalance {before:.2} → {after:.2}"))
     }
 
     /// The experts' load, as it is measured.
@@ -170,13 +176,13 @@ impl Leading {
 
     /// What this coordinator has done as the leader.
     pub fn figures(&self, page: &mut Page) {
-        let (published, moved, imbalance) = {
+        let (published, moved, last) = {
             let state = self.lock();
-            (state.published, state.moved, state.imbalance)
+            (state.published, state.moved, state.last)
         };
         page.counter("moesaic_placements_total", "Placements that this coordinator has published.", published);
         page.counter("moesaic_experts_moved_total", "Experts that workers had to load for them.", moved);
-        if let Some((before, after)) = imbalance {
+        if let Some(LastPlan { before, after, .. }) = last {
             let help = "The most loaded worker's load over the mean, by the plan that was made last.";
             let mut family = page.gauges("moesaic_placement_imbalance", help);
             family.sample(&[("when", "before")], before).sample(&[("when", "after")], after);

@@ -135,6 +135,7 @@ pub struct Authority {
 }
 
 /// A certificate with its key and its authority, all in PEM.
+#[derive(Clone)]
 pub struct Leaf {
     pub certificate: String,
     pub key: String,

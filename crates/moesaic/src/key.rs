@@ -1,7 +1,7 @@
 //! `moesaic key`: a new API key, shown once, and what stands for it in the coordinators' file of keys.
 
 use anyhow::Result;
-use moesaic_coordinator::core::keys::{KEY_PREFIX, Keys, hash};
+use moesaic_coordinator::core::keys::{KEY_PREFIX, Keys, written_hash};
 
 use crate::cli::{BadArguments, say};
 
@@ -26,7 +26,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     // 244 bits of the operating system's randomness.
     let key = format!("{KEY_PREFIX}{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
-    let hash: String = hash(&key).iter().map(|byte| format!("{byte:02x}")).collect();
+    let hash = written_hash(&key);
     let mut entry = format!("[[keys]]\nname = {:?}\nsha256 = \"{hash}\"\nscopes = {:?}\n", args.name, args.scopes);
     let limits = [
         ("requests_per_minute", args.requests_per_minute),

@@ -102,22 +102,18 @@ pub fn rule(row: &str) -> Option<&'static Rule> {
     TABLE.iter().find(|(of, _)| *of == row).map(|(_, rule)| rule)
 }
 
+/// Why a certificate is not enough. The words are made only where they are said.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     #[error("{row} has no rule: nobody may use it")]
     NoRule { row: String },
-    #[error("this needs {0}")]
-    Unknown(String),
-    #[error("{identity} may not use this: it needs {needed}")]
-    Role { identity: Identity, needed: String },
+    #[error("this needs {}", _0.needed())]
+    Unknown(&'static Rule),
+    #[error("{identity} may not use this: it needs {}", rule.needed())]
+    Role { identity: Identity, rule: &'static Rule },
 }
 
 impl Rule {
-    /// Whether a certificate is enough.
-    pub fn admits(&self, identity: &Identity) -> bool {
-        self.roles.contains(&identity.role)
-    }
-
     /// In words, for who was refused.
     pub fn needed(&self) -> String {
         let mut ways: Vec<String> =
@@ -132,14 +128,14 @@ impl Rule {
     }
 }
 
-/// Whether a node with this certificate may call an RPC of another node.
-pub fn check_node(path: &str, caller: Option<&Caller>) -> Result<(), Denied> {
-    let rule = rule(path).ok_or_else(|| Denied::NoRule { row: path.chars().take(120).collect() })?;
+/// Whether what a row is about is open to this caller, by its certificate or because it is open to all.
+pub fn check(row: &str, caller: Option<&Caller>) -> Result<(), Denied> {
+    let rule = rule(row).ok_or_else(|| Denied::NoRule { row: row.chars().take(120).collect() })?;
     match caller.and_then(|caller| caller.identity.as_ref()) {
         _ if rule.is_open => Ok(()),
-        Some(identity) if rule.admits(identity) => Ok(()),
-        Some(identity) => Err(Denied::Role { identity: identity.clone(), needed: rule.needed() }),
-        None => Err(Denied::Unknown(rule.needed())),
+        Some(identity) if rule.roles.contains(&identity.role) => Ok(()),
+        Some(identity) => Err(Denied::Role { identity: identity.clone(), rule }),
+        None => Err(Denied::Unknown(rule)),
     }
 }
 
@@ -154,8 +150,8 @@ impl From<Denied> for Status {
 
 /// Puts the table in front of a worker's RPCs.
 pub fn guarded(routes: Routes) -> Routes {
-    async fn check(request: Request, next: Next) -> Response {
-        match check_node(request.uri().path(), request.extensions().get()) {
+    async fn guard(request: Request, next: Next) -> Response {
+        match check(request.uri().path(), request.extensions().get()) {
             Ok(()) => next.run(request).await,
             Err(denied) => {
                 tracing::warn!(path = request.uri().path(), %denied, "a call was refused");
@@ -163,5 +159,5 @@ pub fn guarded(routes: Routes) -> Routes {
             }
         }
     }
-    routes.prepare().into_axum_router().layer(axum::middleware::from_fn(check)).into()
+    routes.prepare().into_axum_router().layer(axum::middleware::from_fn(guard)).into()
 }

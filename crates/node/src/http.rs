@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
+use crate::accept;
 use crate::access::Caller;
 use crate::connect::Stream;
 use crate::tls::{ClientCertificate, HTTP2, Tls};
@@ -36,8 +37,6 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a slow reader may leave in our memory.
 const SEND_BUFFER_BYTES_MAX: usize = 256 << 10;
-/// After accept has failed (no file descriptors left).
-const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const PREFACE_POLL: Duration = Duration::from_millis(20);
 
@@ -54,26 +53,13 @@ pub async fn serve(listener: TcpListener, router: Router, tls: Option<Tls>, limi
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     loop {
-        let accepted = tokio::select! {
+        let (stream, place) = tokio::select! {
             accepted = accept(&listener, &places) => accepted,
             Some(_) = connections.join_next() => continue,
             () = stop.cancelled() => break,
         };
-        match accepted {
-            Ok((stream, place)) => {
-                connections.spawn(connection(
-                    stream,
-                    place,
-                    (router.clone(), tls.clone()),
-                    graceful.watcher(),
-                    stop.clone(),
-                ));
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(ACCEPT_RETRY).await;
-            }
-        }
+        let served = (router.clone(), tls.clone());
+        connections.spawn(connection(stream, place, served, graceful.watcher(), stop.clone()));
     }
     drop(listener);
     let finished = async {
@@ -85,10 +71,9 @@ pub async fn serve(listener: TcpListener, router: Router, tls: Option<Tls>, limi
     }
 }
 
-async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> std::io::Result<(TcpStream, OwnedSemaphorePermit)> {
-    let place = places.clone().acquire_owned().await.map_err(std::io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
-    Ok((stream, place))
+async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
+    let place = places.clone().acquire_owned().await.expect("nobody closes it");
+    (accept::next(listener).await.0, place)
 }
 
 async fn connection(
@@ -98,9 +83,6 @@ async fn connection(
     watcher: Watcher,
     stop: CancellationToken,
 ) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "no nodelay");
-    }
     let opened = tokio::select! {
         opened = tokio::time::timeout(HEADER_READ_TIMEOUT, open(stream, tls.as_ref())) => opened,
         () = stop.cancelled() => return,

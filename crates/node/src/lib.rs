@@ -1,6 +1,7 @@
 //! Being a member of the cluster: typed config, the registry with its leases and watches, connections to peers with
 //! TLS and the handshake, who may call what, a gRPC server with health and reflection, graceful stop and telemetry. Knows no tensors and no requests.
 
+mod accept;
 pub mod access;
 pub mod config;
 pub mod connect;

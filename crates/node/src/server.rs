@@ -19,6 +19,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use tonic_health::server::HealthReporter;
 
+use crate::accept;
 use crate::access::{Caller, guarded};
 use crate::connect::Stream;
 use crate::tls::{ClientCertificate, Tls};
@@ -40,8 +41,6 @@ pub const FRAME_BYTES: u32 = 1 << 20;
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Clients that may be showing it at a time; more wait.
 pub const HANDSHAKES_MAX: usize = 256;
-/// After accept has failed (no file descriptors left).
-const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -91,7 +90,7 @@ impl Bound {
         };
         tokio::select! {
             served = server => served.map_err(|source| ServerError::Serve { address: self.address, source }),
-            () = accept(self.listener, tls, ready) => unreachable!("accepts until it is dropped"),
+            () = take_in(self.listener, tls, ready) => unreachable!("accepts until it is dropped"),
             () = patience => {
                 tracing::warn!(address = %self.address, ?grace, "calls were still running when the grace ended");
                 Ok(())
@@ -100,20 +99,11 @@ impl Bound {
     }
 }
 
-/// Accepts connections for ever. Those who are slow to show their certificate hold up nobody.
-async fn accept(listener: TcpListener, tls: Option<Tls>, ready: mpsc::Sender<io::Result<Connection>>) {
+/// Takes connections in for ever. Those who are slow to show their certificate hold up nobody.
+async fn take_in(listener: TcpListener, tls: Option<Tls>, ready: mpsc::Sender<io::Result<Connection>>) {
     let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
-        let accepted =
-            listener.accept().await.and_then(|(stream, from)| stream.set_nodelay(true).map(|()| (stream, from)));
-        let (stream, from) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(ACCEPT_RETRY).await;
-                continue;
-            }
-        };
+        let (stream, from) = accept::next(&listener).await;
         // Nobody closes it.
         let Ok(place) = places.clone().acquire_owned().await else { continue };
         let (tls, ready) = (tls.clone(), ready.clone());

@@ -91,16 +91,20 @@ fn every_rpc_and_every_route_has_one_rule_and_every_rule_is_of_one() {
     );
 }
 
-/// TLS as a client has it that shows this, or nothing.
-fn connector(cluster: &Secured, shown: Shown) -> Connector {
-    let folder = cluster.folder_of(shown);
+/// TLS of a client that knows the cluster's authority.
+fn client(cluster: &Secured) -> rustls::ConfigBuilder<rustls::ClientConfig, rustls::client::WantsClientCert> {
     let authority = cluster.folder_of(Shown::Role(Role::Operator)).unwrap().join("ca.crt");
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(authority).unwrap()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let builder = builder.with_root_certificates(roots);
-    let mut config = match folder {
+    builder.with_root_certificates(roots)
+}
+
+/// TLS as a client has it that shows this, or nothing.
+fn connector(cluster: &Secured, shown: Shown) -> Connector {
+    let builder = client(cluster);
+    let mut config = match cluster.folder_of(shown) {
         None => builder.with_no_client_auth(),
         Some(folder) => {
             let certificate = CertificateDer::from_pem_file(folder.join("tls.crt")).unwrap();
@@ -220,13 +224,7 @@ async fn each_rpc_is_for_those_that_its_rule_names() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_route_is_for_those_that_its_rule_names() {
     let cluster = Secured::start().await;
-    let authority = cluster.folder_of(Shown::Role(Role::Operator)).unwrap().join("ca.crt");
-    let authority = CertificateDer::from_pem_file(authority).unwrap();
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(authority).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let tls = TlsConnector::from(Arc::new(config.with_root_certificates(roots).with_no_client_auth()));
+    let tls = TlsConnector::from(Arc::new(client(&cluster).with_no_client_auth()));
     for row in routes() {
         let (method, path) = row.split_once(' ').unwrap();
         let path = path.replace("{*id}", "tiny-r1").replace("{file}", "app.js");

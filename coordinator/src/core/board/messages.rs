@@ -116,7 +116,7 @@ pub struct Counters {
 }
 
 /// `[t_s, tokens_per_s, requests_per_s, ttft_p50, p95, p99, gap_p50, p95, p99]`
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Point(
     pub u64,
     pub f64,
@@ -197,7 +197,7 @@ pub struct Snapshot<'a> {
 }
 
 /// What is None or empty has not changed.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Update {
     pub t: u64,
     pub point: Point,

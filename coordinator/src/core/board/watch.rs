@@ -143,11 +143,6 @@ impl Edges {
         seen.now = Edge(ends.0, ends.1, state.into(), rate(per_second), time(status.answer_us));
     }
 
-    /// Its attention worker does not answer: what is known of its edges is old.
-    pub fn silence(&mut self, attention: u32) {
-        self.drop_attention(attention);
-    }
-
     pub fn drop_attention(&mut self, attention: u32) {
         self.retain(|(a, _)| a != attention);
     }
