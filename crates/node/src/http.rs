@@ -1,11 +1,13 @@
 //! A port for HTTP/1.1 and HTTP/2, told apart by what TLS has agreed on or, without it, by the connection's first bytes.
 //! Bounds connections, headers, streams and waits; stops gracefully.
 
+mod leftover;
+
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
 use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -93,9 +95,16 @@ async fn connection(
         Err(_) => return tracing::debug!("a client said nothing"),
     };
     let service = tower::service_fn(move |request: Request<Incoming>| {
-        let mut request = request.map(Body::new);
+        let (mut request, leftover) = leftover::watch(request);
         request.extensions_mut().insert(caller.clone());
-        router.clone().oneshot(request)
+        let answer = router.clone().oneshot(request);
+        async move {
+            let mut response = answer.await?;
+            if let Some(leftover) = leftover {
+                leftover.read(&mut response).await;
+            }
+            Ok::<_, Infallible>(response)
+        }
     });
     let serving = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)).into_owned();
     if let Err(error) = watcher.watch(serving).await {
@@ -114,7 +123,7 @@ async fn open(
         return Ok((Box::new(stream), Caller::default(), builder()));
     };
     let (stream, identity) = tls.accept(stream, ClientCertificate::Optional).await?;
-    let is_http2 = stream.get_ref().1.alpn_protocol() == Some(HTTP2);
+    let is_http2 = stream.get_ref().get_ref().1.alpn_protocol() == Some(HTTP2);
     let builder = if is_http2 { builder().http2_only() } else { builder().http1_only() };
     Ok((Box::new(stream), Caller { identity }, builder))
 }
