@@ -3,8 +3,9 @@
 //! A folder holds what a node needs, under the names that Kubernetes' secrets and cert-manager give: `tls.crt` (the
 //! node's certificate and what is between it and the authority), `tls.key`, `ca.crt` (the authorities) and, if
 //! certificates were revoked, `ca.crl`. All are PEM. They are read again while the node runs: connections that are made
-//! from then on use the new ones, those that are open go on.
+//! from then on use the new ones, those that are open go on while the other side's certificate is believed.
 
+mod held;
 mod trust;
 
 use std::convert::Infallible;
@@ -26,7 +27,8 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use crate::connect::Peer;
 use crate::identity::{Identity, InvalidIdentity, role_name};
 use crate::reload;
-use trust::{AnyClient, KnownServer, Trust};
+use held::Held;
+use trust::{AnyClient, KnownServer, Side, Trust};
 
 const CERTIFICATE: &str = "tls.crt";
 const KEY: &str = "tls.key";
@@ -138,32 +140,37 @@ impl Tls {
         &self,
         stream: S,
         client: ClientCertificate,
-    ) -> io::Result<(server::TlsStream<S>, Option<Identity>)>
+    ) -> io::Result<(Held<server::TlsStream<S>>, Option<Identity>)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let material = self.current.borrow().clone();
+        let mut changes = self.current.subscribe();
+        let material = changes.borrow_and_update().clone();
         let config = match client {
             ClientCertificate::Required => &material.requires,
             ClientCertificate::Optional => &material.permits,
         };
         let stream = TlsAcceptor::from(config.clone()).accept(stream).await?;
-        let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let chain = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
+        let shown = chain.as_ref().and_then(|chain| chain.first());
         let identity = shown.map(Identity::of_certificate).transpose().map_err(io::Error::other)?;
-        Ok((stream, identity))
+        Ok((Held::new(stream, chain, Side::Client, changes), identity))
     }
 
     /// The client's side of a connection to a node, which must be the one that is meant.
-    pub async fn connect<S>(&self, stream: S, peer: &Peer) -> io::Result<client::TlsStream<S>>
+    pub async fn connect<S>(&self, stream: S, peer: &Peer) -> io::Result<Held<client::TlsStream<S>>>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let trust = self.current.borrow().trust.clone();
+        let mut changes = self.current.subscribe();
+        let trust = changes.borrow_and_update().trust.clone();
         let verifier = Arc::new(KnownServer { trust, peer: peer.clone() });
         let builder = self.client_builder().dangerous().with_custom_certificate_verifier(verifier);
         // Identities are no host names: the verifier looks at nothing but the certificate.
         let name = ServerName::try_from("moesaic.invalid").map_err(io::Error::other)?;
-        self.connect_with(builder, name, stream).await
+        let stream = self.connect_with(builder, name, stream).await?;
+        let chain = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
+        Ok(Held::new(stream, chain, Side::Server, changes))
     }
 
     /// The client's side of a connection to a server that is no node, such as etcd: known by its host's name, and by

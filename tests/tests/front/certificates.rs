@@ -12,6 +12,7 @@ use moesaic_tests::secured::{CLUSTER, identity};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
@@ -51,12 +52,23 @@ impl Pair {
         self.dir.path().join(name)
     }
 
+    async fn open(&self) -> Option<HealthClient<Channel>> {
+        let connector = Connector::over(Some(self.client.clone()));
+        let channel = connector.connect(&self.peer, &self.peer.endpoint().unwrap()).await.ok()?;
+        Some(HealthClient::new(channel))
+    }
+
     /// Over a new connection.
     async fn talks(&self) -> bool {
-        let connector = Connector::over(Some(self.client.clone()));
-        let Ok(channel) = connector.connect(&self.peer, &self.peer.endpoint().unwrap()).await else { return false };
-        HealthClient::new(channel).check(HealthCheckRequest::default()).await.is_ok()
+        match self.open().await {
+            Some(mut client) => answers(&mut client).await,
+            None => false,
+        }
     }
+}
+
+async fn answers(client: &mut HealthClient<Channel>) -> bool {
+    client.check(HealthCheckRequest::default()).await.is_ok()
 }
 
 #[tokio::test]
@@ -103,9 +115,14 @@ async fn a_revoked_certificate_is_refused_on_both_sides() {
         let (tls, other) =
             if revoked == "client" { (&pair.client, &pair.server) } else { (&pair.server, &pair.client) };
         assert!(tls.reload().unwrap());
-        assert!(pair.talks().await);
+        let mut open = pair.open().await.unwrap();
+        assert!(answers(&mut open).await);
+        // What is new and revokes nobody is none of its business.
+        fs::write(pair.folder(who_knows).join("ca.crl"), authority.revoked(&[]).unwrap()).unwrap();
+        assert!(other.reload().unwrap() && answers(&mut open).await);
         fs::write(pair.folder(who_knows).join("ca.crl"), authority.revoked(&[serial]).unwrap()).unwrap();
         assert!(other.reload().unwrap());
+        assert!(!answers(&mut open).await, "over a connection that was open");
         assert!(!pair.talks().await, "the {who_knows} knows that the {revoked}'s certificate is revoked");
         write(&authority, role, &pair.folder(revoked));
         assert!(tls.reload().unwrap());

@@ -25,6 +25,22 @@ pub struct Trust {
     algorithms: WebPkiSupportedAlgorithms,
 }
 
+/// Which end of a connection shows a certificate.
+#[derive(Clone, Copy, Debug)]
+pub enum Side {
+    Client,
+    Server,
+}
+
+impl Side {
+    fn usage(self) -> KeyUsage {
+        match self {
+            Self::Client => KeyUsage::client_auth(),
+            Self::Server => KeyUsage::server_auth(),
+        }
+    }
+}
+
 /// A certificate is good, and of somebody else.
 #[derive(Debug, thiserror::Error)]
 enum Stranger {
@@ -53,12 +69,18 @@ impl Trust {
         &self.authorities
     }
 
+    /// Whether a chain that was believed still is.
+    pub fn check(&self, chain: &[CertificateDer<'_>], side: Side) -> Result<(), Error> {
+        let (certificate, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
+        self.identity(certificate, intermediates, UnixTime::now(), side).map(drop)
+    }
+
     fn identity(
         &self,
         certificate: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-        usage: KeyUsage,
+        side: Side,
     ) -> Result<Identity, Error> {
         let lists: Vec<&CertRevocationList<'_>> = self.revoked.iter().collect();
         // Authorities that have revoked nothing need no list.
@@ -66,7 +88,7 @@ impl Trust {
         let revocation = revocation.map(|options| options.with_status_policy(UnknownStatusPolicy::Allow).build());
         let parsed = EndEntityCert::try_from(certificate).map_err(refusal)?;
         let (algorithms, roots) = (self.algorithms.all, &self.authorities.roots);
-        let path = parsed.verify_for_usage(algorithms, roots, intermediates, now, usage, revocation, None);
+        let path = parsed.verify_for_usage(algorithms, roots, intermediates, now, side.usage(), revocation, None);
         path.map_err(refusal)?;
         let given = Identity::of_certificate(certificate).map_err(|unnamed| stranger(unnamed.into()))?;
         if given.cluster != self.cluster {
@@ -111,7 +133,7 @@ impl ServerCertVerifier for KnownServer {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let given = self.trust.identity(certificate, intermediates, now, KeyUsage::server_auth())?;
+        let given = self.trust.identity(certificate, intermediates, now, Side::Server)?;
         let Peer { role, id, .. } = &self.peer;
         let is_meant = given.role == *role && id.as_ref().is_none_or(|id| *id == given.id);
         if !is_meant {
@@ -167,7 +189,7 @@ impl ClientCertVerifier for AnyClient {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.trust.identity(certificate, intermediates, now, KeyUsage::client_auth())?;
+        self.trust.identity(certificate, intermediates, now, Side::Client)?;
         Ok(ClientCertVerified::assertion())
     }
 
