@@ -41,6 +41,8 @@ pub struct Config {
     pub registry: String,
     /// Probes (/livez, /startupz, /readyz) and Prometheus' /metrics, without TLS. Unset: none.
     pub metrics_listen: Option<SocketAddr>,
+    /// "http://host:port" of an OpenTelemetry collector, which gets spans over OTLP's gRPC. Unset: nothing is traced.
+    pub traces: Option<String>,
     /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl. Unset: no TLS.
     pub tls: Option<PathBuf>,
     /// The authorities of etcd's certificate, in PEM; `tls`' ca.crt if unset.
@@ -83,6 +85,7 @@ impl Default for Config {
             pin: false,
             registry: "etcd://127.0.0.1:2379".into(),
             metrics_listen: None,
+            traces: None,
             tls: None,
             registry_ca: None,
             cache_tokens: None,
@@ -149,6 +152,10 @@ pub struct Flags {
     #[arg(long, value_name = "HOST:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<SocketAddr>,
+    /// http://host:port of an OpenTelemetry collector that takes OTLP over gRPC
+    #[arg(long, value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traces: Option<String>,
     /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]

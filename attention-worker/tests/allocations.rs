@@ -19,6 +19,7 @@ use moesaic_dispatch::{
 use moesaic_kernels::{Dtype, Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::Connector;
+use moesaic_node::trace::Span;
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId, v1};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -89,9 +90,9 @@ async fn a_step_of_many_rows_allocates_hardly_more_than_one_of_few() {
     for rows in [1, 64] {
         let parts = batch(rows);
         // The first step of a size makes the buffers.
-        decoder.forward(0, &parts, &mut buffers).await.unwrap();
+        decoder.forward(0, &parts, &mut buffers, &Span::default()).await.unwrap();
         let region = Region::new(GLOBAL);
-        decoder.forward(0, &parts, &mut buffers).await.unwrap();
+        decoder.forward(0, &parts, &mut buffers, &Span::default()).await.unwrap();
         let change = region.change();
         counts.push(change.allocations + change.reallocations);
     }

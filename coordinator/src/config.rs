@@ -24,6 +24,10 @@ pub struct Config {
     pub registry: String,
     /// Probes (/livez, /startupz, /readyz) and Prometheus' /metrics, without TLS. Unset: none.
     pub metrics_listen: Option<SocketAddr>,
+    /// "http://host:port" of an OpenTelemetry collector, which gets spans over OTLP's gRPC. Unset: nothing is traced.
+    pub traces: Option<String>,
+    /// The share of requests that are traced, 0 to 1; callers that send a `traceparent` say it for theirs.
+    pub trace_ratio: f64,
     /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl. Unset: no TLS.
     pub tls: Option<PathBuf>,
     /// The authorities of etcd's certificate, in PEM; `tls`' ca.crt if unset.
@@ -60,6 +64,8 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             registry: "etcd://127.0.0.1:2379".into(),
             metrics_listen: None,
+            traces: None,
+            trace_ratio: 1.0,
             tls: None,
             registry_ca: None,
             keys: None,
@@ -107,6 +113,14 @@ pub struct Flags {
     #[arg(long, value_name = "HOST:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<SocketAddr>,
+    /// http://host:port of an OpenTelemetry collector that takes OTLP over gRPC
+    #[arg(long, value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traces: Option<String>,
+    /// The share of requests that are traced, 0 to 1, of those whose callers do not say
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_ratio: Option<f64>,
     /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -156,8 +156,9 @@ impl Engine {
         inbox.take(self.terms_max())
     }
 
-    fn compute(&self, jobs: Vec<Job>, scratch: &mut Vec<f32>) {
+    fn compute(&self, mut jobs: Vec<Job>, scratch: &mut Vec<f32>) {
         let start = Instant::now();
+        jobs.iter_mut().for_each(|job| job.span.event("computing"));
         let shard = match self.shards.get(jobs[0].frame.header.epoch) {
             Ok(shard) => shard,
             // Retired while they waited.
@@ -189,12 +190,13 @@ impl ExpertHost for Engine {
 
     fn submit(&self, frame: RequestFrame, reply: ReplySender) {
         let taken = match self.check(&frame) {
-            Ok(()) => self.inbox().offer(Job { frame, reply }),
-            Err(refusal) => Err(Box::new((Job { frame, reply }, refusal))),
+            Ok(()) => self.inbox().offer(Job::new(frame, reply)),
+            Err(refusal) => Err(Box::new((Job::new(frame, reply), refusal))),
         };
         match taken.map_err(|given_back| *given_back) {
             Ok(()) => self.news.notify_one(),
-            Err((job, refusal)) => {
+            Err((mut job, refusal)) => {
+                job.span.fail(&refusal);
                 tracing::debug!(header = ?job.frame.header, %refusal, "frame refused");
                 self.profile.refuse(refusal.reason);
                 job.reply.send(Err(refusal));
@@ -205,7 +207,7 @@ impl ExpertHost for Engine {
     fn answer(&self, frame: RequestFrame, reply: ReplySender) {
         let idle = self.scratch.try_lock().ok().filter(|_| self.inbox().is_idle());
         match idle {
-            Some(mut scratch) if self.check(&frame).is_ok() => self.compute(vec![Job { frame, reply }], &mut scratch),
+            Some(mut scratch) if self.check(&frame).is_ok() => self.compute(vec![Job::new(frame, reply)], &mut scratch),
             _ => self.submit(frame, reply),
         }
     }

@@ -11,6 +11,7 @@ use moesaic_kernels::{Ffn, Numerics, Pool};
 use moesaic_model::packed::Experts;
 use moesaic_model::{Checkpoint, ModelError, load};
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
+use moesaic_node::trace::Traces;
 use moesaic_node::{Member, Membership, Registration, Registry, handshake, vitals};
 use moesaic_proto::v1::Role;
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement};
@@ -52,6 +53,7 @@ pub struct Context {
 pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
     anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
+    let traces = Traces::start(config.traces.as_deref(), "moesaic-expert-worker", config.id.as_deref(), 1.0)?;
     let context = Context {
         checkpoint: Arc::new(Checkpoint::open(&config.model)?),
         membership: config.membership().open().await?,
@@ -60,7 +62,9 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
         profile: Arc::default(),
     };
     let membership = context.membership.clone();
-    membership.keep_up(Box::pin(run(config, context, stop))).await
+    let served = membership.keep_up(Box::pin(run(config, context, stop))).await;
+    traces.finish().await;
+    served
 }
 
 /// Serves until `stop`; then waits until others have what it alone had, leaves, answers what it has in hand, all within

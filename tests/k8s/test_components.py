@@ -8,7 +8,9 @@ import yaml
 from manifests import COMPONENT, K8S, ROLES, kustomize, named, of_kind, pod_labels, pod_spec, selects, workload
 from manifests import render as render_overlay
 from rules.availability import copies_stand
+from rules.network import EXPECTED, allowed_edges, only_the_edges_that_exist
 from rules.references import program_version
+from rules.settings import keys_of
 from test_rules import RULES
 from test_schemas import check
 
@@ -68,6 +70,18 @@ def test_every_role_is_scraped_at_its_metrics(rendered):
     (endpoint,) = monitor["podMetricsEndpoints"]
     source = "__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", COMPONENT)
     assert endpoint["relabelings"] == [{"sourceLabels": [source], "targetLabel": "component"}]
+
+
+def test_traces_leave_for_the_collector_alone(rendered):
+    docs = rendered("traces")
+    for doc in docs:
+        check(doc)
+    assert allowed_edges(docs) - EXPECTED == {(role, "collector", "TCP", 4317) for role in ROLES}
+    others = [rule for rule in RULES if rule is not only_the_edges_that_exist]
+    assert {rule.__name__: found for rule in others if (found := list(rule(docs)))} == {}
+    for role in ROLES:
+        env = {e["name"]: e.get("value") for e in pod_spec(workload(docs, role))["containers"][0]["env"]}
+        assert "traces" in keys_of(role) and env["MOESAIC_TRACES"].endswith(":4317")
 
 
 def test_images_of_another_registry_keep_their_tags(rendered):

@@ -12,6 +12,7 @@ use moesaic_kernels::{
     mla_attend_expanded, rms_norm, route,
 };
 use moesaic_model::Config;
+use moesaic_node::trace::{Kind, Span as Trace};
 use moesaic_proto::{ExpertId, LayerId};
 
 use super::expert_counts::ExpertCounts;
@@ -96,17 +97,28 @@ impl Decoder {
         self.weights.config()
     }
 
-    /// The hidden states [rows, hidden] after all layers, in `b.h`. `micro_batch` tells those in flight apart.
-    pub async fn forward(&self, micro_batch: u8, parts: &[Part], b: &mut Buffers) -> Result<(), DispatchError> {
+    /// The hidden states [rows, hidden] after all layers, in `b.h`. `micro_batch` tells those in flight apart; each layer
+    /// is a part of `trace`.
+    pub async fn forward(
+        &self,
+        micro_batch: u8,
+        parts: &[Part],
+        b: &mut Buffers,
+        trace: &Trace,
+    ) -> Result<(), DispatchError> {
         self.profile.time(Time::Rest, || self.weights.embed(tokens(parts), &mut b.h));
         for (index, layer) in self.weights.layers.iter().enumerate() {
+            let mut trace = trace.child(Kind::Internal, "layer");
+            trace.set("moesaic.layer", index as i64);
             self.profile.time(Time::Attention, || {
                 self.norm(&b.h, &layer.input_norm, &mut b.x);
                 self.attention(index, &layer.mla, parts, b);
                 add(&mut b.h, &b.y);
             });
             self.profile.time(Time::Rest, || self.norm(&b.h, &layer.post_norm, &mut b.x));
-            self.mlp(micro_batch, index, layer, b).await?;
+            trace.event("attended");
+            let done = self.mlp(micro_batch, index, layer, b, &trace).await;
+            done.inspect_err(|error| trace.fail(error))?;
             self.profile.time(Time::Rest, || add(&mut b.h, &b.y));
         }
         self.profile.count_step(b.h.len() / self.config().hidden_size);
@@ -122,7 +134,14 @@ impl Decoder {
     }
 
     /// `b.x` to `b.y`.
-    async fn mlp(&self, micro_batch: u8, index: usize, layer: &Layer, b: &mut Buffers) -> Result<(), DispatchError> {
+    async fn mlp(
+        &self,
+        micro_batch: u8,
+        index: usize,
+        layer: &Layer,
+        b: &mut Buffers,
+        trace: &Trace,
+    ) -> Result<(), DispatchError> {
         sized(&mut b.y, b.x.len());
         match &layer.mlp {
             Mlp::Dense(ffn) => {
@@ -130,7 +149,7 @@ impl Decoder {
             }
             Mlp::Moe { gate, bias, shared } => {
                 self.profile.time(Time::Gate, || self.choose(index, gate, bias.as_deref(), b));
-                let away = self.profile.time(Time::Dispatch, || self.dispatch(micro_batch, index, b))?;
+                let away = self.profile.time(Time::Dispatch, || self.dispatch(micro_batch, index, b, trace))?;
                 if let Some(ffn) = shared {
                     let y = sized(&mut b.shared, b.x.len());
                     self.profile.time(Time::Dense, || ffn.forward(&self.pool, RowsRef::F32(&b.x), y));
@@ -162,13 +181,13 @@ impl Decoder {
         self.profile.count_experts(b.chosen.iter().filter(|chosen| **chosen).count());
     }
 
-    fn dispatch(&self, micro_batch: u8, index: usize, b: &Buffers) -> Result<Pending, DispatchError> {
+    fn dispatch(&self, micro_batch: u8, index: usize, b: &Buffers, trace: &Trace) -> Result<Pending, DispatchError> {
         let rows = match self.weights.numerics.dtype() {
             Dtype::F32 => Rows::F32(b.x.clone()),
             Dtype::Bf16 => Rows::Bf16(b.x.iter().map(|&x| bf16::from_f32(x)).collect()),
         };
-        let top_k = self.weights.gate_params.top_k;
-        self.dispatcher.dispatch(LayerId(index as u8), micro_batch, rows, top_k, &b.routes)
+        let (layer, top_k) = (LayerId(index as u8), self.weights.gate_params.top_k);
+        self.dispatcher.dispatch_within(trace.traceparent(), layer, micro_batch, rows, top_k, &b.routes)
     }
 
     /// MLA, `b.x` to `b.y`. The rows' latents go to their pages first, so that rows of one prefill see each other; each

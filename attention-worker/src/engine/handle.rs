@@ -25,6 +25,8 @@ pub struct Submit {
     pub logprobs: Option<usize>,
     /// The same for prompt tokens after the first.
     pub prompt_logprobs: Option<usize>,
+    /// The span that it is part of, if it is traced.
+    pub traceparent: Option<Arc<str>>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

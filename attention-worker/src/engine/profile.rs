@@ -35,6 +35,7 @@ pub struct Profile {
     steps: AtomicU64,
     rows: AtomicU64,
     experts: AtomicU64,
+    tokens: AtomicU64,
 }
 
 /// The sums at one moment, or between two.
@@ -47,6 +48,8 @@ pub struct Counts {
     pub rows: u64,
     /// Distinct experts that a micro-batch asked for, over all layers.
     pub experts: u64,
+    /// Tokens that were generated.
+    pub tokens: u64,
 }
 
 impl Profile {
@@ -71,6 +74,10 @@ impl Profile {
         self.experts.fetch_add(experts as u64, Ordering::Relaxed);
     }
 
+    pub fn count_token(&self) {
+        self.tokens.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub fn counts(&self) -> Counts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
@@ -78,6 +85,7 @@ impl Profile {
             steps: read(&self.steps),
             rows: read(&self.rows),
             experts: read(&self.experts),
+            tokens: read(&self.tokens),
         }
     }
 }
@@ -94,6 +102,7 @@ impl Counts {
             steps: self.steps - earlier.steps,
             rows: self.rows - earlier.rows,
             experts: self.experts - earlier.experts,
+            tokens: self.tokens - earlier.tokens,
         }
     }
 }
@@ -112,8 +121,9 @@ mod tests {
         profile.add(Part::Rest, Duration::from_nanos(1));
         profile.count_step(4);
         profile.count_experts(9);
+        profile.count_token();
         let since = profile.counts().since(&before);
         assert_eq!((since.of(Part::Gate), since.of(Part::Rest)), (Duration::from_nanos(7), Duration::from_nanos(1)));
-        assert_eq!((since.steps, since.rows, since.experts), (1, 4, 9));
+        assert_eq!((since.steps, since.rows, since.experts, since.tokens), (1, 4, 9, 1));
     }
 }

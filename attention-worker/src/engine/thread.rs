@@ -11,6 +11,7 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use moesaic_dispatch::{DispatchError, Dispatcher};
 use moesaic_kernels::Pool;
+use moesaic_node::trace::{self, Kind, Span};
 use tokio::runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -25,6 +26,10 @@ use crate::core::sampler::{Sampling, logprobs, sample};
 
 /// Logits in memory at a time, at most: the head's weights are read once for so many.
 const LOGITS_MAX: usize = 16 << 20;
+
+/// Of the micro-batches with traced sequences those that are traced layer by layer: one in so many, and each that has a
+/// sequence's first tokens.
+const TRACED_STEPS: u64 = 16;
 
 /// Resolves when the thread has ended, which while there are handles means that it panicked.
 pub type Ended = oneshot::Receiver<()>;
@@ -45,7 +50,7 @@ pub fn start(
     thread::Builder::new().name("engine".into()).spawn(move || {
         pool.pin_caller();
         let decoder = Decoder::new(weights, dispatcher, pool, limits.pages, profile, experts);
-        let engine = Engine { decoder: &decoder, batcher, streams: BTreeMap::new(), counts };
+        let engine = Engine { decoder: &decoder, batcher, streams: BTreeMap::new(), counts, formed: 0 };
         runtime.block_on(engine.run(commands, limits.micro_batches));
         drop(alive);
     })?;
@@ -57,6 +62,8 @@ struct Engine<'a> {
     batcher: Batcher,
     streams: BTreeMap<SequenceId, Stream>,
     counts: watch::Sender<Counts>,
+    /// Micro-batches so far.
+    formed: u64,
 }
 
 /// What the engine knows of a sequence beyond its tokens.
@@ -69,6 +76,8 @@ struct Stream {
     prompt: Vec<Token>,
     /// Tokens said, here and elsewhere before.
     said: usize,
+    /// The span that it is part of, if it is traced.
+    traceparent: Option<Arc<str>>,
 }
 
 /// A micro-batch that is back.
@@ -106,8 +115,9 @@ impl Engine<'_> {
                     break;
                 }
                 let mut slot = slots.pop().expect("as many slots as micro-batches in flight at most");
+                let span = self.span(&parts);
                 flights.push(async move {
-                    let result = decoder.forward(slot.number, &parts, &mut slot.buffers).await;
+                    let result = decoder.forward(slot.number, &parts, &mut slot.buffers, &span).await;
                     Landed { slot, parts, result }
                 });
             }
@@ -124,6 +134,20 @@ impl Engine<'_> {
         }
     }
 
+    /// A micro-batch's span: part of that of a sequence in it, if any is traced.
+    fn span(&mut self, parts: &[Part]) -> Span {
+        self.formed += 1;
+        let is_due = self.formed.is_multiple_of(TRACED_STEPS);
+        let mut due = parts.iter().filter(|part| is_due || part.start == 0);
+        let Some(parent) = due.find_map(|part| self.streams.get(&part.sequence)?.traceparent.as_deref()) else {
+            return Span::default();
+        };
+        let mut span = trace::part(Kind::Internal, "step", parent);
+        span.set("moesaic.sequences", parts.len() as i64);
+        span.set("moesaic.rows", parts.iter().map(|part| part.tokens.len() as i64).sum::<i64>());
+        span
+    }
+
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Submit(submit, reply) => {
@@ -135,7 +159,7 @@ impl Engine<'_> {
     }
 
     fn submit(&mut self, submit: Submit) -> Result<Running, Refused> {
-        let Submit { request, emitted, sampling, logprobs, prompt_logprobs } = submit;
+        let Submit { request, emitted, sampling, logprobs, prompt_logprobs, traceparent } = submit;
         let id = self.batcher.submit(request)?;
         let (events, said) = (Arc::new(Events::default()), emitted.len());
         for (index, token) in emitted.into_iter().enumerate() {
@@ -143,7 +167,8 @@ impl Engine<'_> {
         }
         let reader = events.reader(said);
         let (events, prompt) = (Speaker(events), Vec::new());
-        self.streams.insert(id, Stream { events, sampling, logprobs, prompt_logprobs, prompt, said });
+        let stream = Stream { events, sampling, logprobs, prompt_logprobs, prompt, said, traceparent };
+        self.streams.insert(id, stream);
         Ok(Running { id, events: reader })
     }
 
@@ -249,6 +274,7 @@ impl Engine<'_> {
             return self.end(id, Event::Aborted);
         }
         let Some(token) = token else { return };
+        self.decoder.profile().count_token();
         let stream = self.streams.get_mut(&id).expect("a sequence has a stream until it ends");
         let (index, prompt) = (stream.said, std::mem::take(&mut stream.prompt));
         stream.said += 1;

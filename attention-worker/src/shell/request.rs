@@ -52,6 +52,7 @@ pub fn check(run: RunRequest, config: &Config) -> Result<Submit, Invalid> {
         sampling: sampling(run.sampling.unwrap_or_default(), config)?,
         logprobs: logprobs("logprobs", run.logprobs)?,
         prompt_logprobs: logprobs("prompt_logprobs", run.prompt_logprobs)?,
+        traceparent: None,
     })
 }
 

@@ -134,7 +134,7 @@ impl Entry {
 
 /// A request without its caller, as those of several coordinators are compared.
 fn anonymous(run: &RunRequest) -> RunRequest {
-    RunRequest { hello: None::<Hello>, resume: false, call: 0, ..run.clone() }
+    RunRequest { hello: None::<Hello>, resume: false, call: 0, traceparent: String::new(), ..run.clone() }
 }
 
 impl Ticket {

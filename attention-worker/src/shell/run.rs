@@ -11,6 +11,7 @@ use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
+use moesaic_node::trace::Traces;
 use moesaic_node::vitals::{self, Vitals};
 use moesaic_node::{Connector, Member, Membership, View, handshake};
 use moesaic_proto::WorkerId;
@@ -56,6 +57,7 @@ pub struct Context {
 pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
     anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
+    let traces = Traces::start(config.traces.as_deref(), "moesaic-attention-worker", config.id.as_deref(), 1.0)?;
     let context = Context {
         checkpoint: Arc::new(Checkpoint::open(&config.model)?),
         membership: config.membership().open().await?,
@@ -64,7 +66,9 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
         profile: Arc::default(),
     };
     let membership = context.membership.clone();
-    membership.keep_up(Box::pin(run(config, context, stop))).await
+    let served = membership.keep_up(Box::pin(run(config, context, stop))).await;
+    traces.finish().await;
+    served
 }
 
 /// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.

@@ -9,6 +9,7 @@ use moesaic_dispatch::tracker::Counts;
 use moesaic_kernels::PAGE_TOKENS;
 use moesaic_model::Checkpoint;
 use moesaic_node::handshake;
+use moesaic_node::trace::{self, Kind, Span};
 use moesaic_proto::limits::WORKER_MESSAGE_BYTES_MAX;
 use moesaic_proto::v1::attention_worker_server::{AttentionWorker, AttentionWorkerServer};
 use moesaic_proto::v1::{self, Role, RunEvent, RunRequest, TokenInfo, TopLogprob};
@@ -65,7 +66,7 @@ impl AttentionWorker for Service {
         matches.map_err(|mismatch| Status::failed_precondition(mismatch.to_string()))?;
         if run.resume {
             let (ticket, reader) = self.requests.resume(&run)?;
-            return Ok(Response::new(events(reader, ticket, 0).boxed()));
+            return Ok(Response::new(events(reader, ticket, 0, Span::default()).boxed()));
         }
         if self.stop.is_cancelled() {
             return Err(Status::unavailable("this worker is stopping"));
@@ -74,15 +75,19 @@ impl AttentionWorker for Service {
             return Err(Status::unavailable("this worker does not know yet who holds the experts"));
         }
         let position = run.emitted.len() as u32;
-        let submit = check(run.clone(), self.checkpoint.config())
+        let mut submit = check(run.clone(), self.checkpoint.config())
             .map_err(|invalid| Status::invalid_argument(invalid.to_string()))?;
         let ticket = self.requests.take(&run)?;
+        let mut span = trace::part(Kind::Server, "sequence", &run.traceparent);
+        span.set("moesaic.worker", self.hello.id.clone());
+        span.set("moesaic.position", i64::from(position));
+        submit.traceparent = span.traceparent();
         let running = self.engine.submit(submit).await.map_err(|error| match error {
             SubmitError::Refused(refused) => Status::resource_exhausted(refused.to_string()),
             SubmitError::Stopped => Status::unavailable(error.to_string()),
         })?;
         ticket.set(&running);
-        Ok(Response::new(events(running.events, ticket, position).boxed()))
+        Ok(Response::new(events(running.events, ticket, position, span).boxed()))
     }
 
     async fn abort(&self, request: Request<v1::AbortCallRequest>) -> Result<Response<v1::AbortResponse>, Status> {
@@ -113,6 +118,7 @@ impl AttentionWorker for Service {
             dispatch: Some(dispatch_counts(&self.dispatcher)),
             micro_batches: steps.steps,
             micro_batch_rows: steps.rows,
+            generated_tokens: steps.tokens,
         }))
     }
 
@@ -123,28 +129,40 @@ impl AttentionWorker for Service {
     }
 }
 
-/// A sequence's events. Dropping the stream leaves the sequence to be resumed.
-fn events(reader: Reader, ticket: Ticket, position: u32) -> impl stream::Stream<Item = Result<RunEvent, Status>> {
-    stream::unfold(Some((reader, ticket, position)), |state| async move {
-        let (mut reader, ticket, position) = state?;
+/// A sequence's events, from `position` on. Dropping the stream leaves the sequence to be resumed.
+fn events(
+    reader: Reader,
+    ticket: Ticket,
+    position: u32,
+    span: Span,
+) -> impl stream::Stream<Item = Result<RunEvent, Status>> {
+    let first = position as usize;
+    stream::unfold(Some((reader, ticket, position, span)), move |state| async move {
+        let (mut reader, ticket, position, mut span) = state?;
         let next = ticket.taken_over.run_until_cancelled(reader.next()).await;
         Some(match next {
             None => (Err(Status::aborted("the sequence was resumed by another call")), None),
             Some(None) => (Err(Status::unavailable("the engine has stopped")), None),
             // Sending it elsewhere cannot help: its experts were waited for.
-            Some(Some(Event::Failed(error))) => (Err(Status::deadline_exceeded(error.to_string())), None),
+            Some(Some(Event::Failed(error))) => {
+                span.fail(&error);
+                (Err(Status::deadline_exceeded(error.to_string())), None)
+            }
             Some(Some(Event::Aborted)) => {
                 let finish = Some(v1::FinishReason::Aborted.into());
                 (Ok(RunEvent { position, finish, ..Default::default() }), None)
             }
             Some(Some(Event::Token { index, token, prompt, finish })) => {
+                if index == first {
+                    span.event("first token");
+                }
                 let event = RunEvent {
                     position: index as u32,
                     token: Some(info(token)),
                     prompt: prompt.into_iter().map(info).collect(),
                     finish: finish.map(|finish| reason(finish).into()),
                 };
-                (Ok(event), finish.is_none().then_some((reader, ticket, index as u32 + 1)))
+                (Ok(event), finish.is_none().then_some((reader, ticket, index as u32 + 1, span)))
             }
         })
     })

@@ -112,6 +112,7 @@ pub fn greedy(prompt: &[u32], max_tokens: usize) -> Submit {
         sampling: Sampling::default(),
         logprobs: Some(2),
         prompt_logprobs: Some(0),
+        traceparent: None,
     }
 }
 

@@ -26,6 +26,12 @@ pub enum Over {
     Left,
 }
 
+impl Over {
+    pub fn name(self) -> &'static str {
+        OVER[self as usize].1
+    }
+}
+
 const OVER: [(Over, &str); 5] = [
     (Over::Stop, "stop"),
     (Over::Length, "length"),

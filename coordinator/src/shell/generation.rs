@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream::{self, Stream};
+use moesaic_node::trace::{Kind, Span};
+use moesaic_proto::v1::RunRequest;
 use tokio::time::{Instant, sleep};
 use tonic::Status;
 
@@ -31,12 +33,20 @@ pub struct Generation {
     running: Option<Running>,
 }
 
+/// What others see of a sequence.
+pub(super) struct Watched {
+    pub seat: Seat,
+    /// The whole of it, and its time on the worker that it is on.
+    pub span: Span,
+    pub attempt: Span,
+}
+
 struct Running {
     call: Call,
     journal: Journal,
     output: Output,
     ticket: Arc<Ticket>,
-    seat: Seat,
+    watched: Watched,
     /// Tokens that the client has from an earlier stream.
     known: u32,
     has_ended: bool,
@@ -55,7 +65,8 @@ impl Generation {
         call: Call,
         journal: Journal,
         output: Output,
-        (ticket, seat): (Arc<Ticket>, Seat),
+        ticket: Arc<Ticket>,
+        watched: Watched,
         known: u32,
     ) -> Self {
         let (has_ended, is_counted, began, last, stalled) = (false, false, Instant::now(), None, None);
@@ -65,7 +76,7 @@ impl Generation {
                 journal,
                 output,
                 ticket,
-                seat,
+                watched,
                 known,
                 has_ended,
                 is_counted,
@@ -95,7 +106,7 @@ impl Generation {
 impl Drop for Running {
     fn drop(&mut self) {
         if !self.is_counted {
-            self.ticket.figures().over(Over::Left, self.began.elapsed());
+            self.over(Over::Left);
         }
         if !self.has_ended && !self.ticket.leaves_its_sequences() {
             self.call.place.abort(&self.journal.run().request_id);
@@ -114,16 +125,28 @@ impl Running {
                     let now = Instant::now();
                     let waited = now - self.last.replace(now).unwrap_or(self.began);
                     figures.tokens(delta, delta.position == 0, waited);
-                    self.seat.emitted(delta.position + delta.tokens.len() as u32);
+                    self.watched.seat.emitted(delta.position + delta.tokens.len() as u32);
+                    if delta.position == 0 {
+                        self.watched.span.event("first token");
+                    }
                 }
                 delta.ending.as_ref().map(|ending| over(ending.reason))
             }
-            Err(_) => Some(Over::Failed),
+            Err(error) => {
+                self.watched.span.fail(error);
+                Some(Over::Failed)
+            }
         };
         if let Some(over) = over {
-            self.is_counted = true;
-            figures.over(over, self.began.elapsed());
+            self.over(over);
         }
+    }
+
+    fn over(&mut self, over: Over) {
+        self.is_counted = true;
+        self.ticket.figures().over(over, self.began.elapsed());
+        self.watched.span.set("gen_ai.usage.output_tokens", self.journal.position() as i64);
+        self.watched.span.set("gen_ai.response.finish_reasons", over.name());
     }
 
     async fn next(&mut self) -> Result<Delta, ApiError> {
@@ -180,7 +203,9 @@ impl Running {
         let (worker, position) = (self.call.place.worker.clone(), self.journal.position());
         tracing::info!(request_id, %worker, position, reason, "a sequence goes on elsewhere");
         self.ticket.figures().moved();
-        self.seat.recovering();
+        self.watched.seat.recovering();
+        self.watched.attempt.fail(reason);
+        self.watched.attempt = Span::default();
         let (begun, mut wait) = self.stalled.unwrap_or((Instant::now(), Duration::ZERO));
         let mut last = vec![worker];
         loop {
@@ -194,7 +219,11 @@ impl Running {
                 return Err(ApiError::Unavailable { reason: format!("no attention worker went on with it: {reason}") });
             }
             let workers = &self.call.place.workers;
-            let start = workers.start(self.journal.run().clone(), RETRY_AFTER_S, &last);
+            let mut attempt = self.watched.span.child(Kind::Client, "run");
+            attempt.set("moesaic.position", position as i64);
+            let traceparent = attempt.traceparent().as_deref().unwrap_or_default().to_owned();
+            let run = RunRequest { traceparent, ..self.journal.run().clone() };
+            let start = workers.start(run, RETRY_AFTER_S, &last);
             let started = tokio::select! {
                 () = self.ticket.aborted() => return Ok(()),
                 started = start => started,
@@ -203,12 +232,16 @@ impl Running {
                 Ok(call) => {
                     let (worker, ms) = (call.place.worker.clone(), begun.elapsed().as_millis() as u64);
                     tracing::debug!(request_id, %worker, ms, "a sequence has found another worker");
-                    self.seat.placed(&worker);
-                    self.call = call;
+                    self.watched.seat.placed(&worker);
+                    attempt.set("moesaic.worker", worker.as_str().to_owned());
+                    (self.call, self.watched.attempt) = (call, attempt);
                     return Ok(());
                 }
                 Err(error) if !error.is_passing() => return Err(error),
-                Err(error) => tracing::debug!(request_id, %error, "no worker takes a sequence"),
+                Err(error) => {
+                    attempt.fail(&error);
+                    tracing::debug!(request_id, %error, "no worker takes a sequence");
+                }
             }
             last.clear();
         }

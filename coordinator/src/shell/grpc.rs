@@ -13,7 +13,7 @@ use moesaic_proto::v1::{
 };
 use tonic::{Code, Request, Response, Status};
 
-use super::service::{Service, draw_id, draw_seed};
+use super::service::{Client, Service, draw_id, draw_seed};
 use crate::core::error::shortened;
 use crate::core::keys::Account;
 use crate::core::{ApiError, Delta, Params};
@@ -33,8 +33,9 @@ impl Inference for Grpc {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let account = request.extensions().get().cloned();
-        Ok(Response::new(self.start(account, request.into_inner()).await.map_err(status)?))
+        let (metadata, extensions, message) = request.into_parts();
+        let client = Client::of(&extensions, &metadata.into_headers());
+        Ok(Response::new(self.start(client, message).await.map_err(status)?))
     }
 
     async fn abort(&self, request: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
@@ -71,7 +72,7 @@ impl Inference for Grpc {
 impl Grpc {
     async fn start(
         &self,
-        account: Option<Arc<Account>>,
+        client: Client,
         mut message: GenerateRequest,
     ) -> Result<<Self as Inference>::GenerateStream, ApiError> {
         let service = &self.0;
@@ -93,8 +94,8 @@ impl Grpc {
         let params = params(message);
         params.check(&service.model)?;
         let ticket = match known {
-            Some(_) => service.admit_again(account, request_id.clone(), 1).await?,
-            None => service.admit(account, request_id.clone(), 1)?,
+            Some(_) => service.admit_again(client, request_id.clone(), 1).await?,
+            None => service.admit(client, request_id.clone(), 1)?,
         };
         let prompt = match prompt {
             None => return Err(ApiError::invalid("prompt", "is not set; expected tokens, text or chat")),

@@ -21,10 +21,9 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio_util::sync::CancellationToken;
 
 use super::access::Doorkeeper;
-use super::service::Service;
+use super::service::{Client, Service};
 use crate::core::ApiError;
 use crate::core::error::shortened;
-use crate::core::keys::Account;
 use error::ChatError;
 use fields::Fields;
 use progress::Progress;
@@ -46,8 +45,7 @@ struct App {
 
 /// One request to run the model.
 struct Incoming {
-    /// Whose key it came with, where there are keys.
-    account: Option<Arc<Account>>,
+    client: Client,
     progress: Option<Progress>,
     fields: Fields,
 }
@@ -170,9 +168,9 @@ async fn unknown_method(request: Request) -> ApiError {
 
 impl App {
     async fn incoming(&self, request: Request) -> Result<Incoming, ApiError> {
-        let account = request.extensions().get().cloned();
+        let client = Client::of(request.extensions(), request.headers());
         let progress = Progress::of_headers(request.headers())?;
-        Ok(Incoming { account, progress, fields: self.fields(request).await? })
+        Ok(Incoming { client, progress, fields: self.fields(request).await? })
     }
 
     async fn fields(&self, request: Request<Body>) -> Result<Fields, ApiError> {

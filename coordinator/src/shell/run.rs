@@ -11,6 +11,7 @@ use axum::extract::Request;
 use moesaic_node::config::check_address;
 use moesaic_node::http::{Limits, serve};
 use moesaic_node::server::{set_serving, with_health_and_reflection};
+use moesaic_node::trace::Traces;
 use moesaic_node::{Member, Membership, Registration, handshake, vitals};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
@@ -54,8 +55,12 @@ pub struct Coordinator {
 /// One coordinator as a process of its own: opens what the config names, then runs.
 pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
+    let id = config.id.as_deref();
+    let traces = Traces::start(config.traces.as_deref(), "moesaic-coordinator", id, config.trace_ratio)?;
     let membership = config.membership().open().await?;
-    membership.keep_up(Box::pin(run(config, Context { membership: membership.clone() }, stop))).await
+    let served = membership.keep_up(Box::pin(run(config, Context { membership: membership.clone() }, stop))).await;
+    traces.finish().await;
+    served
 }
 
 /// Serves until `stop`, then lets running requests finish within the bound.

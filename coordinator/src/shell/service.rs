@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use http::HeaderMap;
+use moesaic_node::trace::{self, Kind};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::figures::Figures;
-use super::generation::Generation;
+use super::generation::{Generation, Watched};
 use super::seats::Seats;
 use super::workers::Workers;
 use crate::core::error::shortened;
@@ -57,6 +59,27 @@ struct Signals {
     superseded: CancellationToken,
 }
 
+/// Who asks.
+#[derive(Clone, Debug, Default)]
+pub struct Client {
+    /// Whose key it came with, where there are keys.
+    pub account: Option<Arc<Account>>,
+    /// The caller's span, if it named one.
+    traceparent: Option<String>,
+}
+
+impl Client {
+    pub fn of(extensions: &http::Extensions, headers: &HeaderMap) -> Self {
+        let traceparent = headers.get(trace::HEADER).and_then(|value| value.to_str().ok());
+        Self { account: extensions.get().cloned(), traceparent: traceparent.map(str::to_owned) }
+    }
+
+    /// The name of its key.
+    pub fn name(&self) -> Option<&str> {
+        self.account.as_ref().map(|account| account.name.as_str())
+    }
+}
+
 /// A request's permit: held by everything that runs for it; its place is free when the last one drops it.
 pub struct Ticket {
     service: Arc<Service>,
@@ -64,6 +87,8 @@ pub struct Ticket {
     signals: Signals,
     /// Among the requests of its key.
     place: Option<Place>,
+    /// The client's span, if it named one.
+    traceparent: Option<String>,
 }
 
 impl Ticket {
@@ -139,21 +164,21 @@ impl Service {
         }
     }
 
-    /// Lets a request in, with so many sequences; `account` is that of its key, where there are keys.
+    /// Lets a request in, with so many sequences.
     pub fn admit(
         self: &Arc<Self>,
-        account: Option<Arc<Account>>,
+        client: Client,
         request_id: String,
         sequences: usize,
     ) -> Result<Arc<Ticket>, ApiError> {
-        let admitted = self.try_admit(account, request_id, sequences);
+        let admitted = self.try_admit(client, request_id, sequences);
         self.figures.asked(&admitted);
         admitted
     }
 
     fn try_admit(
         self: &Arc<Self>,
-        account: Option<Arc<Account>>,
+        Client { account, traceparent }: Client,
         request_id: String,
         sequences: usize,
     ) -> Result<Arc<Ticket>, ApiError> {
@@ -167,18 +192,18 @@ impl Service {
         requests.admission.admit(&request_id, sequences)?;
         requests.running.insert(request_id.clone(), signals.clone());
         drop(requests);
-        Ok(Arc::new(Ticket { service: self.clone(), request_id, signals, place }))
+        Ok(Arc::new(Ticket { service: self.clone(), request_id, signals, place, traceparent }))
     }
 
     /// The same for a client that goes on with a request: a stream of it that is still here ends.
     pub async fn admit_again(
         self: &Arc<Self>,
-        account: Option<Arc<Account>>,
+        client: Client,
         request_id: String,
         sequences: usize,
     ) -> Result<Arc<Ticket>, ApiError> {
         check_request_id(&request_id)?;
-        if let Some(before) = self.running(account.as_ref().map(|account| account.name.as_str()), &request_id) {
+        if let Some(before) = self.running(client.name(), &request_id) {
             before.superseded.cancel();
             let gone = async {
                 while self.lock().running.contains_key(&request_id) {
@@ -188,7 +213,7 @@ impl Service {
             // Whoever does not read cannot be told to go: then the id is refused as in use.
             let _ = tokio::time::timeout(SUPERSEDED_MAX, gone).await;
         }
-        self.admit(account, request_id, sequences)
+        self.admit(client, request_id, sequences)
     }
 
     /// From now on streams that are cut go on on other coordinators.
@@ -248,8 +273,14 @@ impl Service {
             0 => ticket.request_id.clone(),
             _ => format!("{}-{sequence}", ticket.request_id),
         };
+        let mut span = trace::root("generate", ticket.traceparent.as_deref());
+        span.set("moesaic.request_id", request_id.clone());
+        span.set("gen_ai.request.model", self.model.name.clone());
+        span.set("gen_ai.usage.input_tokens", request.prompt.len() as i64);
+        let mut attempt = span.child(Kind::Client, "run");
         let seat = self.seats.take(&request_id, ticket.owner(), request.prompt.len());
-        let run = request.into_run(request_id, choice_seed(seed, choice));
+        let mut run = request.into_run(request_id, choice_seed(seed, choice));
+        run.traceparent = attempt.traceparent().as_deref().unwrap_or_default().to_owned();
         let resume = async || match known {
             Some(_) => self.workers.resume(run.clone()).await,
             None => None,
@@ -272,10 +303,12 @@ impl Service {
                 let reason = "the request was aborted, or goes on on another stream".into();
                 return Err(ApiError::Unavailable { reason });
             }
-            call = placed => call?,
+            call = placed => call.inspect_err(|error| span.fail(error))?,
         };
         seat.placed(&call.place.worker);
-        Ok(Generation::new(call, Journal::new(run), output, (ticket, seat), known.unwrap_or(0)))
+        attempt.set("moesaic.worker", call.place.worker.as_str().to_owned());
+        let known = known.unwrap_or(0);
+        Ok(Generation::new(call, Journal::new(run), output, ticket, Watched { seat, span, attempt }, known))
     }
 
     /// A text's tokens.

@@ -21,7 +21,9 @@ use crate::frame::{Activations, AnswerFrame, Header, RequestFrame, Rows};
 use crate::grpc::{Edge, EdgeConfig, EdgeOwner};
 use crate::local::{ExpertHost, Hub, ReplySender};
 use crate::plan::{self, Layout, Plan, Recipe};
-use crate::tracker::{Action, Answer, CallId, Counts, Destination, EdgeId, Event, FrameKey, Rank, Tracker, Ways};
+use crate::tracker::{
+    Action, Answer, CallId, Counts, Destination, EdgeId, Event, Figures, FrameKey, Rank, Tracker, Ways,
+};
 
 /// One chosen expert of a row and its weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -207,7 +209,7 @@ impl Dispatcher {
         let views = self.inner.views();
         let status = |(worker, rank): (&WorkerId, &Rank)| {
             let known = views.workers.get(worker);
-            let (terms, answer) = self.inner.core().tracker.health().figures(worker);
+            let Figures { terms, answer, detours } = self.inner.core().tracker.health().figures(worker);
             let state = match rank {
                 Rank::Good => v1::EdgeState::Live,
                 Rank::Slow => v1::EdgeState::Slow,
@@ -221,6 +223,9 @@ impl Dispatcher {
                 transport: if known.is_some_and(|known| known.edge.is_none()) { "local".into() } else { "grpc".into() },
                 terms,
                 answer_us: answer.as_micros() as u32,
+                hedged: detours.hedged,
+                resent: detours.resent,
+                steered: detours.steered,
             }
         };
         let mut edges: Vec<_> = ways.placement().workers().iter().zip(&ranks).map(status).collect();
@@ -238,20 +243,36 @@ impl Dispatcher {
         top_k: usize,
         routes: &[Route],
     ) -> Result<Pending, DispatchError> {
+        self.dispatch_within(None, layer, micro_batch, rows, top_k, routes)
+    }
+
+    /// The same, as part of a span if one is named.
+    pub fn dispatch_within(
+        &self,
+        traceparent: Option<Arc<str>>,
+        layer: LayerId,
+        micro_batch: u8,
+        rows: Rows,
+        top_k: usize,
+        routes: &[Route],
+    ) -> Result<Pending, DispatchError> {
         let activations = Activations::from(rows);
         let ways = self.inner.ways().ok_or(DispatchError::NoPlacement { layer })?;
         let DispatchConfig { hidden, experts, groups, .. } = self.inner.config;
         check_input(&activations, hidden, experts, top_k, routes)?;
         let (call, ranks) = self.inner.begin(&ways);
-        let chosen = routes.iter().map(|route| route.expert);
-        let holders = ways.holders(&ranks, layer, chosen, call.0, Rank::Silent);
+        let chosen = || routes.iter().map(|route| route.expert);
+        let holders = ways.holders(&ranks, layer, chosen(), call.0, Rank::Silent);
+        if ranks.iter().any(|rank| *rank > Rank::Good) {
+            self.inner.core().tracker.count_steered(&ways, layer, chosen(), &holders, call.0);
+        }
         let layout = Layout::new(hidden, activations.value_bytes(), experts.div_ceil(groups), top_k);
         let Plan { parts, recipe } = plan::split(&layout, routes, |expert| holders[usize::from(expert.0)]);
 
         let header = self.inner.header(ways.epoch(), layer, micro_batch);
         let frames = parts.into_iter().map(|part| {
             let frame = RequestFrame::new(header, activations.clone(), hidden, part.content);
-            (ways.destination(part.worker).cloned(), frame)
+            (ways.destination(part.worker).cloned(), frame.within(traceparent.clone()))
         });
         let answers = self.inner.call(call, Event::Call { call, layer, layout, frames: frames.collect() });
         Ok(Pending { inner: self.inner.clone(), call, answers, recipe })

@@ -229,6 +229,8 @@ pub struct RequestFrame {
     index: Option<Arc<[u32]>>,
     outputs: Shared<Output>,
     terms: Shared<Term>,
+    /// The span that it is part of, if it is traced.
+    traceparent: Option<Arc<str>>,
 }
 
 impl RequestFrame {
@@ -237,7 +239,13 @@ impl RequestFrame {
         let header = Header { flags: activations.flags(), ..header };
         let Content { rows, outputs, terms } = content;
         let index = (rows.len() * hidden != activations.len()).then(|| rows.as_slice().into());
-        Self { header, rows: rows.len(), activations, index, outputs: outputs.into(), terms: terms.into() }
+        let (rows, outputs, terms) = (rows.len(), outputs.into(), terms.into());
+        Self { header, rows, activations, index, outputs, terms, traceparent: None }
+    }
+
+    /// The same frame as part of a span.
+    pub fn within(self, traceparent: Option<Arc<str>>) -> Self {
+        Self { traceparent, ..self }
     }
 
     /// Checks a received frame against itself and the model; its header has been decoded already.
@@ -262,7 +270,8 @@ impl RequestFrame {
             _ => Shared::from_bytes(frame.rows).map(Activations::Bf16),
         }
         .ok_or(FrameError::Rows { len, row_bytes })?;
-        Ok(Self { header, rows, activations, index: None, outputs, terms })
+        let traceparent = (!frame.traceparent.is_empty()).then(|| frame.traceparent.into());
+        Ok(Self { header, rows, activations, index: None, outputs, terms, traceparent })
     }
 
     /// The message of this frame; rows are gathered here if the frame has only some of its activations.
@@ -273,6 +282,7 @@ impl RequestFrame {
             outputs: self.outputs.bytes(),
             terms: self.terms.bytes(),
             refusal: None,
+            traceparent: self.traceparent.as_deref().unwrap_or_default().to_owned(),
         }
     }
 
@@ -311,6 +321,11 @@ impl RequestFrame {
 
     pub fn terms(&self) -> &[Term] {
         &self.terms
+    }
+
+    /// The span that it is part of, if it is traced.
+    pub fn traceparent(&self) -> Option<Arc<str>> {
+        self.traceparent.clone()
     }
 }
 

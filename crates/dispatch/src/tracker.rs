@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moesaic_proto::v1::RefusalReason;
-use moesaic_proto::{LayerId, WorkerId};
+use moesaic_proto::{ExpertId, LayerId, WorkerId};
 
 use crate::error::{Cause, DispatchError};
 use crate::frame::{AnswerFrame, Header, RequestFrame};
@@ -25,7 +25,7 @@ use crate::shared::Shared;
 use call::{Call, Part, PartId, Sent, Try};
 
 pub use call::Answer;
-pub use health::{Health, Rank, SILENT_AFTER};
+pub use health::{Detours, Figures, Health, Rank, SILENT_AFTER};
 pub use ways::{NOWHERE, Ways};
 
 /// Between two tries of a frame that no holder takes.
@@ -219,6 +219,23 @@ impl Tracker {
         &self.health
     }
 
+    /// Counts terms that go to others than whose turn it is: `holders` as `Ways::holders` chose them for this turn.
+    pub fn count_steered(
+        &mut self,
+        ways: &Ways,
+        layer: LayerId,
+        terms: impl Iterator<Item = ExpertId>,
+        holders: &[u32],
+        turn: u64,
+    ) {
+        for expert in terms {
+            let due = ways.in_turn(layer, expert, turn).next().filter(|due| *due != holders[usize::from(expert.0)]);
+            if let Some(to) = due.and_then(|due| ways.destination(due)) {
+                self.health.detour(&to.worker, |detours| detours.steered += 1);
+            }
+        }
+    }
+
     pub fn counts(&self) -> Counts {
         self.counts
     }
@@ -243,7 +260,9 @@ impl Tracker {
             let part = PartId { call: id, index };
             match to {
                 Some(to) => self.send(turn, part, None, vec![(to, frame)], Why::Call),
-                None => self.retry(turn, part),
+                None => {
+                    self.retry(turn, part);
+                }
             }
         }
         self.probe(turn, id);
@@ -322,30 +341,33 @@ impl Tracker {
             (Some(_), _) | (_, Cause::Answer { .. }) if !is_outdated => self.health.avoid(&to, turn.now),
             _ => {}
         }
-        self.retry(turn, id);
+        if self.retry(turn, id) {
+            self.health.detour(&to.worker, |detours| detours.resent += 1);
+        }
     }
 
-    /// Asks other holders for a part that nobody computes, or silent workers only; lets it wait if there are none.
-    fn retry(&mut self, turn: &mut Turn, id: PartId) {
+    /// Asks other holders for a part that nobody computes, or silent workers only; false if there are none, or no need: it
+    /// waits then.
+    fn retry(&mut self, turn: &mut Turn, id: PartId) -> bool {
         let (is_stuck, avoided) = (self.is_stuck(turn.now, id), self.asked(id));
-        let Some(part) = self.part(id) else { return };
+        let Some(part) = self.part(id) else { return false };
         part.retry_at = None;
         if !is_stuck {
-            return;
+            return false;
         }
         let (worst, why) = match (part.tries.is_empty(), &part.lost) {
             (false, _) => (Rank::Avoided, Why::Hedge),
             (true, Some(_)) => (Rank::Silent, Why::Loss),
             (true, None) => (Rank::Silent, Why::Call),
         };
-        if !self.ask(turn, id, &avoided, worst, why)
-            && let Some(part) = self.part(id)
-        {
+        let is_asked = self.ask(turn, id, &avoided, worst, why);
+        if !is_asked && let Some(part) = self.part(id) {
             // All that are left have been asked: they are asked again later.
             part.tried.clear();
             part.backoff = (part.backoff * 2).clamp(RETRY_MIN, RETRY_MAX);
             part.retry_at = Some(turn.now + part.backoff);
         }
+        is_asked
     }
 
     /// Has a part computed by the best holders that are not `avoided`; false, and nothing is sent, if an expert has no
@@ -367,8 +389,8 @@ impl Tracker {
             _ => {
                 let activations = frame.activations().clone();
                 let frames = plan.parts.into_iter().map(|part| {
-                    let frame = RequestFrame::new(header, activations.clone(), call.layout.hidden, part.content);
-                    Some((ways.destination(part.worker)?.clone(), frame))
+                    let part_frame = RequestFrame::new(header, activations.clone(), call.layout.hidden, part.content);
+                    Some((ways.destination(part.worker)?.clone(), part_frame.within(frame.traceparent())))
                 });
                 (Some(Arc::new(plan.recipe)), frames.collect())
             }
@@ -438,7 +460,9 @@ impl Tracker {
             let parts = call.parts.iter().enumerate().filter(|(_, part)| part.retry_at.is_some_and(&is_due));
             waiting.extend(parts.map(|(index, _)| PartId { call: id, index }));
         }
-        waiting.into_iter().for_each(|part| self.retry(turn, part));
+        for part in waiting {
+            self.retry(turn, part);
+        }
     }
 
     fn edge_down(&mut self, turn: &mut Turn, edge: EdgeId, reason: &str) {

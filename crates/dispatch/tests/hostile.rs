@@ -45,7 +45,7 @@ fn frame(sequence: u32) -> Frame {
         rows: vec![0; HIDDEN * size_of::<f32>()].into(),
         outputs: vec![0, 0, 1, 0].into(),
         terms: vec![0; 8].into(),
-        refusal: None,
+        ..Default::default()
     }
 }
 

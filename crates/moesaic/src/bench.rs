@@ -175,6 +175,7 @@ fn cluster(args: &Args) -> up::Args {
         replicas: 1,
         processes: false,
         registry: None,
+        traces: None,
         cluster: None,
         tls: None,
         keys: None,

@@ -58,6 +58,7 @@ impl Plan {
             cluster: Some(self.cluster.clone()),
             listen: Some(listen),
             registry: Some(registry.to_owned()),
+            traces: self.args.traces.clone(),
             expert_workers: Some(self.args.expert_workers),
             replicas: Some(self.args.replicas),
             tls: self.folder(Role::Coordinator, "c0"),
@@ -76,6 +77,7 @@ impl Plan {
             dtype: Some(self.args.dtype.clone()),
             threads: Some(self.threads),
             registry: Some(registry.to_owned()),
+            traces: self.args.traces.clone(),
             cache_tokens: self.args.cache_tokens,
             memory: self.args.memory.clone(),
             tls: self.folder(Role::AttentionWorker, &format!("a{i}")),
@@ -93,6 +95,7 @@ impl Plan {
             dtype: Some(self.args.dtype.clone()),
             threads: Some(self.threads),
             registry: Some(registry.to_owned()),
+            traces: self.args.traces.clone(),
             tls: self.folder(Role::ExpertWorker, &format!("e{i}")),
             ..Default::default()
         };

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use moesaic_node::trace::Traces;
 use moesaic_node::{Membership, Peer, View, stop};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
@@ -60,6 +61,9 @@ pub struct Args {
     /// Serve whoever reaches --listen, with neither keys nor certificates
     #[arg(long)]
     pub allow_anyone: bool,
+    /// http://host:port of an OpenTelemetry collector that takes OTLP over gRPC: every request is traced
+    #[arg(long, value_name = "URL")]
+    pub traces: Option<String>,
     /// Threads of the kernels, shared by all workers; with --processes of each worker. All cores if not given
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -83,6 +87,9 @@ pub async fn run(args: Args) -> Result<()> {
     let stop = stop::on_signals()?;
     let plan = Plan::new(args)?;
     say(&plan.to_string());
+    // With a process for each node they trace themselves.
+    let collector = plan.args.traces.as_deref().filter(|_| !plan.args.processes);
+    let traces = Traces::start(collector, "moesaic", None, 1.0)?;
     let start = async { if plan.args.processes { processes::start(&plan).await } else { here::start(&plan).await } };
     let Cluster { mut nodes, membership, address } = tokio::select! {
         cluster = start => cluster?,
@@ -101,6 +108,7 @@ pub async fn run(args: Args) -> Result<()> {
     // Before its etcd is stopped, which it would miss.
     drop(membership);
     let stopped = node::stop_all(nodes).await;
+    traces.finish().await;
     match failure {
         Some(failure) => Err(failure),
         None => stopped,

@@ -1,5 +1,5 @@
 //! Being a member of the cluster: typed config, the registry with its leases and watches, connections to peers with
-//! TLS and the handshake, who may call what, a gRPC server with health and reflection, graceful stop and telemetry. Knows no tensors and no requests.
+//! TLS and the handshake, who may call what, a gRPC server with health and reflection, graceful stop, logs and traces. Knows no tensors and no requests.
 
 mod accept;
 pub mod access;
@@ -16,6 +16,7 @@ pub mod server;
 pub mod stop;
 pub mod telemetry;
 pub mod tls;
+pub mod trace;
 pub mod vitals;
 
 pub use connect::{Connector, Peer};

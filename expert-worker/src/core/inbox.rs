@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use moesaic_dispatch::{Activations, Refusal, ReplySender, RequestFrame};
+use moesaic_node::trace::{self, Kind, Span};
 use moesaic_proto::v1::RefusalReason;
 use moesaic_proto::{Epoch, LayerId};
 
@@ -11,6 +12,20 @@ use moesaic_proto::{Epoch, LayerId};
 pub struct Job {
     pub frame: RequestFrame,
     pub reply: ReplySender,
+    /// From when the frame came; none unless it is traced.
+    pub span: Span,
+}
+
+impl Job {
+    pub fn new(frame: RequestFrame, reply: ReplySender) -> Self {
+        let parent = frame.traceparent();
+        let mut span = trace::part(Kind::Server, "experts", parent.as_deref().unwrap_or_default());
+        span.set("moesaic.layer", i64::from(frame.header.layer.0));
+        span.set("moesaic.epoch", i64::from(frame.header.epoch.0));
+        span.set("moesaic.rows", frame.row_count() as i64);
+        span.set("moesaic.terms", frame.terms().len() as i64);
+        Self { frame, reply, span }
+    }
 }
 
 /// See the module.

@@ -25,12 +25,13 @@ OUTSIDE = (
     outside("monitoring", {"kubernetes.io/metadata.name": "monitoring", "moesaic-scrape": "true"}),
     outside("dns", {"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"}),
     outside("kube-system", {"kubernetes.io/metadata.name": "kube-system"}),
+    outside("collector", {"kubernetes.io/metadata.name": "observability"}, {NAME: "opentelemetry-collector"}),
     outside("impostor", {"kubernetes.io/metadata.name": "apps"}, {NAME: "moesaic", COMPONENT: COORDINATOR}),
     outside("internet", None),
 )
 EXTERNAL_ETCD = outside("etcd", {"kubernetes.io/metadata.name": "etcd"}, {NAME: "etcd"})
 # Ports that nothing here listens on, to see whether a policy is wider than it says.
-OTHER_PORTS = {("TCP", 22), ("TCP", 443), ("UDP", 7000)}
+OTHER_PORTS = {("TCP", 22), ("TCP", 443), ("TCP", 4317), ("UDP", 7000)}
 
 EXPECTED = {
     ("client", COORDINATOR, "TCP", 8080),

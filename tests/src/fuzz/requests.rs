@@ -79,7 +79,7 @@ pub fn run_request(data: &[u8]) {
 
 /// What the engine relies on.
 fn check_submit(submit: &Submit, config: &moesaic_model::Config) {
-    let Submit { request, sampling: s, emitted, logprobs, prompt_logprobs } = submit;
+    let Submit { request, sampling: s, emitted, logprobs, prompt_logprobs, .. } = submit;
     let known = |token: &u32| (*token as usize) < config.vocab_size;
     assert!(!request.prompt.is_empty() && request.prompt.iter().all(known) && request.stop_tokens.iter().all(known));
     assert!(request.prompt.len() + request.max_tokens <= config.max_position_embeddings);

@@ -206,8 +206,8 @@ impl Expert {
         });
         let checked = self.epochs.get(context.now, frame.header.epoch).and_then(|held| check(&held, &frame));
         let offered = match checked {
-            Ok(()) => self.inbox.offer(Job { frame, reply }),
-            Err(refusal) => Err(Box::new((Job { frame, reply }, refusal))),
+            Ok(()) => self.inbox.offer(Job::new(frame, reply)),
+            Err(refusal) => Err(Box::new((Job::new(frame, reply), refusal))),
         };
         if let Err((job, refusal)) = offered.map_err(|given_back| *given_back) {
             job.reply.send(Err(refusal));

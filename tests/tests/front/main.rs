@@ -7,3 +7,4 @@ mod access;
 mod canaries;
 mod certificates;
 mod dashboard;
+mod traces;

@@ -12,9 +12,8 @@ use serde::Serialize;
 use super::error::error_body;
 use super::progress::{ChoiceProgress, Progress};
 use super::types::{Head, Usage};
-use crate::core::keys::Account;
 use crate::core::{ApiError, Delta, Params};
-use crate::shell::service::{Service, Ticket, draw_id, draw_seed};
+use crate::shell::service::{Client, Service, Ticket, draw_id, draw_seed};
 
 pub struct Batch {
     sequences: SelectAll<BoxStream<'static, (usize, Result<Delta, ApiError>)>>,
@@ -43,14 +42,14 @@ pub fn resumed(progress: Option<Progress>, stream: bool, sequences: usize) -> Re
 /// Lets a request in, under a new id or the one that it had.
 pub async fn admit(
     service: &Arc<Service>,
-    account: Option<Arc<Account>>,
+    client: Client,
     prefix: &str,
     sequences: usize,
     resumed: Option<&Progress>,
 ) -> Result<Arc<Ticket>, ApiError> {
     match resumed {
-        Some(progress) => service.admit_again(account, progress.request_id.clone(), sequences).await,
-        None => service.admit(account, draw_id(prefix), sequences),
+        Some(progress) => service.admit_again(client, progress.request_id.clone(), sequences).await,
+        None => service.admit(client, draw_id(prefix), sequences),
     }
 }
 

@@ -31,13 +31,13 @@ struct ChatRequest {
 
 pub async fn completions(
     service: Arc<Service>,
-    Incoming { account, progress, mut fields }: Incoming,
+    Incoming { client, progress, mut fields }: Incoming,
 ) -> Result<Response, ApiError> {
     service.check_model(&fields.string("model")?.unwrap_or_default())?;
     let request = read(&mut fields)?;
     request.params.check(&service.model)?;
     let resumed = resumed(progress, request.stream, request.n as usize)?;
-    let ticket = admit(&service, account, "chatcmpl-", request.n as usize, resumed.as_ref()).await?;
+    let ticket = admit(&service, client, "chatcmpl-", request.n as usize, resumed.as_ref()).await?;
     let prompt = service.tokenize_chat(&request.messages, &request.variables).await?;
     let opened = prompt.reasoning_opened;
     let prompts = Prompts { tokens: vec![prompt.tokens], n: request.n };

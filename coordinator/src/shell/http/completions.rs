@@ -30,14 +30,14 @@ struct TextRequest {
 
 pub async fn completions(
     service: Arc<Service>,
-    Incoming { account, progress, mut fields }: Incoming,
+    Incoming { client, progress, mut fields }: Incoming,
 ) -> Result<Response, ApiError> {
     service.check_model(&fields.string("model")?.unwrap_or_default())?;
     let request = read(&mut fields)?;
     request.params.check(&service.model)?;
     let sequences = request.prompts.len() * request.n as usize;
     let resumed = resumed(progress, request.stream, sequences)?;
-    let ticket = admit(&service, account, "cmpl-", sequences, resumed.as_ref()).await?;
+    let ticket = admit(&service, client, "cmpl-", sequences, resumed.as_ref()).await?;
     let mut prompts = Vec::with_capacity(request.prompts.len());
     for prompt in request.prompts {
         prompts.push(match prompt {

@@ -272,6 +272,7 @@ proptest! {
         (call_rows, content) in content(),
         is_f32: bool,
         epoch: u32, layer: u8, micro_batch: u8, source: u16, sequence: u32,
+        traceparent in prop::option::of(".{1,60}"),
     ) {
         let values = (0..call_rows * SHAPE.hidden).map(|i| i as f32);
         let rows = match is_f32 {
@@ -279,7 +280,8 @@ proptest! {
             false => Rows::Bf16(values.map(bf16::from_f32).collect()),
         };
         let header = Header { epoch: Epoch(epoch), layer: LayerId(layer), micro_batch, flags: 0, source, slot: 0, sequence };
-        let sent = RequestFrame::new(header, rows.into(), SHAPE.hidden, content);
+        let traceparent = traceparent.map(Into::into);
+        let sent = RequestFrame::new(header, rows.into(), SHAPE.hidden, content).within(traceparent.clone());
         let back = decode(sent.encode(SHAPE.hidden)).unwrap();
 
         prop_assert_eq!(back.header, Header { flags: if is_f32 { FLAG_F32 } else { 0 }, ..header });
@@ -290,6 +292,7 @@ proptest! {
         }
         prop_assert!(back.outputs().eq(sent.outputs()));
         prop_assert_eq!(back.terms(), sent.terms());
+        prop_assert_eq!(back.traceparent(), traceparent);
     }
 
     #[test]
@@ -298,13 +301,14 @@ proptest! {
         flags in prop::option::of(0u16..9),
         (rows, outputs, terms) in (field(32), field(8), field(24)),
         refusal in prop::option::of((any::<i32>(), ".{0,20}")),
+        traceparent in ".{0,60}",
     ) {
         let mut header = header.to_vec();
         if let (Some(flags), Some(place)) = (flags, header.get_mut(6..12)) {
             place.copy_from_slice(&[flags as u8, 0, 1, 0, 0, 0]);
         }
         let refusal = refusal.map(|(reason, detail)| v1::Refusal { reason, detail });
-        check_hostile(v1::Frame { header: header.into(), rows, outputs, terms, refusal });
+        check_hostile(v1::Frame { header: header.into(), rows, outputs, terms, refusal, traceparent });
     }
 
     #[test]
@@ -322,6 +326,6 @@ proptest! {
             }
         }
         let [header, rows, outputs, terms] = fields.map(Bytes::from);
-        check_hostile(v1::Frame { header, rows, outputs, terms, refusal: None });
+        check_hostile(v1::Frame { header, rows, outputs, terms, ..Default::default() });
     }
 }

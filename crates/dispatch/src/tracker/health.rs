@@ -56,6 +56,28 @@ struct Worker {
     avoided_until: Duration,
     probed: Duration,
     terms: u64,
+    detours: Detours,
+}
+
+/// What was done while a worker was not well, since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Detours {
+    /// Frames that others were asked for as well.
+    pub hedged: u64,
+    /// Frames that it lost, which others were asked for then.
+    pub resent: u64,
+    /// Terms that went to others, though it was its turn.
+    pub steered: u64,
+}
+
+/// What is to be told of a worker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Terms that it has answered.
+    pub terms: u64,
+    /// How long a frame takes, smoothed.
+    pub answer: Duration,
+    pub detours: Detours,
 }
 
 /// How long a worker's answers take, smoothed.
@@ -113,7 +135,7 @@ impl Health {
         let worker = self.workers.entry(to.worker.clone()).or_default();
         if worker.edge != to.edge {
             let old = worker.edge;
-            *worker = Worker { edge: to.edge, terms: worker.terms, ..Worker::default() };
+            *worker = Worker { edge: to.edge, terms: worker.terms, detours: worker.detours, ..Worker::default() };
             old.and_then(|old| self.by_edge.remove(&old));
         }
         if let Some(edge) = to.edge {
@@ -213,11 +235,17 @@ impl Health {
         }
     }
 
-    /// Terms that were answered, and the smoothed time of an answer.
-    pub fn figures(&self, id: &WorkerId) -> (u64, Duration) {
-        let Some(worker) = self.workers.get(id) else { return (0, Duration::ZERO) };
+    pub fn figures(&self, id: &WorkerId) -> Figures {
+        let Some(worker) = self.workers.get(id) else { return Figures::default() };
         let answer = worker.pace.map_or(0.0, |pace| pace.seconds * pace.weight);
-        (worker.terms, Duration::from_secs_f64(answer))
+        Figures { terms: worker.terms, answer: Duration::from_secs_f64(answer), detours: worker.detours }
+    }
+
+    /// Counts something that was done because of a worker.
+    pub fn detour(&mut self, id: &WorkerId, count: impl FnOnce(&mut Detours)) {
+        if let Some(worker) = self.workers.get_mut(id) {
+            count(&mut worker.detours);
+        }
     }
 
     /// The worker, if it is reached in this way at present.

@@ -19,16 +19,19 @@ impl Tracker {
         let is_late = turn.now > *at + self.health.late_after(&to.worker, *terms);
         let Some(part) = self.part(id) else { return };
         let terms = part.frame.terms().len() as f64;
-        if is_silent {
+        let is_hedged = if is_silent {
             // Where it waits for a holder already, it is looked for when that is due.
-            if part.retry_at.is_none() {
-                self.retry(turn, id);
-            }
+            part.retry_at.is_none() && self.retry(turn, id)
         } else if is_late && part.tries.len() == 1 && self.credit >= terms {
             let asked = self.asked(id);
-            if self.ask(turn, id, &asked, Rank::Slow, Why::Hedge) {
-                self.credit -= terms;
-            }
+            let is_asked = self.ask(turn, id, &asked, Rank::Slow, Why::Hedge);
+            self.credit -= if is_asked { terms } else { 0.0 };
+            is_asked
+        } else {
+            false
+        };
+        if is_hedged && let Some(sent) = self.frames.get(&key) {
+            self.health.detour(&sent.to.worker, |detours| detours.hedged += 1);
         }
     }
 
@@ -70,8 +73,8 @@ impl Tracker {
                 let mut parts = plan::resplit(&call.layout, frame, held).parts.into_iter();
                 let content = parts.find(|part| part.worker == worker)?.content;
                 let header = Header { epoch: ways.epoch(), ..frame.header };
-                let frame = RequestFrame::new(header, frame.activations().clone(), call.layout.hidden, content);
-                Some((PartId { call: id, index }, frame))
+                let copy = RequestFrame::new(header, frame.activations().clone(), call.layout.hidden, content);
+                Some((PartId { call: id, index }, copy.within(frame.traceparent())))
             };
             let copies = (0..call.parts.len()).filter_map(copy);
             let Some((part, frame)) = copies.max_by_key(|(_, frame)| frame.terms().len()) else { continue };

@@ -437,7 +437,7 @@ fn nothing_is_kept_of_a_worker_that_was_forgotten() {
     bench.answer(1);
     bench.assert_done(&[1]);
     assert_eq!((bench.rank(0), bench.rank(1)), (Rank::Down, Rank::Good));
-    assert_eq!(bench.tracker.health().figures(&worker(0)), (0, Duration::ZERO));
+    assert_eq!(bench.tracker.health().figures(&worker(0)), Figures::default());
     bench.heard(0);
     assert_eq!(bench.rank(0), Rank::Down);
 }

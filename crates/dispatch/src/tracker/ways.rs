@@ -83,11 +83,15 @@ impl Ways {
     }
 
     fn holder(&self, ranks: &[Rank], layer: LayerId, expert: ExpertId, turn: u64, worst: Rank) -> Option<u32> {
+        let best = self.in_turn(layer, expert, turn).min_by_key(|worker| ranks[*worker as usize])?;
+        (ranks[best as usize] <= worst).then_some(best)
+    }
+
+    /// An expert's holders, the one whose turn it is first.
+    pub fn in_turn(&self, layer: LayerId, expert: ExpertId, turn: u64) -> impl Iterator<Item = u32> {
         let holders = self.placement.holders(layer, expert);
         let first = (turn % holders.len().max(1) as u64) as usize;
-        let in_turn = holders[first..].iter().chain(&holders[..first]);
-        let best = in_turn.min_by_key(|worker| ranks[**worker as usize])?;
-        (ranks[*best as usize] <= worst).then_some(*best)
+        holders[first..].iter().chain(&holders[..first]).copied()
     }
 
     /// Whether every expert of every layer has a holder that can be asked.

@@ -19,7 +19,7 @@ fn job(epoch: u32, layer: u8, rows: usize, sequence: u32) -> (Job, Receiver<Answ
     };
     let frame = RequestFrame::new(header, Rows::F32(vec![0.0; rows]).into(), 1, content);
     let (sender, answers) = sync_channel(1);
-    (Job { reply: ReplySender::new(header, move |answer| drop(sender.send(answer))), frame }, answers)
+    (Job::new(frame, ReplySender::new(header, move |answer| drop(sender.send(answer)))), answers)
 }
 
 fn sequences(jobs: &[Job]) -> Vec<u32> {
