@@ -5,6 +5,7 @@ pub mod admission;
 pub mod board;
 pub mod error;
 pub mod expert_load;
+pub mod exposure;
 pub mod journal;
 pub mod keys;
 pub mod leader;

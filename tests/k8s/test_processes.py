@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -17,6 +18,10 @@ import urllib.request
 import pytest
 from commands import ContainerCommand, container_commands
 from manifests import ATTENTION_WORKER, COORDINATOR, EXPERT_WORKER, REPOSITORY
+
+# What tests/monitoring knows of the metrics.
+sys.path.insert(0, str(REPOSITORY / "tests/monitoring"))
+import pages  # noqa: E402
 
 OVERLAY = "demo"
 PROGRAM = pathlib.Path(os.environ.get("MOESAIC_BIN", REPOSITORY / "target" / "release" / "moesaic"))
@@ -173,13 +178,11 @@ def test_the_cluster_answers_those_who_have_a_key(cluster):
         assert ask(pods[name], "moe-other")[0] == 401
 
 
-def test_metrics_are_where_the_pod_monitor_looks(cluster):
+def test_metrics_are_where_the_pod_monitor_looks_and_what_alerts_count_on(cluster):
     pods, _ = cluster
     for pod in pods.values():
-        url = f"http://{pod.address}:{pod.command.ports['metrics']}/metrics"
-        with urllib.request.urlopen(url, timeout=PATIENCE) as page:
-            text = page.read().decode()
-        assert "moesaic_build_info" in text and "moesaic_placement_epoch" in text
+        url = f"http://{pod.address}:{pod.command.ports['metrics']}/metrics?experts=all"
+        assert pages.differences(pod.command.role, pages.read(url)) == [], pod.name
 
 
 def test_pods_that_are_told_to_stop_finish_what_they_have(cluster):

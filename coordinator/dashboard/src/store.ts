@@ -44,3 +44,12 @@ export function useStore(): Store {
   }, []);
   return store;
 }
+
+/** Draws the component again every half second: what is not heard makes no call. */
+export function useClock(): void {
+  const [, turn] = useState(0);
+  useEffect(() => {
+    const timer = setInterval(() => turn((n) => n + 1), 500);
+    return () => clearInterval(timer);
+  }, []);
+}

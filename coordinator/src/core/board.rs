@@ -16,9 +16,54 @@ use moesaic_proto::{Placement, WorkerId};
 pub use codes::heats;
 pub use window::Window;
 
+use window::Rate;
+
 use codes::{rate, rounded, time};
 use messages::*;
 use watch::{Edges, Totals};
+
+/// A worker, whatever its role.
+trait Row: Clone + PartialEq {
+    fn n(&self) -> u32;
+    fn id(&self) -> &str;
+    fn node(&self) -> &str;
+    fn cordoned(&self) -> bool;
+    fn draining(&self) -> bool;
+    fn incarnation(&self) -> u64;
+}
+
+macro_rules! row {
+    ($role:ty) => {
+        impl Row for $role {
+            fn n(&self) -> u32 {
+                self.n
+            }
+
+            fn id(&self) -> &str {
+                &self.id
+            }
+
+            fn node(&self) -> &str {
+                &self.node
+            }
+
+            fn cordoned(&self) -> bool {
+                self.cordoned
+            }
+
+            fn draining(&self) -> bool {
+                self.draining
+            }
+
+            fn incarnation(&self) -> u64 {
+                self.incarnation
+            }
+        }
+    };
+}
+
+row!(Attention);
+row!(Expert);
 
 /// Points that are kept: a quarter of an hour.
 const HISTORY: usize = 900;
@@ -26,8 +71,6 @@ const EVENTS: usize = 200;
 /// Requests that are listed, and new ones an update may have.
 const LISTED: usize = 100;
 const LISTED_NEW: usize = 20;
-/// Rates are over so many seconds.
-const RATE_SECONDS: u64 = 5;
 
 /// What the coordinator sees at one moment.
 #[derive(Default)]
@@ -59,6 +102,7 @@ pub struct Board {
     experts: BTreeMap<u32, Expert>,
     loads: BTreeMap<u32, Load>,
     totals: BTreeMap<u32, Totals>,
+    drawn: BTreeMap<u32, Rate>,
     counters: Counters,
     edges: Edges,
     status: Status,
@@ -66,8 +110,8 @@ pub struct Board {
     listed: BTreeMap<u64, Sequence>,
     total: usize,
     history: VecDeque<Point>,
-    /// (s, tokens, requests)
-    counted: VecDeque<(u64, u64, u64)>,
+    tokens: Rate,
+    requests: Rate,
     events: VecDeque<Event>,
     next_event: u64,
     /// Nothing is news at the first look.
@@ -136,16 +180,10 @@ impl Board {
 
     fn point(&mut self, look: &Look<'_>) -> Point {
         let t_s = look.t / 1000;
-        self.counted.push_back((t_s, look.tokens, look.requests));
-        while self.counted.front().is_some_and(|(t, ..)| t + RATE_SECONDS < t_s) {
-            self.counted.pop_front();
-        }
-        let (from, tokens, requests) = self.counted[0];
-        let seconds = (t_s - from).max(1) as f64;
         let [ttft_p50, ttft_p95, ttft_p99] = look.first_token.map(|ms| ms.map(rounded));
         let [gap_p50, gap_p95, gap_p99] = look.gap.map(|ms| ms.map(rounded));
-        let tokens = rounded(look.tokens.saturating_sub(tokens) as f64 / seconds);
-        let requests = rounded(look.requests.saturating_sub(requests) as f64 / seconds);
+        let tokens = rounded(self.tokens.see(t_s, look.tokens).unwrap_or(0.0));
+        let requests = rounded(self.requests.see(t_s, look.requests).unwrap_or(0.0));
         let point = Point(t_s, tokens, requests, ttft_p50, ttft_p95, ttft_p99, gap_p50, gap_p95, gap_p99);
         self.history.push_back(point);
         if self.history.len() > HISTORY {
@@ -182,63 +220,69 @@ impl Board {
     }
 
     fn note_workers(&mut self, look: &Look<'_>, update: &mut Update) {
-        let mut seen = BTreeMap::new();
-        for (row, _) in &look.attention {
-            let row = Attention { n: self.number('a', &row.id), ..row.clone() };
-            let before = self.attention.get(&row.n).cloned();
-            self.note_worker(look.t, &row.id, &row.node, before.as_ref().map(|b| b.cordoned), row.cordoned);
-            if before.as_ref() != Some(&row) {
-                update.attention.push(row.clone());
-            }
-            seen.insert(row.n, row);
+        let numbered = |(row, _): &(Attention, _)| Attention { n: self.number('a', &row.id), ..row.clone() };
+        let rows = look.attention.iter().map(numbered).collect();
+        let before = std::mem::take(&mut self.attention);
+        let (now, gone) = self.note_side(look.t, before, rows, &mut update.attention);
+        self.attention = now;
+        for (n, how) in gone {
+            update.gone.push(("a", n, how));
+            self.edges.drop_attention(n);
+            self.loads.remove(&n);
+            self.totals.remove(&n);
+            self.drawn.remove(&n);
         }
-        for (n, row) in std::mem::replace(&mut self.attention, seen) {
-            if !self.attention.contains_key(&n) {
-                update.gone.push(("a", n, self.note_gone(look.t, &row.id, row.draining)));
-                self.edges.drop_attention(n);
-                self.loads.remove(&n);
-                self.totals.remove(&n);
-            }
-        }
-        let mut seen = BTreeMap::new();
-        for row in &look.experts {
-            let row = Expert { n: self.number('e', &row.id), ..row.clone() };
-            let before = self.experts.get(&row.n).cloned();
-            self.note_worker(look.t, &row.id, &row.node, before.as_ref().map(|b| b.cordoned), row.cordoned);
-            if before.as_ref() != Some(&row) {
-                update.experts.push(row.clone());
-            }
-            seen.insert(row.n, row);
-        }
-        for (n, row) in std::mem::replace(&mut self.experts, seen) {
-            if !self.experts.contains_key(&n) {
-                update.gone.push(("e", n, self.note_gone(look.t, &row.id, row.draining)));
-                self.edges.drop_expert(n);
-            }
+        let rows = look.experts.iter().map(|row| Expert { n: self.number('e', &row.id), ..row.clone() }).collect();
+        let before = std::mem::take(&mut self.experts);
+        let (now, gone) = self.note_side(look.t, before, rows, &mut update.experts);
+        self.experts = now;
+        for (n, how) in gone {
+            update.gone.push(("e", n, how));
+            self.edges.drop_expert(n);
         }
     }
 
-    /// `before`: whether it was cordoned; None: it was not there.
-    fn note_worker(&mut self, t: u64, id: &str, node: &str, before: Option<bool>, cordoned: bool) {
-        if !self.has_looked {
-            return;
+    /// The workers of a role that are there, by number, and those that are not any more, with how they went.
+    fn note_side<R: Row>(
+        &mut self,
+        t: u64,
+        before: BTreeMap<u32, R>,
+        rows: Vec<R>,
+        changed: &mut Vec<R>,
+    ) -> (BTreeMap<u32, R>, Vec<(u32, &'static str)>) {
+        let mut now = BTreeMap::new();
+        for row in rows {
+            let mut was = before.get(&row.n());
+            if was != Some(&row) {
+                changed.push(row.clone());
+            }
+            // One that came back within the second has died all the same.
+            if let Some(one_before) = was.take_if(|was| was.incarnation() != row.incarnation()) {
+                self.note_gone(t, one_before);
+            }
+            if self.has_looked {
+                if was.is_none() {
+                    self.tell(t, Kind::Joined, row.id(), format!("on node {}", row.node()));
+                }
+                match (was.is_some_and(R::cordoned), row.cordoned()) {
+                    (false, true) => self.tell(t, Kind::Cordoned, row.id(), "gets nothing new"),
+                    (true, false) => self.tell(t, Kind::Uncordoned, row.id(), "is in use again"),
+                    _ => {}
+                }
+            }
+            now.insert(row.n(), row);
         }
-        if before.is_none() {
-            self.tell(t, Kind::Joined, id, format!("on node {node}"));
-        }
-        match (before.unwrap_or(false), cordoned) {
-            (false, true) => self.tell(t, Kind::Cordoned, id, "gets nothing new"),
-            (true, false) => self.tell(t, Kind::Uncordoned, id, "is in use again"),
-            _ => {}
-        }
+        let gone = before.into_iter().filter(|(n, _)| !now.contains_key(n));
+        let gone = gone.map(|(n, row)| (n, self.note_gone(t, &row))).collect();
+        (now, gone)
     }
 
-    fn note_gone(&mut self, t: u64, id: &str, was_draining: bool) -> &'static str {
-        if was_draining {
-            self.tell(t, Kind::Left, id, "has stopped in order");
+    fn note_gone(&mut self, t: u64, row: &impl Row) -> &'static str {
+        if row.draining() {
+            self.tell(t, Kind::Left, row.id(), "has stopped in order");
             return "left";
         }
-        self.tell(t, Kind::Died, id, "its lease ran out, or it was stopped");
+        self.tell(t, Kind::Died, row.id(), "its lease ran out, or it was stopped");
         "died"
     }
 
@@ -268,7 +312,7 @@ impl Board {
                 load.sequences_waiting,
                 load.orphans,
                 rows_per_step,
-                None,
+                self.drawn.entry(n).or_default().see(look.t / 1000, load.generated_tokens).map(rounded),
                 load.preemptions,
                 dispatch.resent,
                 dispatch.hedged,

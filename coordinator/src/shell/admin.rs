@@ -5,20 +5,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moesaic_node::{Connector, Member, Registry, View};
+use moesaic_proto::WorkerId;
 use moesaic_proto::v1::admin_client::AdminClient;
 use moesaic_proto::v1::admin_server::{Admin, AdminServer};
 use moesaic_proto::v1::{
     AttentionStatus, Cordon, CordonRequest, CordonResponse, ExpertStatus, RebalanceRequest, RebalanceResponse, Role,
     StatusRequest, StatusResponse,
 };
-use moesaic_proto::{Placement, WorkerId};
 use tokio::time::timeout;
 use tonic::{Request, Response, Status};
 
 use super::grpc::status;
 use super::leader::Leading;
 use super::service::Service;
-use crate::core::leader::Seen;
+use crate::core::exposure::Exposure;
 
 /// What is passed on to the leader is answered within this time.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -79,11 +79,7 @@ impl Operators {
     /// The cluster as this coordinator sees it.
     pub fn status_now(&self) -> StatusResponse {
         let view = self.registry.view().borrow().clone();
-        let seen = self.leading.seen(&view);
-        let (lost, exposed) = match &view.placement {
-            Some(placement) => exposure(placement, &seen, self.leading.policy().replicas),
-            None => (0, 0),
-        };
+        let Exposure { lost, exposed } = self.leading.exposure(&view);
         let is_cordoned = |role, id: &WorkerId| view.cordons.contains_key(&(role, id.clone()));
         let attention = self.service.workers.loads().into_iter().map(|(member, load)| AttentionStatus {
             cordoned: is_cordoned(Role::AttentionWorker, &member.id),
@@ -133,23 +129,6 @@ impl Operators {
         };
         timeout(FORWARD_TIMEOUT, ask).await.unwrap_or_else(|_| Err(Status::unavailable("the leader does not answer")))
     }
-}
-
-/// Experts, over all layers, that nobody serves, and that fewer serve than should and could.
-pub(super) fn exposure(placement: &Placement, seen: &[Seen], replicas: usize) -> (u32, u32) {
-    let serves = |worker: &WorkerId| {
-        let seen = seen.iter().find(|seen| seen.host.id == *worker);
-        seen.is_some_and(|seen| !seen.is_down && seen.epoch_loaded >= placement.epoch())
-    };
-    let serving: Vec<bool> = placement.workers().iter().map(serves).collect();
-    let wanted = replicas.min(seen.len()).max(1);
-    let (mut lost, mut exposed) = (0, 0);
-    for (_, _, holders) in placement.experts_of_layers() {
-        let live = holders.iter().filter(|&&w| serving[w as usize]).count();
-        lost += u32::from(live == 0);
-        exposed += u32::from(live < wanted);
-    }
-    (lost, exposed)
 }
 
 fn expert_status(member: &Member, view: &View, held: usize) -> ExpertStatus {

@@ -13,9 +13,9 @@ use axum::{Json, Router};
 use futures::stream::{self, StreamExt};
 use http::{StatusCode, header};
 use moesaic_node::access::Scope;
-use moesaic_proto::Placement;
 use moesaic_proto::v1::admin_server::Admin;
-use moesaic_proto::v1::{CordonRequest, RebalanceRequest, Role, StatusResponse};
+use moesaic_proto::v1::{AttentionStatus, CordonRequest, ExpertStatus, RebalanceRequest, Role, StatusResponse};
+use moesaic_proto::{Placement, WorkerId};
 use serde::Serialize;
 use serde_json::json;
 use tokio::sync::broadcast::{self, error::RecvError};
@@ -28,7 +28,7 @@ use super::admin::{AUTHORIZATION, Operators};
 use super::http::{read_fields, routed};
 use super::unix_ms;
 use crate::core::ApiError;
-use crate::core::board::messages::{self, Access, Bye, Heat, PROTOCOL};
+use crate::core::board::messages::{self, Access, Attention, Bye, Expert, Heat, PROTOCOL};
 use crate::core::board::{Board, Look, heats};
 use crate::core::keys::Account;
 
@@ -125,19 +125,28 @@ impl Dashboard {
         let (first_token, gap) = figures.waits();
         let sums = figures.sums();
         let view = self.operators.registry.view().borrow().clone();
+        let incarnation = |role, id: &str| {
+            let member = WorkerId::new(id).ok().and_then(|id| view.members.get(&(role, id)));
+            member.map_or(0, |member| member.hello.incarnation)
+        };
+        let attention = status
+            .attention
+            .iter()
+            .map(|of| (attention(of, incarnation(Role::AttentionWorker, &of.id)), of.load.as_ref()));
+        let experts = status.experts.iter().map(|of| expert(of, incarnation(Role::ExpertWorker, &of.id)));
         let look = Look {
             t: unix_ms(),
             status: self.status(&status),
             coordinators: self.coordinators(&view),
-            attention: status.attention.iter().map(|of| (attention(of), of.load.as_ref())).collect(),
-            experts: status.experts.iter().map(expert).collect(),
+            attention: attention.collect(),
+            experts: experts.collect(),
             sequences: self.operators.service.seats.all(),
             tokens: sums.tokens,
             requests: sums.requests,
             refusals: sums.refusals,
             first_token,
             gap,
-            why_placed: self.operators.leading.last_plan(),
+            why_placed: self.operators.leading.why_placed(status.epoch),
         };
         let mut state = self.lock();
         let update = state.board.tick(look);
@@ -213,9 +222,9 @@ impl Dashboard {
     }
 }
 
-fn attention(of: &moesaic_proto::v1::AttentionStatus) -> messages::Attention {
+fn attention(of: &AttentionStatus, incarnation: u64) -> Attention {
     let load = of.load.as_ref();
-    messages::Attention {
+    Attention {
         n: 0,
         id: of.id.clone(),
         address: of.address.clone(),
@@ -228,11 +237,12 @@ fn attention(of: &moesaic_proto::v1::AttentionStatus) -> messages::Attention {
         pages_total: load.map_or(0, |load| load.pages_total),
         page_tokens: load.map_or(0, |load| load.page_tokens),
         waiting_max: load.map_or(0, |load| load.waiting_max),
+        incarnation,
     }
 }
 
-fn expert(of: &moesaic_proto::v1::ExpertStatus) -> messages::Expert {
-    messages::Expert {
+fn expert(of: &ExpertStatus, incarnation: u64) -> Expert {
+    Expert {
         n: 0,
         id: of.id.clone(),
         address: of.address.clone(),
@@ -242,6 +252,7 @@ fn expert(of: &moesaic_proto::v1::ExpertStatus) -> messages::Expert {
         epoch_loaded: of.epoch_loaded,
         experts: of.experts,
         slots: of.slots,
+        incarnation,
     }
 }
 

@@ -7,12 +7,14 @@ use std::time::Duration;
 use moesaic_node::metrics::Page;
 use moesaic_node::{Registry, View};
 use moesaic_proto::v1::{ExpertLoadRequest, RebalanceResponse, Role};
+use moesaic_proto::{Epoch, Placement};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::workers::Workers;
 use crate::core::ApiError;
 use crate::core::expert_load::ExpertLoad;
+use crate::core::exposure::{Exposure, exposure};
 use crate::core::leader::{Leader, Policy, Seen, Sight, Why, seen};
 use crate::core::placement::planner::{Load, Plan};
 
@@ -42,11 +44,15 @@ struct State {
     published: u64,
     moved: u64,
     last: Option<LastPlan>,
+    /// The placement in force, whoever made it, and the one before it.
+    in_force: Option<Arc<Placement>>,
+    before: Option<Arc<Placement>>,
 }
 
 /// What the last of them was for, and brought.
 #[derive(Clone, Copy)]
 struct LastPlan {
+    epoch: Epoch,
     why: Why,
     moved: usize,
     /// The most loaded worker's load over the mean, before and as it was planned.
@@ -109,7 +115,7 @@ impl Leading {
                 state.published += 1;
                 state.moved += moved as u64;
                 let before = imbalance_before.unwrap_or(imbalance);
-                state.last = Some(LastPlan { why, moved, before, after: imbalance });
+                state.last = Some(LastPlan { epoch, why, moved, before, after: imbalance });
                 true
             }
             Ok(false) => {
@@ -163,9 +169,9 @@ impl Leading {
         Some(planned.map_err(|error| ApiError::Unavailable { reason: error.to_string() }).and_then(answer))
     }
 
-    /// What the last placement of this coordinator was for, and brought, in words.
-    pub fn last_plan(&self) -> Option<String> {
-        let LastPlan { why, moved, before, after } = self.lock().last?;
+    /// What the placement of this epoch was for, and brought, in words, if it is the last one of this coordinator.
+    pub fn why_placed(&self, epoch: u32) -> Option<String> {
+        let LastPlan { why, moved, before, after, .. } = self.lock().last.filter(|last| last.epoch.0 == epoch)?;
         Some(format!("{moved} experts to load; {why}: imbalance {before:.2} → {after:.2}"))
     }
 
@@ -187,6 +193,20 @@ impl Leading {
             let mut family = page.gauges("moesaic_placement_imbalance", help);
             family.sample(&[("when", "before")], before).sample(&[("when", "after")], after);
         }
+    }
+
+    /// Experts that are lost, or could be.
+    pub fn exposure(&self, view: &View) -> Exposure {
+        let Some(placement) = &view.placement else { return Exposure::default() };
+        let before = {
+            let mut state = self.lock();
+            if state.in_force.as_ref().is_none_or(|known| known.epoch() != placement.epoch()) {
+                state.before = state.in_force.replace(placement.clone());
+            }
+            state.before.clone()
+        };
+        let before = before.filter(|before| self.workers.is_used(before.epoch()));
+        exposure(placement, before.as_deref(), &self.seen(view), self.policy.replicas)
     }
 
     /// The expert workers of this model.

@@ -9,9 +9,9 @@ use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
 use tokio_util::sync::CancellationToken;
 
-use super::admin::exposure;
 use super::leader::Leading;
 use super::service::Service;
+use crate::core::exposure::Exposure;
 
 pub struct Front {
     pub id: WorkerId,
@@ -69,10 +69,7 @@ impl Front {
     fn placement(&self, page: &mut Page, view: &View, detail: Detail) {
         let epoch = view.placement.as_ref().map_or(0, |placement| placement.epoch().0);
         page.gauge("moesaic_placement_epoch", "The placement in force; 0 for none.", epoch);
-        let (lost, exposed) = match &view.placement {
-            Some(placement) => exposure(placement, &self.leading.seen(view), self.leading.policy().replicas),
-            None => (0, 0),
-        };
+        let Exposure { lost, exposed } = self.leading.exposure(view);
         page.gauge("moesaic_experts_lost", "Experts, over all layers, that nobody serves.", lost);
         page.gauge("moesaic_experts_exposed", "Experts with fewer live holders than there should be.", exposed);
         self.leading.figures(page);

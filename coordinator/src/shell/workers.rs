@@ -9,10 +9,10 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use moesaic_node::{Connector, Member, Registry, View, handshake};
-use moesaic_proto::WorkerId;
 use moesaic_proto::limits::WORKER_MESSAGE_BYTES_MAX;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
 use moesaic_proto::v1::{AbortCallRequest, Hello, LoadRequest, LoadResponse, Role, RunEvent, RunRequest};
+use moesaic_proto::{Epoch, WorkerId};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -316,6 +316,12 @@ impl Workers {
         let mut loads: Vec<_> = state.clients.values().map(|c| (c.member.clone(), load(c))).collect();
         loads.sort_unstable_by(|(a, _), (b, _)| a.id.cmp(&b.id));
         loads
+    }
+
+    /// Whether an attention worker sends its rows under the placement of this epoch.
+    pub fn is_used(&self, epoch: Epoch) -> bool {
+        let state = self.lock();
+        state.clients.keys().filter_map(|id| state.router.load(id)).any(|load| load.epoch == epoch.0)
     }
 
     pub fn clients(&self) -> Vec<(WorkerId, Client)> {

@@ -13,8 +13,8 @@ use moesaic_node::{Member, Registration, Registry, handshake, registry, server};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::attention_worker_server::{AttentionWorker, AttentionWorkerServer};
 use moesaic_proto::v1::{
-    AbortCallRequest, AbortResponse, ExpertLoadRequest, ExpertLoadResponse, FinishReason, LoadRequest, LoadResponse,
-    Role, RunEvent, RunRequest, TokenInfo, TopLogprob,
+    AbortCallRequest, AbortResponse, EdgeStatus, ExpertLoadRequest, ExpertLoadResponse, FinishReason, LoadRequest,
+    LoadResponse, Role, RunEvent, RunRequest, TokenInfo, TopLogprob,
 };
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
@@ -72,6 +72,8 @@ pub struct Fake {
     pub reachable: AtomicBool,
     pub running: AtomicUsize,
     pub requests: Mutex<Vec<RunRequest>>,
+    /// What it says of its ways to expert workers.
+    pub edges: Mutex<Vec<EdgeStatus>>,
     /// Ids that were to be forgotten, by the call that reads them.
     pub aborted: Mutex<Vec<String>>,
 }
@@ -191,6 +193,7 @@ impl AttentionWorker for Shared {
             pages_free: PAGES,
             page_tokens: 64,
             experts_reachable: self.0.reachable.load(Ordering::SeqCst),
+            edges: self.0.edges.lock().unwrap().clone(),
             ..LoadResponse::default()
         }))
     }

@@ -5,5 +5,6 @@ mod cluster;
 mod errors;
 mod grpc;
 mod http;
+mod large;
 mod lifecycle;
 mod recovery;

@@ -204,9 +204,12 @@ fn edges(load: &LoadResponse, text: &mut String) {
             EdgeState::Silent => "silent",
             EdgeState::Down | EdgeState::Unspecified => "down",
         };
+        let detours = [(edge.hedged, "hedged"), (edge.resent, "sent again"), (edge.steered, "rows steered around it")];
+        let detours = detours.into_iter().filter(|(count, _)| *count > 0);
+        let detours: String = detours.map(|(count, what)| format!(", {count} {what}")).collect();
         let _ = writeln!(
             text,
-            "            -> {} by {}: {state} ({}), {} rows answered, {:.2} ms a frame",
+            "            -> {} by {}: {state} ({}), {} rows answered, {:.2} ms a frame{detours}",
             edge.worker,
             edge.transport,
             edge.detail,

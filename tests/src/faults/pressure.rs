@@ -33,16 +33,18 @@ const POLL: Duration = Duration::from_millis(20);
 const MIB: f64 = (1 << 20) as f64;
 
 /// F18: ten times more than can be served, from clients who do not wait for answers. What is accepted is served as fast
-/// as ever, the rest is refused at once, and memory stays within what was announced.
+/// as ever (before and after: a machine's own speed moves within a minute), the rest is refused at once, and memory stays
+/// within what was announced.
 pub async fn overload(bench: &mut Bench) -> Result<Outcome> {
     let time = Duration::from_secs(if bench.options.short { 20 } else { 60 });
     let limits = bound_memory(bench.cluster())?;
-    let peak = peak_rate(bench).await?;
+    let before = peak_rate(bench).await?;
     let doors = Doors::shared(bench.cluster().doors()?)?;
-    let histories = offer(bench, &doors, time, OVERLOAD * peak).await?;
+    let histories = offer(bench, &doors, time, OVERLOAD * before).await?;
     let normal = until_served(&doors).await?;
     let histories = histories.join_all().await;
     bench.cluster().check().await?;
+    let peak = (before + peak_rate(bench).await?) / 2.0;
 
     let refusals: Vec<_> = histories.iter().filter_map(refusal).collect();
     let refused = p99(refusals.iter().map(|refusal| refusal.after)).as_secs_f64();
@@ -168,10 +170,10 @@ async fn until(cluster: &Cluster, holds: impl Fn(&View) -> bool) -> Result<Durat
 }
 
 /// F20: four clients read a byte a second. Nobody else waits longer than when they read as fast as they can: both in turn,
-/// as one such wait in a hundred moves by more than the bar from one time to the next.
+/// and the median of the turns, as one wait in a hundred moves by more than the bar from one turn to the next.
 pub async fn slow_readers(bench: &mut Bench) -> Result<Outcome> {
-    const TIME: Duration = Duration::from_secs(4);
-    const TURNS: usize = 5;
+    const TIME: Duration = Duration::from_secs(3);
+    const TURNS: usize = 11;
     let fault = async |cluster: &mut Cluster, load: &Load| {
         let mut turns = Vec::new();
         for _ in 0..TURNS {
@@ -185,11 +187,13 @@ pub async fn slow_readers(bench: &mut Bench) -> Result<Outcome> {
     };
     let (run, turns) = bench.under_load(Policy::Firm, fault).await?;
     let wait = |side: usize| {
-        let within = |turn: &[Duration; 3]| {
+        let of_turn = |turn: &[Duration; 3]| {
             let [from, to] = [turn[side], turn[side + 1]];
-            run.histories.iter().flat_map(move |history| history.waits_within(from, to))
+            p99(run.histories.iter().flat_map(|history| history.waits_within(from, to)))
         };
-        p99(turns.iter().flat_map(within)).as_secs_f64()
+        let mut waits: Vec<Duration> = turns.iter().map(of_turn).collect();
+        waits.sort_unstable();
+        waits[TURNS / 2].as_secs_f64()
     };
     let share = wait(1) / wait(0).max(f64::MIN_POSITIVE);
     Ok(Outcome::of(run.judgement).unresumed().at_most("p99 wait of others", share, 1.1, "x"))

@@ -1,12 +1,15 @@
 //! What the dashboard's page reads and does, over HTTP, of a real cluster in this process.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use moesaic_tests::cluster::{Cluster, Options};
 use reqwest::header::CONTENT_TYPE;
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -67,7 +70,7 @@ async fn a_page_is_told_all_and_then_what_changes() {
     let options = Options { attention_workers: 2, expert_workers: 3, replicas: 2, ..Options::new("tiny-r1", "f32") };
     let cluster = Cluster::start(&options).await;
     // Who joins before the first look has nothing to look at.
-    tokio::time::sleep(Duration::from_millis(2500)).await;
+    sleep(Duration::from_millis(2500)).await;
     let mut events = Events::open(&cluster.url).await;
     let mut first = Vec::new();
     while first.len() < 4 {
@@ -167,5 +170,59 @@ async fn the_page_comes_with_its_policy_and_asks_for_nothing_elsewhere() {
     let answer = reqwest::get(format!("{}/dashboard/../Cargo.toml", cluster.url)).await.unwrap();
     assert_eq!(answer.status(), 404);
     assert_eq!(reqwest::get(format!("{}/dashboard/other.js", cluster.url)).await.unwrap().status(), 404);
+    cluster.stop().await;
+}
+
+/// Streams answers for ever, and counts their chunks.
+async fn stream_for_ever(url: String, chunks: Arc<AtomicUsize>) {
+    let client = reqwest::Client::new();
+    let body = json!({"prompt": "1 + 1 =", "max_tokens": 200, "ignore_eos": true, "temperature": 0, "stream": true});
+    loop {
+        let answer = client.post(format!("{url}/v1/completions")).json(&body).send().await.unwrap();
+        let mut stream = answer.bytes_stream();
+        while let Some(bytes) = stream.next().await {
+            chunks.fetch_add(bytes.unwrap().windows(6).filter(|bytes| *bytes == b"data: ").count(), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Those who watch read in the same process, which is a part of what is measured.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "two minutes on an idle machine: cargo test --release -p moesaic-tests --test front -- --ignored --nocapture"]
+async fn who_watches_costs_less_than_two_percent_of_the_tokens() {
+    const CLIENTS: usize = 8;
+    const WATCHERS: usize = 2;
+    const WINDOW: Duration = Duration::from_secs(3);
+    const PAIRS: usize = 20;
+    let options = Options { attention_workers: 2, expert_workers: 3, replicas: 2, ..Options::new("tiny-r1", "f32") };
+    let cluster = Cluster::start(&options).await;
+    let chunks = Arc::<AtomicUsize>::default();
+    let mut clients = JoinSet::new();
+    for _ in 0..CLIENTS {
+        clients.spawn(stream_for_ever(cluster.url.clone(), chunks.clone()));
+    }
+    sleep(WINDOW).await;
+    let rate = async |is_watched: bool| {
+        let mut watchers = JoinSet::new();
+        for _ in 0..if is_watched { WATCHERS } else { 0 } {
+            let mut events = Events::open(&cluster.url).await;
+            watchers.spawn(async move { while events.next().await.is_some() {} });
+        }
+        let (before, start) = (chunks.load(Ordering::Relaxed), Instant::now());
+        sleep(WINDOW).await;
+        (chunks.load(Ordering::Relaxed) - before) as f64 / start.elapsed().as_secs_f64()
+    };
+    let mut shares = Vec::new();
+    for pair in 0..PAIRS {
+        // In turn, so that a machine's own drift is neither's.
+        let first = rate(pair % 2 == 0).await;
+        let second = rate(pair % 2 == 1).await;
+        shares.push(if pair % 2 == 0 { first / second } else { second / first });
+    }
+    shares.sort_unstable_by(f64::total_cmp);
+    let (low, median, high) = (shares[PAIRS / 4], shares[PAIRS / 2], shares[PAIRS * 3 / 4]);
+    println!("watched by {WATCHERS}: {median:.3} of the tokens a second, half of the pairs {low:.3} to {high:.3}");
+    assert!(median >= 0.98, "{shares:?}");
+    clients.abort_all();
     cluster.stop().await;
 }

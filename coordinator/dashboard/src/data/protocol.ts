@@ -103,11 +103,11 @@ export interface Trouble {
   e: Num;
   since: Millis;
   detail: string;
-  /** Frames; null where the worker does not count them for each edge. */
-  hedged: number | null;
-  resent: number | null;
+  /** Frames that others were asked for as well; and that were lost, and sent again. */
+  hedged: number;
+  resent: number;
   /** Rows times experts that were sent to other holders instead. */
-  steered: number | null;
+  steered: number;
 }
 
 /** Sums over all workers since the coordinator started: a worker's restart does not take anything back. */

@@ -1,19 +1,10 @@
 // A line under the header for what one must know: data that are old, a coordinator that is gone, a key that is needed, a cluster that is hurt.
-import { useEffect, useState } from "preact/hooks";
+import { useEffect } from "preact/hooks";
 import { clock } from "../data/format.ts";
 import { clusterHealth } from "../data/health.ts";
 import { STALE_MS } from "../data/link.ts";
 import { key } from "../data/settings.ts";
-import { store, useStore } from "../store.ts";
-
-/** Draws again every half second: what is not heard makes no call. */
-function useClock(): void {
-  const [, turn] = useState(0);
-  useEffect(() => {
-    const timer = setInterval(() => turn((n) => n + 1), 500);
-    return () => clearInterval(timer);
-  }, []);
-}
+import { store, useClock, useStore } from "../store.ts";
 
 export function Banner() {
   useClock();

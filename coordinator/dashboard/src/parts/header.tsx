@@ -4,7 +4,7 @@ import { VIEWS, type ViewName } from "../views.ts";
 import { clusterHealth, type Tone } from "../data/health.ts";
 import { STALE_MS } from "../data/link.ts";
 import { currentTheme, setTheme, type Theme } from "../data/settings.ts";
-import { store, useStore } from "../store.ts";
+import { store, useClock, useStore } from "../store.ts";
 import { Key, Logo, Moon, Sun, System } from "./icons.tsx";
 
 export function Header({ view }: { view: ViewName }) {
@@ -34,6 +34,7 @@ export function Header({ view }: { view: ViewName }) {
 }
 
 function Pill() {
+  useClock();
   const { tone, label } = situation();
   return <span class={`pill tone-${tone}`}><span class="dot" />{label}</span>;
 }

@@ -55,7 +55,7 @@ function Item({ cluster, it }: { cluster: Cluster; it: Trouble }) {
   const state = edge?.state ?? "unknown";
   const [from, to] = [cluster.attention.get(it.a)?.id ?? "?", cluster.experts.get(it.e)?.id ?? "?"];
   const done = [["hedged", it.hedged], ["resent", it.resent], ["steered around", it.steered]] as const;
-  const words = done.filter(([, n]) => n !== null && n > 0).map(([what, n]) => `${compact(n)} ${what}`);
+  const words = done.filter(([, n]) => n > 0).map(([what, n]) => `${compact(n)} ${what}`);
   return (
     <li>
       <p class="route"><b>{from}</b> <span aria-hidden="true">→</span><span class="hidden">to</span> <b>{to}</b> <State health={{ tone: EDGE_TONES[state], label: state }} /> <span class="muted">for {age(cluster.t - it.since)}</span></p>

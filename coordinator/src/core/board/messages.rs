@@ -58,6 +58,9 @@ pub struct Attention {
     pub pages_total: u32,
     pub page_tokens: u32,
     pub waiting_max: u32,
+    /// Tells the process from one before it; not for the page.
+    #[serde(skip)]
+    pub incarnation: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -71,6 +74,9 @@ pub struct Expert {
     pub epoch_loaded: u32,
     pub experts: u32,
     pub slots: u32,
+    /// Tells the process from one before it; not for the page.
+    #[serde(skip)]
+    pub incarnation: u64,
 }
 
 /// `[n, pages_free, running, waiting, orphans, rows_per_step, tokens_per_s, preemptions, resent, hedged]`
@@ -98,9 +104,9 @@ pub struct Trouble {
     pub e: u32,
     pub since: u64,
     pub detail: String,
-    pub hedged: Option<u64>,
-    pub resent: Option<u64>,
-    pub steered: Option<u64>,
+    pub hedged: u64,
+    pub resent: u64,
+    pub steered: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

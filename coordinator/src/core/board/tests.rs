@@ -55,10 +55,12 @@ fn what_has_not_changed_is_not_told() {
         (&json!([[0, 7, 0, 0, 0, null, null, 0, 0, 0]]), &json!([[0, 1, 2, 0, 0]]))
     );
     assert!(first["events"].is_null(), "nothing is news at first: {first}");
-    let second = tick(&mut board, 2, look());
-    let fields: Vec<&String> = second.as_object().unwrap().keys().collect();
+    // Since when it counts is known now.
+    assert_eq!(tick(&mut board, 2, look())["load"], json!([[0, 7, 0, 0, 0, null, 0.0, 0, 0, 0]]));
+    let third = tick(&mut board, 3, look());
+    let fields: Vec<&String> = third.as_object().unwrap().keys().collect();
     assert_eq!(fields, ["point", "t"]);
-    assert_eq!(second["point"], json!([2, 0.0, 0.0, null, null, null, null, null, null]));
+    assert_eq!(third["point"], json!([3, 0.0, 0.0, null, null, null, null, null, null]));
 }
 
 #[test]
@@ -81,6 +83,20 @@ fn workers_come_and_go() {
     assert_eq!(kinds(&tick(&mut board, 4, draining)), ["cordoned e1", "died e2"]);
     let update = tick(&mut board, 5, look(&["e0"]));
     assert_eq!((&update["gone"], kinds(&update)), (&json!([["e", 1, "left"]]), vec!["left e1".to_owned()]));
+}
+
+#[test]
+fn who_is_back_within_the_second_has_died_all_the_same() {
+    let mut board = Board::default();
+    let look = |incarnation, draining| Look {
+        experts: vec![Expert { incarnation, draining, ..expert("e0") }],
+        ..Look::default()
+    };
+    tick(&mut board, 1, look(1, false));
+    let update = tick(&mut board, 2, look(2, true));
+    assert_eq!((kinds(&update), &update["gone"]), (vec!["died e0".to_owned(), "joined e0".to_owned()], &Value::Null));
+    assert_eq!(kinds(&tick(&mut board, 3, look(3, false))), ["left e0", "joined e0"]);
+    assert!(kinds(&tick(&mut board, 4, look(3, false))).is_empty());
 }
 
 #[test]

@@ -92,6 +92,9 @@ struct Seen {
     state: EdgeState,
     detail: String,
     terms: u64,
+    detours: Detours,
+    /// When it came into this state.
+    detours_before: Detours,
     seen_ms: u64,
     /// Since when it is in this state.
     since_ms: u64,
@@ -99,6 +102,14 @@ struct Seen {
     now: Edge,
     told: Option<Edge>,
     told_ms: u64,
+}
+
+/// What was done because of an expert worker.
+#[derive(Clone, Copy, Default)]
+struct Detours {
+    hedged: u64,
+    resent: u64,
+    steered: u64,
 }
 
 /// An edge's new state.
@@ -123,6 +134,8 @@ impl Edges {
             state,
             detail: String::new(),
             terms: status.terms,
+            detours: Detours::default(),
+            detours_before: Detours::default(),
             seen_ms: now_ms,
             since_ms: now_ms,
             now: Edge(ends.0, ends.1, state.into(), 0, 0),
@@ -134,11 +147,12 @@ impl Edges {
         let terms = status.terms.saturating_sub(seen.terms) as f64;
         let per_second = if seconds > 0.0 { terms / seconds } else { 0.0 };
         if seen.state != state {
-            seen.since_ms = now_ms;
+            (seen.since_ms, seen.detours_before) = (now_ms, seen.detours);
             self.changed.push(ends);
             self.trouble_changed = true;
         }
         (seen.state, seen.terms, seen.seen_ms) = (state, status.terms, now_ms);
+        seen.detours = Detours { hedged: status.hedged, resent: status.resent, steered: status.steered };
         seen.detail.clone_from(&status.detail);
         seen.now = Edge(ends.0, ends.1, state.into(), rate(per_second), time(status.answer_us));
     }
@@ -210,14 +224,17 @@ impl Edges {
     pub fn trouble(&self) -> Vec<Trouble> {
         let mut trouble: Vec<_> = self.edges.iter().filter(|(_, seen)| seen.state != EdgeState::Live).collect();
         trouble.sort_by_key(|(_, seen)| seen.since_ms);
-        let row = |((a, e), seen): (&Ends, &Seen)| Trouble {
-            a: *a,
-            e: *e,
-            since: seen.since_ms,
-            detail: seen.detail.clone(),
-            hedged: None,
-            resent: None,
-            steered: None,
+        let row = |((a, e), seen): (&Ends, &Seen)| {
+            let (now, before) = (seen.detours, seen.detours_before);
+            Trouble {
+                a: *a,
+                e: *e,
+                since: seen.since_ms,
+                detail: seen.detail.clone(),
+                hedged: now.hedged.saturating_sub(before.hedged),
+                resent: now.resent.saturating_sub(before.resent),
+                steered: now.steered.saturating_sub(before.steered),
+            }
         };
         trouble.into_iter().take(TROUBLE_MAX).map(row).collect()
     }
@@ -246,6 +263,7 @@ mod tests {
             transport: "grpc".into(),
             terms,
             answer_us,
+            ..EdgeStatus::default()
         }
     }
 
@@ -290,6 +308,18 @@ mod tests {
         edges.drop_expert(9);
         assert_eq!(edges.trouble_if_due().map(|trouble| trouble.len()), Some(0));
         assert_eq!(edges.all().len(), 1);
+    }
+
+    #[test]
+    fn trouble_says_what_was_done_since_it_began() {
+        let mut edges = Edges::default();
+        let mut second = |state, hedged, steered| {
+            look(&mut edges, &[((0, 1), EdgeStatus { hedged, steered, ..status(state, 0, 0) })]);
+            edges.trouble().iter().map(|trouble| (trouble.hedged, trouble.steered)).collect::<Vec<_>>()
+        };
+        assert_eq!(second(EdgeState::Live, 5, 7), []);
+        assert_eq!(second(EdgeState::Slow, 6, 7), [(1, 0)]);
+        assert_eq!(second(EdgeState::Slow, 6, 90), [(1, 83)]);
     }
 
     #[test]

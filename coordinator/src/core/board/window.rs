@@ -1,11 +1,37 @@
-//! Percentiles of the last seconds' waits: counted in buckets of an eighth of a doubling, one set a second.
+//! Percentiles of the last seconds' waits, counted in buckets of an eighth of a doubling, one set a second; and the rate at
+//! which something has come in the last seconds.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// How far back it looks.
 const SECONDS: usize = 10;
 /// From 1 us to more than an hour.
 const BUCKETS: usize = 8 * 32;
+
+/// Rates are over so many seconds.
+const RATE_SECONDS: u64 = 5;
+
+#[derive(Clone, Debug, Default)]
+pub struct Rate {
+    /// (seconds, count)
+    counted: VecDeque<(u64, u64)>,
+}
+
+impl Rate {
+    /// Takes a count that only rises, or begins anew; how much it has risen a second, once that is known.
+    pub fn see(&mut self, t_s: u64, count: u64) -> Option<f64> {
+        if self.counted.back().is_some_and(|(_, before)| *before > count) {
+            self.counted.clear();
+        }
+        self.counted.push_back((t_s, count));
+        while self.counted.front().is_some_and(|(t, _)| t + RATE_SECONDS < t_s) {
+            self.counted.pop_front();
+        }
+        let (from, before) = self.counted[0];
+        (t_s > from).then(|| (count - before) as f64 / (t_s - from) as f64)
+    }
+}
 
 #[derive(Clone, Debug)]
 pub struct Window {
