@@ -95,6 +95,8 @@ async fn a_step_of_many_rows_allocates_hardly_more_than_one_of_few() {
         decoder.forward(0, &parts, &mut buffers, &Span::default()).await.unwrap();
         let change = region.change();
         counts.push(change.allocations + change.reallocations);
+        let (taken, planned) = (buffers.bytes(), rows as usize * Buffers::bytes_per_row(decoder.config()));
+        assert!(taken <= planned && taken * 5 >= planned * 4, "{rows} rows take {taken} bytes; planned were {planned}");
     }
     let [one, many] = counts[..] else { unreachable!("two sizes") };
     println!("allocations of a step in 3 layers with experts: {one} for 1 row, {many} for 64 rows");

@@ -59,8 +59,9 @@ pub struct Buffers {
     routes: Vec<Route>,
 }
 
-/// `buffer` with `len` values, of any content.
+/// `buffer` with `len` values, of any content, and no room for more.
 fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.reserve_exact(len.saturating_sub(buffer.len()));
     buffer.resize(len, 0.0);
     buffer
 }
@@ -93,7 +94,7 @@ impl Decoder {
         &self.profile
     }
 
-    fn config(&self) -> &Config {
+    pub fn config(&self) -> &Config {
         self.weights.config()
     }
 
@@ -293,6 +294,27 @@ impl Buffers {
     /// The hidden states after a forward pass.
     pub fn hidden(&self) -> &[f32] {
         &self.h
+    }
+
+    /// What they grow to for each row of a micro-batch, in bytes.
+    pub fn bytes_per_row(c: &Config) -> usize {
+        let (heads, latent) = (c.num_attention_heads, c.latent_width());
+        let (q, o) = (heads * (c.qk_nope_head_dim + c.qk_rope_head_dim), heads * c.v_head_dim);
+        let emitted = q + heads * (latent + c.kv_lora_rank) + o;
+        let low = 2 * c.q_lora_rank.unwrap_or(0);
+        let values = 4 * c.hidden_size + latent + low + q + o + emitted + c.n_routed_experts;
+        // Lists double when they are full.
+        let lists = 2 * c.num_experts_per_tok * (size_of::<Choice>() + size_of::<Route>());
+        values * size_of::<f32>() + lists
+    }
+
+    /// What they take.
+    pub fn bytes(&self) -> usize {
+        let Self { h, x, y, shared, kv, low, low_normed, q, o, emitted_q, absorbed, o_latent, emitted_o, gate, .. } =
+            self;
+        let values = [h, x, y, shared, kv, low, low_normed, q, o, emitted_q, absorbed, o_latent, emitted_o, gate];
+        let lists = self.choices.capacity() * size_of::<Choice>() + self.routes.capacity() * size_of::<Route>();
+        values.iter().map(|values| values.capacity() * size_of::<f32>()).sum::<usize>() + lists + self.chosen.capacity()
     }
 }
 

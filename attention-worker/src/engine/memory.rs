@@ -5,6 +5,9 @@ use std::fmt;
 use moesaic_kernels::{Dtype, LatentPages, Matrix, MatrixData, Numerics, PAGE_TOKENS};
 use moesaic_model::{Checkpoint, ModelError};
 
+use super::decoder::Buffers;
+use super::thread::LOGITS_MAX;
+
 /// What decides the size of the latent cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheSize {
@@ -23,6 +26,8 @@ pub struct MemoryPlan {
     /// Cache for one token, all layers.
     pub per_token: u64,
     pub pages: u32,
+    /// What micro-batches are computed in.
+    pub steps: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +43,8 @@ pub enum MemoryError {
 }
 
 impl MemoryPlan {
-    pub fn new(checkpoint: &Checkpoint, numerics: Numerics, size: CacheSize) -> Result<Self, MemoryError> {
+    /// `rows`: tokens of all micro-batches in flight, at most.
+    pub fn new(checkpoint: &Checkpoint, numerics: Numerics, size: CacheSize, rows: usize) -> Result<Self, MemoryError> {
         let config = checkpoint.config();
         let weights = weight_bytes(checkpoint, numerics)?;
         let (layers, latent, rope) = (config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim);
@@ -51,8 +57,11 @@ impl MemoryPlan {
                 pages => pages,
             },
         };
+        let logits = (rows * config.vocab_size).min(LOGITS_MAX) * size_of::<f32>();
+        let steps = (rows * Buffers::bytes_per_row(config) + logits) as u64;
+        let (cache, per_token) = (pages * page, page / PAGE_TOKENS as u64);
         match u32::try_from(pages) {
-            Ok(count) => Ok(Self { weights, cache: pages * page, per_token: page / PAGE_TOKENS as u64, pages: count }),
+            Ok(pages) => Ok(Self { weights, cache, per_token, pages, steps }),
             Err(_) => Err(MemoryError::TooManyPages { pages }),
         }
     }
@@ -65,8 +74,8 @@ impl MemoryPlan {
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        let (weights, cache, per_token) = (mib(self.weights), mib(self.cache), self.per_token);
-        write!(f, "weights {weights:.1} MiB, latent cache {cache:.1} MiB ")?;
+        let (weights, cache, steps, per_token) = (mib(self.weights), mib(self.cache), mib(self.steps), self.per_token);
+        write!(f, "weights {weights:.1} MiB, steps {steps:.1} MiB, latent cache {cache:.1} MiB ")?;
         write!(f, "({} tokens in {} pages, {per_token} bytes a token)", self.cache_tokens(), self.pages)
     }
 }

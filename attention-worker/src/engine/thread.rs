@@ -25,7 +25,7 @@ use crate::core::batcher::{Batcher, Counts, Finish, Limits, Part, Refused, Seque
 use crate::core::sampler::{Sampling, logprobs, sample};
 
 /// Logits in memory at a time, at most: the head's weights are read once for so many.
-const LOGITS_MAX: usize = 16 << 20;
+pub const LOGITS_MAX: usize = 16 << 20;
 
 /// Of the micro-batches with traced sequences those that are traced layer by layer: one in so many, and each that has a
 /// sequence's first tokens.

@@ -177,7 +177,8 @@ async fn start_engine(
     dispatcher: Dispatcher,
     (pool, profile): (Pool, Arc<Profile>),
 ) -> anyhow::Result<(EngineHandle, Ended)> {
-    let plan = MemoryPlan::new(checkpoint, numerics, config.cache_size()?)?;
+    let rows = config.micro_batches * config.token_budget;
+    let plan = MemoryPlan::new(checkpoint, numerics, config.cache_size()?, rows)?;
     tracing::info!(%plan, "memory");
     let limits = Limits {
         pages: plan.pages,

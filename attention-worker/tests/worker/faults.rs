@@ -121,13 +121,13 @@ async fn the_memory_plan_is_what_the_weights_take() {
             let numerics = Numerics::detect(dtype);
             let model = Model::open(name, numerics, 1);
             let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
-            let plan = MemoryPlan::new(&checkpoint, numerics, CacheSize::Tokens(1000)).unwrap();
+            let plan = MemoryPlan::new(&checkpoint, numerics, CacheSize::Tokens(1000), 0).unwrap();
             let (planned, taken) = (plan.weights as f64, model.weights.bytes() as f64);
             assert!((planned / taken - 1.0).abs() < 0.05, "{name} {dtype:?}: planned {planned}, taken {taken}");
             assert_eq!((plan.pages, plan.cache), (16, 16 * 64 * plan.per_token));
 
             let page = 64 * plan.per_token;
-            let cache = |bytes| MemoryPlan::new(&checkpoint, numerics, CacheSize::Bytes(bytes));
+            let cache = |bytes| MemoryPlan::new(&checkpoint, numerics, CacheSize::Bytes(bytes), 0);
             assert_eq!(cache(4 * page - 1).unwrap().pages, 3);
             let error = cache(page - 1).unwrap_err().to_string();
             let expected = [page - 1, page].map(|bytes| bytes.to_string());

@@ -24,7 +24,8 @@ pub const SMALL_CACHE: Shape = Shape { cache_tokens: 1024, ..Shape::PLAIN };
 
 /// How many times more comes than can be served.
 const OVERLOAD: f64 = 10.0;
-/// How long the peak is measured.
+/// A machine's own speed moves within a minute: so too much and as much as can be served come in turn, so many times.
+const OVERLOADS: usize = 5;
 const PEAK: Duration = Duration::from_secs(6);
 /// What the first answers take to come is no part of the rate.
 const RAMP: Duration = Duration::from_secs(2);
@@ -33,25 +34,31 @@ const POLL: Duration = Duration::from_millis(20);
 const MIB: f64 = (1 << 20) as f64;
 
 /// F18: ten times more than can be served, from clients who do not wait for answers. What is accepted is served as fast
-/// as ever (before and after: a machine's own speed moves within a minute), the rest is refused at once, and memory stays
-/// within what was announced.
+/// as before and after, in the median of the turns; the rest is refused at once, and memory stays within what was
+/// announced.
 pub async fn overload(bench: &mut Bench) -> Result<Outcome> {
-    let time = Duration::from_secs(if bench.options.short { 20 } else { 60 });
+    let time = Duration::from_secs(if bench.options.short { 6 } else { 12 });
     let limits = bound_memory(bench.cluster())?;
-    let before = peak_rate(bench).await?;
-    let doors = Doors::shared(bench.cluster().doors()?)?;
-    let histories = offer(bench, &doors, time, OVERLOAD * before).await?;
-    let normal = until_served(&doors).await?;
-    let histories = histories.join_all().await;
+    let (mut histories, mut shares, mut normal) = (Vec::new(), Vec::new(), Duration::ZERO);
+    let mut peak = peak_rate(bench).await?;
+    for _ in 0..OVERLOADS {
+        let doors = Doors::shared(bench.cluster().doors()?)?;
+        let clients = offer(bench, &doors, time, OVERLOAD * peak).await?;
+        normal = normal.max(until_served(&doors).await?);
+        let answers = clients.join_all().await;
+        let before = std::mem::replace(&mut peak, peak_rate(bench).await?);
+        shares.push(rate(&answers, Some((RAMP, time))) * 2.0 / (before + peak));
+        histories.extend(answers);
+    }
+    shares.sort_unstable_by(f64::total_cmp);
+    let goodput = shares[OVERLOADS / 2];
     bench.cluster().check().await?;
-    let peak = (before + peak_rate(bench).await?) / 2.0;
 
     let refusals: Vec<_> = histories.iter().filter_map(refusal).collect();
     let refused = p99(refusals.iter().map(|refusal| refusal.after)).as_secs_f64();
     let unsaid = refusals.iter().filter(|refusal| !refusal.has_retry_after).count();
     let refused_count = refusals.len() as f64;
     let accepted: Vec<History> = histories.iter().filter(|history| refusal(history).is_none()).cloned().collect();
-    let goodput = rate(&accepted, Some((RAMP, time))) / peak;
     let cluster = bench.cluster();
     let share = limits.iter().map(|(name, limit)| Ok(cluster.memory_peak(name)? as f64 / *limit as f64));
     let share = share.collect::<Result<Vec<_>>>()?.into_iter().fold(0.0, f64::max);
@@ -125,9 +132,9 @@ async fn until_served(doors: &Doors) -> Result<Duration> {
 fn bound_memory(cluster: &Cluster) -> Result<Vec<(&'static str, u64)>> {
     let bound = |name| {
         let log = cluster.log(name)?;
-        let (weights, cache) = announced(&log).with_context(|| format!("{name} announces no memory"))?;
+        let (weights, rest) = announced(&log).with_context(|| format!("{name} announces no memory"))?;
         let base = cluster.base[name].saturating_sub(weights);
-        let limit = (weights + cache + base) / 10 * 11;
+        let limit = (weights + rest + base) / 10 * 11;
         if let Some(group) = cluster.groups.get(name) {
             group.limit(limit)?;
         }
@@ -136,12 +143,12 @@ fn bound_memory(cluster: &Cluster) -> Result<Vec<(&'static str, u64)>> {
     ATTENTION_WORKERS.into_iter().map(bound).collect()
 }
 
-/// Bytes of weights and of latent cache, from the log: "weights 3.1 MiB, latent cache 25.0 MiB".
+/// Bytes of weights, and of what is taken later, from the log: "weights 3.1 MiB, steps 8.2 MiB, latent cache 25.0 MiB".
 fn announced(log: &str) -> Option<(u64, u64)> {
     let line = log.lines().find(|line| line.contains("latent cache "))?;
     let after = |name: &str| line.split_once(name)?.1.split_whitespace().next()?.parse::<f64>().ok();
     let bytes = |mib: f64| (mib * MIB) as u64;
-    Some((bytes(after("weights ")?), bytes(after("latent cache ")?)))
+    Some((bytes(after("weights ")?), bytes(after("steps ")? + after("latent cache ")?)))
 }
 
 /// F19: half of the clients are gone in the middle of their answers. What they held is free within a second.
@@ -255,8 +262,8 @@ mod tests {
 
     #[test]
     fn memory_as_it_is_announced() {
-        let log = "starting\nINFO memory plan=weights 2.0 MiB, latent cache 1.5 MiB (16384 tokens in 256 pages)\n";
-        assert_eq!(announced(log), Some((2 << 20, 3 << 19)));
+        let log = "starting\nINFO memory plan=weights 2.0 MiB, steps 1.0 MiB, latent cache 1.5 MiB (16384 tokens in 256 pages)\n";
+        assert_eq!(announced(log), Some((2 << 20, 5 << 19)));
         assert_eq!(announced("nothing"), None);
     }
 }
