@@ -16,54 +16,10 @@ use moesaic_proto::{Placement, WorkerId};
 pub use codes::heats;
 pub use window::Window;
 
-use window::Rate;
-
 use codes::{rate, rounded, time};
 use messages::*;
 use watch::{Edges, Totals};
-
-/// A worker, whatever its role.
-trait Row: Clone + PartialEq {
-    fn n(&self) -> u32;
-    fn id(&self) -> &str;
-    fn node(&self) -> &str;
-    fn cordoned(&self) -> bool;
-    fn draining(&self) -> bool;
-    fn incarnation(&self) -> u64;
-}
-
-macro_rules! row {
-    ($role:ty) => {
-        impl Row for $role {
-            fn n(&self) -> u32 {
-                self.n
-            }
-
-            fn id(&self) -> &str {
-                &self.id
-            }
-
-            fn node(&self) -> &str {
-                &self.node
-            }
-
-            fn cordoned(&self) -> bool {
-                self.cordoned
-            }
-
-            fn draining(&self) -> bool {
-                self.draining
-            }
-
-            fn incarnation(&self) -> u64 {
-                self.incarnation
-            }
-        }
-    };
-}
-
-row!(Attention);
-row!(Expert);
+use window::Rate;
 
 /// Points that are kept: a quarter of an hour.
 const HISTORY: usize = 900;
@@ -95,11 +51,13 @@ pub struct Look<'a> {
     pub why_placed: Option<String>,
 }
 
+type ByNumber<Own> = BTreeMap<u32, Worker<Own>>;
+
 #[derive(Default)]
 pub struct Board {
     numbers: BTreeMap<(char, String), u32>,
-    attention: BTreeMap<u32, Attention>,
-    experts: BTreeMap<u32, Expert>,
+    attention: ByNumber<OfAttention>,
+    experts: ByNumber<OfExpert>,
     loads: BTreeMap<u32, Load>,
     totals: BTreeMap<u32, Totals>,
     drawn: BTreeMap<u32, Rate>,
@@ -220,10 +178,8 @@ impl Board {
     }
 
     fn note_workers(&mut self, look: &Look<'_>, update: &mut Update) {
-        let numbered = |(row, _): &(Attention, _)| Attention { n: self.number('a', &row.id), ..row.clone() };
-        let rows = look.attention.iter().map(numbered).collect();
-        let before = std::mem::take(&mut self.attention);
-        let (now, gone) = self.note_side(look.t, before, rows, &mut update.attention);
+        let (before, rows) = (std::mem::take(&mut self.attention), look.attention.iter().map(|(row, _)| row));
+        let (now, gone) = self.note_side('a', look.t, before, rows, &mut update.attention);
         self.attention = now;
         for (n, how) in gone {
             update.gone.push(("a", n, how));
@@ -232,9 +188,8 @@ impl Board {
             self.totals.remove(&n);
             self.drawn.remove(&n);
         }
-        let rows = look.experts.iter().map(|row| Expert { n: self.number('e', &row.id), ..row.clone() }).collect();
-        let before = std::mem::take(&mut self.experts);
-        let (now, gone) = self.note_side(look.t, before, rows, &mut update.experts);
+        let (before, rows) = (std::mem::take(&mut self.experts), look.experts.iter());
+        let (now, gone) = self.note_side('e', look.t, before, rows, &mut update.experts);
         self.experts = now;
         for (n, how) in gone {
             update.gone.push(("e", n, how));
@@ -243,46 +198,48 @@ impl Board {
     }
 
     /// The workers of a role that are there, by number, and those that are not any more, with how they went.
-    fn note_side<R: Row>(
+    fn note_side<'a, Own: Clone + PartialEq + 'a>(
         &mut self,
+        side: char,
         t: u64,
-        before: BTreeMap<u32, R>,
-        rows: Vec<R>,
-        changed: &mut Vec<R>,
-    ) -> (BTreeMap<u32, R>, Vec<(u32, &'static str)>) {
+        before: ByNumber<Own>,
+        rows: impl Iterator<Item = &'a Worker<Own>>,
+        changed: &mut Vec<Worker<Own>>,
+    ) -> (ByNumber<Own>, Vec<(u32, &'static str)>) {
         let mut now = BTreeMap::new();
         for row in rows {
-            let mut was = before.get(&row.n());
+            let row = Worker { n: self.number(side, &row.id), ..row.clone() };
+            let mut was = before.get(&row.n);
             if was != Some(&row) {
                 changed.push(row.clone());
             }
             // One that came back within the second has died all the same.
-            if let Some(one_before) = was.take_if(|was| was.incarnation() != row.incarnation()) {
+            if let Some(one_before) = was.take_if(|was| was.incarnation != row.incarnation) {
                 self.note_gone(t, one_before);
             }
             if self.has_looked {
                 if was.is_none() {
-                    self.tell(t, Kind::Joined, row.id(), format!("on node {}", row.node()));
+                    self.tell(t, Kind::Joined, &row.id, format!("on node {}", row.node));
                 }
-                match (was.is_some_and(R::cordoned), row.cordoned()) {
-                    (false, true) => self.tell(t, Kind::Cordoned, row.id(), "gets nothing new"),
-                    (true, false) => self.tell(t, Kind::Uncordoned, row.id(), "is in use again"),
+                match (was.is_some_and(|was| was.cordoned), row.cordoned) {
+                    (false, true) => self.tell(t, Kind::Cordoned, &row.id, "gets nothing new"),
+                    (true, false) => self.tell(t, Kind::Uncordoned, &row.id, "is in use again"),
                     _ => {}
                 }
             }
-            now.insert(row.n(), row);
+            now.insert(row.n, row);
         }
         let gone = before.into_iter().filter(|(n, _)| !now.contains_key(n));
         let gone = gone.map(|(n, row)| (n, self.note_gone(t, &row))).collect();
         (now, gone)
     }
 
-    fn note_gone(&mut self, t: u64, row: &impl Row) -> &'static str {
-        if row.draining() {
-            self.tell(t, Kind::Left, row.id(), "has stopped in order");
+    fn note_gone<Own>(&mut self, t: u64, worker: &Worker<Own>) -> &'static str {
+        if worker.draining {
+            self.tell(t, Kind::Left, &worker.id, "has stopped in order");
             return "left";
         }
-        self.tell(t, Kind::Died, row.id(), "its lease ran out, or it was stopped");
+        self.tell(t, Kind::Died, &worker.id, "its lease ran out, or it was stopped");
         "died"
     }
 

@@ -28,7 +28,7 @@ use super::admin::{AUTHORIZATION, Operators};
 use super::http::{read_fields, routed};
 use super::unix_ms;
 use crate::core::ApiError;
-use crate::core::board::messages::{self, Access, Attention, Bye, Expert, Heat, PROTOCOL};
+use crate::core::board::messages::{self, Access, Attention, Bye, Expert, Heat, OfAttention, OfExpert, PROTOCOL};
 use crate::core::board::{Board, Look, heats};
 use crate::core::keys::Account;
 
@@ -231,12 +231,14 @@ fn attention(of: &AttentionStatus, incarnation: u64) -> Attention {
         node: of.node.clone(),
         cordoned: of.cordoned,
         draining: load.is_some_and(|load| load.draining),
-        answers: load.is_some(),
-        experts_reachable: load.is_some_and(|load| load.experts_reachable),
-        epoch: load.map_or(0, |load| load.epoch),
-        pages_total: load.map_or(0, |load| load.pages_total),
-        page_tokens: load.map_or(0, |load| load.page_tokens),
-        waiting_max: load.map_or(0, |load| load.waiting_max),
+        own: OfAttention {
+            answers: load.is_some(),
+            experts_reachable: load.is_some_and(|load| load.experts_reachable),
+            epoch: load.map_or(0, |load| load.epoch),
+            pages_total: load.map_or(0, |load| load.pages_total),
+            page_tokens: load.map_or(0, |load| load.page_tokens),
+            waiting_max: load.map_or(0, |load| load.waiting_max),
+        },
         incarnation,
     }
 }
@@ -249,9 +251,7 @@ fn expert(of: &ExpertStatus, incarnation: u64) -> Expert {
         node: of.node.clone(),
         cordoned: of.cordoned,
         draining: of.draining,
-        epoch_loaded: of.epoch_loaded,
-        experts: of.experts,
-        slots: of.slots,
+        own: OfExpert { epoch_loaded: of.epoch_loaded, experts: of.experts, slots: of.slots },
         incarnation,
     }
 }

@@ -41,6 +41,13 @@ pub(super) struct Watched {
     pub attempt: Span,
 }
 
+/// The span of a try on some worker, and the request as a part of it.
+pub(super) fn attempt(whole: &Span, run: RunRequest) -> (Span, RunRequest) {
+    let span = whole.child(Kind::Client, "run");
+    let traceparent = span.traceparent().as_deref().unwrap_or_default().to_owned();
+    (span, RunRequest { traceparent, ..run })
+}
+
 struct Running {
     call: Call,
     journal: Journal,
@@ -219,10 +226,8 @@ impl Running {
                 return Err(ApiError::Unavailable { reason: format!("no attention worker went on with it: {reason}") });
             }
             let workers = &self.call.place.workers;
-            let mut attempt = self.watched.span.child(Kind::Client, "run");
+            let (mut attempt, run) = attempt(&self.watched.span, self.journal.run().clone());
             attempt.set("moesaic.position", position as i64);
-            let traceparent = attempt.traceparent().as_deref().unwrap_or_default().to_owned();
-            let run = RunRequest { traceparent, ..self.journal.run().clone() };
             let start = workers.start(run, RETRY_AFTER_S, &last);
             let started = tokio::select! {
                 () = self.ticket.aborted() => return Ok(()),

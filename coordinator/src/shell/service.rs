@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::HeaderMap;
-use moesaic_node::trace::{self, Kind};
+use moesaic_node::trace;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::figures::Figures;
-use super::generation::{Generation, Watched};
+use super::generation::{Generation, Watched, attempt};
 use super::seats::Seats;
 use super::workers::Workers;
 use crate::core::error::shortened;
@@ -277,10 +277,8 @@ impl Service {
         span.set("moesaic.request_id", request_id.clone());
         span.set("gen_ai.request.model", self.model.name.clone());
         span.set("gen_ai.usage.input_tokens", request.prompt.len() as i64);
-        let mut attempt = span.child(Kind::Client, "run");
         let seat = self.seats.take(&request_id, ticket.owner(), request.prompt.len());
-        let mut run = request.into_run(request_id, choice_seed(seed, choice));
-        run.traceparent = attempt.traceparent().as_deref().unwrap_or_default().to_owned();
+        let (mut attempt, run) = attempt(&span, request.into_run(request_id, choice_seed(seed, choice)));
         let resume = async || match known {
             Some(_) => self.workers.resume(run.clone()).await,
             None => None,

@@ -44,39 +44,40 @@ pub struct Coordinator {
     pub address: String,
 }
 
+/// A worker, with what only its role has.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Attention {
+pub struct Worker<Own> {
     pub n: u32,
     pub id: String,
     pub address: String,
     pub node: String,
     pub cordoned: bool,
     pub draining: bool,
+    #[serde(flatten)]
+    pub own: Own,
+    /// Tells the process from one before it; not for the page.
+    #[serde(skip)]
+    pub incarnation: u64,
+}
+
+pub type Attention = Worker<OfAttention>;
+pub type Expert = Worker<OfExpert>;
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct OfAttention {
     pub answers: bool,
     pub experts_reachable: bool,
     pub epoch: u32,
     pub pages_total: u32,
     pub page_tokens: u32,
     pub waiting_max: u32,
-    /// Tells the process from one before it; not for the page.
-    #[serde(skip)]
-    pub incarnation: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Expert {
-    pub n: u32,
-    pub id: String,
-    pub address: String,
-    pub node: String,
-    pub cordoned: bool,
-    pub draining: bool,
+pub struct OfExpert {
     pub epoch_loaded: u32,
     pub experts: u32,
     pub slots: u32,
-    /// Tells the process from one before it; not for the page.
-    #[serde(skip)]
-    pub incarnation: u64,
 }
 
 /// `[n, pages_free, running, waiting, orphans, rows_per_step, tokens_per_s, preemptions, resent, hedged]`

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use super::*;
 
 fn attention(id: &str) -> Attention {
-    Attention { id: id.into(), node: "n".into(), answers: true, ..Default::default() }
+    let own = OfAttention { answers: true, ..Default::default() };
+    Attention { id: id.into(), node: "n".into(), own, ..Default::default() }
 }
 
 fn expert(id: &str) -> Expert {
