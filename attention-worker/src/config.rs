@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::thread;
 
-use moesaic_kernels::{Dtype, Pool, UnknownDtype};
-use moesaic_node::config::{InvalidAddress, check_address};
+use moesaic_kernels::cuda::{DeviceChoice, Missing, UnknownDevice};
+use moesaic_kernels::{Backend, Dtype, Pool, UnknownDtype};
+use moesaic_node::config::{InvalidAddress, check_address, read_bytes};
 use moesaic_node::membership::Settings;
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 use moesaic_proto::v1::Role;
@@ -33,6 +34,13 @@ pub struct Config {
     pub advertise: Option<String>,
     /// "f32" or "bf16"
     pub dtype: String,
+    /// "cpu", "cuda:N" or "auto": the first GPU if there is one. A GPU computes bf16.
+    pub device: String,
+    /// Bytes of a GPU's memory that the worker takes at its start: a number, with or without KiB, MiB, GiB or TiB.
+    /// Nine tenths of what is free if unset.
+    pub device_memory: Option<String>,
+    /// What expert workers say that they compute, if it is not what this worker does: "bf16-sm_90a".
+    pub expert_numerics: Option<String>,
     /// Threads of the kernels.
     pub threads: usize,
     /// Whether each of them keeps to a core of its own.
@@ -80,6 +88,9 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
             dtype: "bf16".into(),
+            device: "cpu".into(),
+            device_memory: None,
+            expert_numerics: None,
             threads: thread::available_parallelism().map_or(1, usize::from),
             // Two workers on one machine would share their first cores.
             pin: false,
@@ -136,6 +147,18 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<String>,
+    /// cpu, cuda:N or auto: the first GPU if there is one
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// How much of a GPU's memory to take, as 64GiB; nine tenths of what is free if not given
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_memory: Option<String>,
+    /// What expert workers compute, if it is not what this worker does: as bf16-sm_90a
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_numerics: Option<String>,
     /// Threads of the kernels; all cores if not given
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -224,12 +247,20 @@ pub enum InvalidConfig {
     Address(#[from] InvalidAddress),
     #[error(transparent)]
     Dtype(#[from] UnknownDtype),
+    #[error(transparent)]
+    Device(#[from] UnknownDevice),
+    #[error("device_memory is {0:?}; expected bytes as 4096MiB or 64GiB")]
+    DeviceMemory(String),
+    #[error("device is {device:?}: {missing}")]
+    NoDevice { device: String, missing: Missing },
 }
 
 impl Config {
-    /// The kernels' threads.
-    pub fn pool(&self) -> Pool {
-        if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) }
+    /// Opens the device.
+    pub fn backend(&self) -> Result<Backend, InvalidConfig> {
+        let pool = || if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) };
+        Backend::open(self.device()?, self.dtype()?, self.device_memory()?, pool)
+            .map_err(|missing| InvalidConfig::NoDevice { device: self.device.clone(), missing })
     }
 
     /// What makes it a member of its cluster.
@@ -260,7 +291,21 @@ impl Config {
         }
         check_address(self.listen, self.advertise.as_deref())?;
         self.dtype()?;
+        self.device()?;
+        self.device_memory()?;
         self.cache_size().map(drop)
+    }
+
+    fn device(&self) -> Result<DeviceChoice, InvalidConfig> {
+        Ok(self.device.parse()?)
+    }
+
+    fn device_memory(&self) -> Result<Option<usize>, InvalidConfig> {
+        let read = |given: &String| {
+            let bytes = read_bytes(given).and_then(|bytes| usize::try_from(bytes).ok());
+            bytes.ok_or_else(|| InvalidConfig::DeviceMemory(given.clone()))
+        };
+        self.device_memory.as_ref().map(read).transpose()
     }
 
     pub fn dtype(&self) -> Result<Dtype, InvalidConfig> {
@@ -272,48 +317,16 @@ impl Config {
             (Some(tokens), Some(memory)) => Err(InvalidConfig::CacheTwice { tokens, memory: memory.clone() }),
             (tokens, None) => Ok(CacheSize::Tokens(tokens.unwrap_or(CACHE_TOKENS))),
             (None, Some(given)) => {
-                let bytes = bytes(given).ok_or_else(|| InvalidConfig::Memory { given: given.clone() });
+                let bytes = read_bytes(given).ok_or_else(|| InvalidConfig::Memory { given: given.clone() });
                 bytes.map(CacheSize::Bytes)
             }
         }
     }
 }
 
-/// "8GiB"
-fn bytes(text: &str) -> Option<u64> {
-    let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let shift = match unit.trim() {
-        "" | "B" => 0,
-        "KiB" => 10,
-        "MiB" => 20,
-        "GiB" => 30,
-        "TiB" => 40,
-        _ => return None,
-    };
-    number.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_a_number_with_a_unit() {
-        let table = [
-            ("1024", Some(1024)),
-            ("8GiB", Some(8 << 30)),
-            (" 512 MiB ", Some(512 << 20)),
-            ("8GB", None),
-            ("GiB", None),
-            ("-1", None),
-            ("99999999999TiB", None),
-        ];
-        for (text, expected) in table {
-            assert_eq!(bytes(text), expected, "{text:?}");
-        }
-    }
 
     #[test]
     fn a_wrong_value_is_named_with_its_bounds() {

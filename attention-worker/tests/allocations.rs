@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moesaic_attention_worker::core::batcher::{Part, SequenceId};
+use moesaic_attention_worker::engine::cpu::{self, Cpu};
 use moesaic_attention_worker::engine::decoder::{Buffers, Decoder};
 use moesaic_attention_worker::engine::expert_counts::ExpertCounts;
 use moesaic_attention_worker::engine::profile::Profile;
@@ -39,7 +40,7 @@ impl ExpertHost for Zeros {
     }
 }
 
-fn decoder() -> Decoder {
+fn decoder() -> Decoder<Cpu> {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/v3");
     let checkpoint = Arc::new(Checkpoint::open(&fixture).unwrap());
     let config = checkpoint.config();
@@ -66,7 +67,7 @@ fn decoder() -> Decoder {
         .set_view(placement, &BTreeMap::from([(worker, Holder { address: "here:1".into(), epoch_loaded: Epoch(1) })]));
     let weights = Arc::new(Weights::load(checkpoint, Numerics::detect(Dtype::Bf16)).unwrap());
     let experts = Arc::new(ExpertCounts::new(weights.config()));
-    Decoder::new(weights, dispatcher, Pool::new(2), 64, Arc::new(Profile::default()), experts)
+    Decoder::new(Cpu::new(weights, Pool::new(2), 64), dispatcher, Arc::new(Profile::default()), experts)
 }
 
 /// So many sequences that decode, each on a page of its own.
@@ -85,7 +86,7 @@ fn batch(rows: u32) -> Vec<Part> {
 #[tokio::test]
 async fn a_step_of_many_rows_allocates_hardly_more_than_one_of_few() {
     let decoder = decoder();
-    let mut buffers = Buffers::default();
+    let mut buffers = decoder.buffers().unwrap();
     let mut counts = Vec::new();
     for rows in [1, 64] {
         let parts = batch(rows);
@@ -95,7 +96,9 @@ async fn a_step_of_many_rows_allocates_hardly_more_than_one_of_few() {
         decoder.forward(0, &parts, &mut buffers, &Span::default()).await.unwrap();
         let change = region.change();
         counts.push(change.allocations + change.reallocations);
-        let (taken, planned) = (buffers.bytes(), rows as usize * Buffers::bytes_per_row(decoder.config()));
+        let row =
+            Buffers::<cpu::Buffers>::bytes_per_row(decoder.config()) + cpu::Buffers::bytes_per_row(decoder.config());
+        let (taken, planned) = (buffers.bytes() + buffers.own().bytes(), rows as usize * row);
         assert!(taken <= planned && taken * 5 >= planned * 4, "{rows} rows take {taken} bytes; planned were {planned}");
     }
     let [one, many] = counts[..] else { unreachable!("two sizes") };

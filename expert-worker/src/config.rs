@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::thread;
 
-use moesaic_kernels::{Dtype, Pool, UnknownDtype};
-use moesaic_node::config::{InvalidAddress, check_address};
+use moesaic_kernels::cuda::{DeviceChoice, Missing, UnknownDevice};
+use moesaic_kernels::{Backend, Dtype, Pool, UnknownDtype};
+use moesaic_node::config::{InvalidAddress, check_address, read_bytes};
 use moesaic_node::membership::Settings;
 use moesaic_proto::v1::Role;
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,11 @@ pub struct Config {
     pub advertise: Option<String>,
     /// "f32" or "bf16"
     pub dtype: String,
+    /// "cpu", "cuda:N" or "auto": the first GPU if there is one. A GPU computes bf16.
+    pub device: String,
+    /// Bytes of a GPU's memory that the worker takes at its start: a number, with or without KiB, MiB, GiB or TiB.
+    /// Nine tenths of what is free if unset.
+    pub device_memory: Option<String>,
     /// Threads of the kernels.
     pub threads: usize,
     /// Whether each of them keeps to a core of its own.
@@ -61,6 +67,8 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
             dtype: "bf16".into(),
+            device: "cpu".into(),
+            device_memory: None,
             threads: thread::available_parallelism().map_or(1, usize::from),
             // Two workers on one machine would share their first cores.
             pin: false,
@@ -107,6 +115,14 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<String>,
+    /// cpu, cuda:N or auto: the first GPU if there is one
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// How much of a GPU's memory to take, as 64GiB; nine tenths of what is free if not given
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_memory: Option<String>,
     /// Threads of the kernels; all cores if not given
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -167,12 +183,20 @@ pub enum InvalidConfig {
     Address(#[from] InvalidAddress),
     #[error(transparent)]
     Dtype(#[from] UnknownDtype),
+    #[error(transparent)]
+    Device(#[from] UnknownDevice),
+    #[error("device_memory is {0:?}; expected bytes as 4096MiB or 64GiB")]
+    DeviceMemory(String),
+    #[error("device is {device:?}: {missing}")]
+    NoDevice { device: String, missing: Missing },
 }
 
 impl Config {
-    /// The kernels' threads.
-    pub fn pool(&self) -> Pool {
-        if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) }
+    /// Opens the device.
+    pub fn backend(&self) -> Result<Backend, InvalidConfig> {
+        let pool = || if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) };
+        Backend::open(self.device()?, self.dtype()?, self.device_memory()?, pool)
+            .map_err(|missing| InvalidConfig::NoDevice { device: self.device.clone(), missing })
     }
 
     /// What makes it a member of its cluster.
@@ -194,7 +218,21 @@ impl Config {
             return Err(InvalidConfig::Range { field, given, max });
         }
         check_address(self.listen, self.advertise.as_deref())?;
+        self.device_memory()?;
+        self.device()?;
         self.dtype().map(drop)
+    }
+
+    fn device(&self) -> Result<DeviceChoice, InvalidConfig> {
+        Ok(self.device.parse()?)
+    }
+
+    fn device_memory(&self) -> Result<Option<usize>, InvalidConfig> {
+        let read = |given: &String| {
+            let bytes = read_bytes(given).and_then(|bytes| usize::try_from(bytes).ok());
+            bytes.ok_or_else(|| InvalidConfig::DeviceMemory(given.clone()))
+        };
+        self.device_memory.as_ref().map(read).transpose()
     }
 
     pub fn dtype(&self) -> Result<Dtype, InvalidConfig> {
@@ -209,14 +247,22 @@ mod tests {
     #[test]
     fn a_wrong_value_is_named_with_its_bounds() {
         type Change = fn(&mut Config);
-        let table: [(Change, &str); 5] = [
+        let table: [(Change, &str); 7] = [
             (|c| c.threads = 0, "threads is 0; expected 1 to 1024"),
             (|c| c.inbox_frames = 0, "inbox_frames is 0; expected 1 to 1048576"),
             (|c| c.dtype = "f8".into(), "dtype `f8`"),
+            (|c| c.device = "gpu".into(), "device `gpu` is none of"),
+            (|c| c.device_memory = Some("8 apples".into()), "device_memory is \"8 apples\""),
             (|c| c.advertise = Some("nowhere".into()), "advertise is \"nowhere\""),
             (|c| c.listen = SocketAddr::from(([0, 0, 0, 0], 1)), "set advertise"),
         ];
         Config::default().validate().unwrap();
+        let f32_on_gpu = Config { device: "cuda:0".into(), dtype: "f32".into(), ..Config::default() };
+        let error = f32_on_gpu.backend().unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "device is \"cuda:0\": it computes bf16, and dtype is f32; set dtype to bf16, or device to cpu"
+        );
         for (change, expected) in table {
             let mut config = Config::default();
             change(&mut config);

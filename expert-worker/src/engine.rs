@@ -1,6 +1,7 @@
 //! The compute thread and its front: frames are checked and queued on the caller's thread, computed on one thread of
 //! the worker (with the kernels' pool under it), and answered from there. A caller of this process that only waits for
-//! its answer computes it itself, if nobody else is computing.
+//! its answer computes it itself, if nobody else is computing. A GPU that fails ends the worker: what waits is refused, so
+//! that other workers are asked.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,12 +9,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use moesaic_dispatch::{Activations, ExpertHost, Refusal, ReplySender, RequestFrame, Shape};
-use moesaic_kernels::{Dtype, Ffn, Numerics, Pool, RowsRef, bf16, combine_first, combine_next, grouped_experts};
+use moesaic_kernels::{Backend, Dtype};
 use moesaic_proto::v1::RefusalReason;
 use tokio::sync::oneshot;
 
-use crate::core::batch::{self, Chunk};
+use crate::core::batch;
 use crate::core::inbox::{Inbox, Job};
+use crate::experts::{Input, Scratch};
 use crate::shard::Shards;
 
 /// What one call of the kernels may produce: bounds the thread's scratch memory whatever callers ask for, and is
@@ -59,11 +61,10 @@ impl Profile {
 /// The worker as transports see it.
 pub struct Engine {
     shape: Shape,
-    numerics: Numerics,
+    backend: Backend,
     shards: Shards,
-    pool: Pool,
     /// Held by who computes.
-    scratch: Mutex<Vec<f32>>,
+    scratch: Mutex<Scratch>,
     profile: Arc<Profile>,
     inbox: Mutex<Inbox>,
     /// Something is in the inbox, or it stops.
@@ -77,18 +78,16 @@ impl Engine {
     /// Starts the compute thread; it ends after `stop`, when all that waits is answered.
     pub fn start(
         shape: Shape,
-        numerics: Numerics,
+        backend: Backend,
         frames_max: usize,
-        pool: Pool,
         profile: Arc<Profile>,
     ) -> std::io::Result<(Arc<Self>, Ended)> {
         let inbox = Mutex::new(Inbox::new(frames_max));
         let engine = Arc::new(Self {
             shape,
-            numerics,
+            scratch: Mutex::new(Scratch::of(&backend)),
+            backend,
             shards: Shards::default(),
-            pool,
-            scratch: Mutex::default(),
             profile,
             inbox,
             news: Condvar::new(),
@@ -96,7 +95,7 @@ impl Engine {
         let (alive, ended) = oneshot::channel();
         let worker = engine.clone();
         thread::Builder::new().name("experts".into()).spawn(move || {
-            worker.pool.pin_caller();
+            worker.backend.pin_caller();
             worker.run();
             drop(alive);
         })?;
@@ -105,6 +104,10 @@ impl Engine {
 
     pub fn shards(&self) -> &Shards {
         &self.shards
+    }
+
+    pub fn backend(&self) -> &Backend {
+        &self.backend
     }
 
     pub fn profile(&self) -> &Profile {
@@ -127,7 +130,7 @@ impl Engine {
     }
 
     fn check(&self, frame: &RequestFrame) -> Result<(), Refusal> {
-        if matches!(frame.activations(), Activations::Bf16(_)) && self.numerics.dtype() == Dtype::F32 {
+        if matches!(frame.activations(), Activations::Bf16(_)) && self.backend.dtype() == Dtype::F32 {
             let detail = format!("header: flags {:#06x} say bf16 rows; this worker computes f32", frame.header.flags);
             return Err(Refusal::new(RefusalReason::Malformed, detail));
         }
@@ -156,7 +159,7 @@ impl Engine {
         inbox.take(self.terms_max())
     }
 
-    fn compute(&self, mut jobs: Vec<Job>, scratch: &mut Vec<f32>) {
+    fn compute(&self, mut jobs: Vec<Job>, scratch: &mut Scratch) {
         let start = Instant::now();
         jobs.iter_mut().for_each(|job| job.span.event("computing"));
         let shard = match self.shards.get(jobs[0].frame.header.epoch) {
@@ -171,10 +174,12 @@ impl Engine {
         let mut answers: Vec<Vec<f32>> = frames.iter().map(|f| vec![0.0; f.output_count() * hidden]).collect();
         for chunk in batch::chunks(&frames, self.terms_max()) {
             let held = |expert| shard.expert(layer, expert).expect("checked when the frame was taken");
-            let groups: Vec<(&Ffn, &[u32])> = chunk.experts.iter().map(|(e, rows)| (&**held(*e), &rows[..])).collect();
-            scratch.resize(chunk.terms.len() * hidden, 0.0);
-            grouped_experts(&self.pool, &groups, x.rows(), scratch);
-            add_up(&chunk, scratch, hidden, &mut answers);
+            if let Err(error) = scratch.compute(&chunk, held, &x, hidden, &mut answers) {
+                tracing::error!(%error, "the GPU has failed: this worker ends");
+                self.stop();
+                let refusal = Refusal::new(RefusalReason::Stopping, format!("the worker's GPU has failed: {error}"));
+                return jobs.into_iter().for_each(|job| job.reply.send(Err(refusal.clone())));
+            }
         }
         self.profile.add(start.elapsed(), frames.iter().map(|frame| frame.terms().len()).sum());
         for (job, answer) in jobs.into_iter().zip(answers) {
@@ -209,71 +214,6 @@ impl ExpertHost for Engine {
         match idle {
             Some(mut scratch) if self.check(&frame).is_ok() => self.compute(vec![Job::new(frame, reply)], &mut scratch),
             _ => self.submit(frame, reply),
-        }
-    }
-}
-
-/// All rows of a batch: one frame's activations as they are, or those of several one after the other.
-enum Input<'a> {
-    Shared(&'a Activations),
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-}
-
-impl<'a> Input<'a> {
-    fn of(frames: &[&'a RequestFrame], hidden: usize) -> Self {
-        match (frames, frames[0].activations()) {
-            ([_], activations) => Self::Shared(activations),
-            (_, Activations::F32(_)) => Self::F32(gather(frames, hidden, |frame| match frame.activations() {
-                Activations::F32(values) => values,
-                Activations::Bf16(_) => &[],
-            })),
-            (_, Activations::Bf16(_)) => Self::Bf16(gather(frames, hidden, |frame| match frame.activations() {
-                Activations::Bf16(values) => values,
-                Activations::F32(_) => &[],
-            })),
-        }
-    }
-
-    fn rows(&self) -> RowsRef<'_> {
-        match self {
-            Self::Shared(Activations::F32(values)) => RowsRef::F32(values),
-            Self::Shared(Activations::Bf16(values)) => RowsRef::Bf16(values),
-            Self::F32(values) => RowsRef::F32(values),
-            Self::Bf16(values) => RowsRef::Bf16(values),
-        }
-    }
-}
-
-fn gather<'a, T: Copy + 'a>(
-    frames: &[&'a RequestFrame],
-    hidden: usize,
-    values: impl Fn(&'a RequestFrame) -> &'a [T],
-) -> Vec<T> {
-    let mut x = Vec::with_capacity(frames.iter().map(|frame| frame.row_count() * hidden).sum());
-    for frame in frames {
-        let values = values(frame);
-        for row in 0..frame.row_count() {
-            x.extend_from_slice(&values[frame.position(row as u16) as usize * hidden..][..hidden]);
-        }
-    }
-    x
-}
-
-/// The outputs of a chunk from its experts' results, by the additions of rule 1(c).
-fn add_up(chunk: &Chunk, results: &[f32], hidden: usize, answers: &mut [Vec<f32>]) {
-    let row = |row: u32| &results[row as usize * hidden..][..hidden];
-    for target in &chunk.outputs {
-        let y = &mut answers[target.frame][target.output * hidden..][..hidden];
-        let terms = &chunk.terms[target.terms.clone()];
-        let (first, rest) = terms.split_first().expect("an output has at least one term");
-        if !target.is_weighted {
-            y.copy_from_slice(row(first.row));
-            continue;
-        }
-        combine_first(y, first.weight, row(first.row));
-        for term in rest {
-            combine_next(y, term.weight, row(term.row));
         }
     }
 }

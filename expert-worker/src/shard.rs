@@ -5,25 +5,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use moesaic_dispatch::{Refusal, RequestFrame};
-use moesaic_kernels::Ffn;
 use moesaic_proto::v1::RefusalReason;
 use moesaic_proto::{Epoch, ExpertId, LayerId};
 
 use crate::core::epochs::Epochs;
+use crate::experts::Expert;
 
 /// The experts of one epoch, packed for the kernels.
 #[derive(Debug, Default)]
 pub struct Shard {
     /// All layers with routed experts, also those of which this worker holds none.
-    layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Ffn>>>,
+    layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Expert>>>,
 }
 
 impl Shard {
-    pub fn new(layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Ffn>>>) -> Self {
+    pub fn new(layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Expert>>>) -> Self {
         Self { layers }
     }
 
-    pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Option<&Arc<Ffn>> {
+    pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Option<&Arc<Expert>> {
         self.layers.get(&layer)?.get(&expert)
     }
 
@@ -32,7 +32,7 @@ impl Shard {
     }
 
     pub fn bytes(&self) -> usize {
-        self.layers.values().flat_map(BTreeMap::values).map(|ffn| ffn.bytes()).sum()
+        self.layers.values().flat_map(BTreeMap::values).map(|expert| expert.bytes()).sum()
     }
 
     /// Whether everything that a frame asks for is held here.

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use moesaic_dispatch::{Hub, Shape, grpc};
-use moesaic_kernels::{Ffn, Numerics, Pool};
-use moesaic_model::packed::Experts;
+use moesaic_kernels::Backend;
 use moesaic_model::{Checkpoint, ModelError, load};
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
 use moesaic_node::trace::Traces;
@@ -24,6 +23,7 @@ use tonic_health::server::HealthReporter;
 use crate::config::{Config, InvalidConfig};
 use crate::core::handover::{is_covered, may_leave};
 use crate::engine::{Engine, Profile};
+use crate::experts::{Expert, Loader};
 use crate::shard::Shard;
 use crate::vitals::Figures;
 
@@ -43,7 +43,7 @@ pub struct Context {
     pub membership: Membership,
     /// Where attention workers of this process find it.
     pub hub: Option<Hub>,
-    pub pool: Pool,
+    pub backend: Backend,
     pub checkpoint: Arc<Checkpoint>,
     /// Where the worker counts what it computes.
     pub profile: Arc<Profile>,
@@ -58,7 +58,7 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
         checkpoint: Arc::new(Checkpoint::open(&config.model)?),
         membership: config.membership().open().await?,
         hub: None,
-        pool: config.pool(),
+        backend: config.backend()?,
         profile: Arc::default(),
     };
     let membership = context.membership.clone();
@@ -71,15 +71,15 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
 /// the bound, and ends.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let Context { membership, hub, pool, checkpoint, profile } = context;
+    let Context { membership, hub, backend, checkpoint, profile } = context;
     let registry = &membership.registry;
     let id = membership.id(config.id.as_deref(), "experts")?;
-    let numerics = Numerics::detect(config.dtype()?);
-    let hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), numerics.name());
+    let (numerics, device) = (backend.numerics(), backend.device());
+    let hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), &numerics);
     let model = checkpoint.config();
     let shape = Shape { hidden: model.hidden_size, experts: model.n_routed_experts };
     let (engine, ended) =
-        Engine::start(shape, numerics, config.inbox_frames, pool, profile).context("starting the compute thread")?;
+        Engine::start(shape, backend.clone(), config.inbox_frames, profile).context("starting the compute thread")?;
 
     let bound = server::bind(config.listen).await?;
     let watched = vitals::bind(config.metrics_listen).await?;
@@ -95,7 +95,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
     let member = Member { expert_slots: config.expert_slots, ..member };
     let registration = registry.register(member.clone()).await?;
-    tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "expert worker serves");
+    tracing::info!(%id, address, numerics, device, "expert worker serves");
     let figures = Figures {
         id: id.clone(),
         engine: engine.clone(),
@@ -110,7 +110,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     }
     let follower = Follower {
         member,
-        numerics,
+        backend,
         checkpoint,
         engine: engine.clone(),
         reporter: reporter.clone(),
@@ -142,7 +142,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     };
     let result = tokio::select! {
         lived = async { tokio::try_join!(async { Ok(serve.await?) }, live) } => lived.map(drop),
-        () = panicked => Err(anyhow::anyhow!("the compute thread has ended by itself: it panicked, see above")),
+        () = panicked => Err(anyhow::anyhow!("the compute thread has ended by itself: see above")),
     };
     if let Some(hub) = &hub {
         hub.remove(&id);
@@ -155,7 +155,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
 /// Keeps the worker's experts as the placement says.
 struct Follower {
     member: Member,
-    numerics: Numerics,
+    backend: Backend,
     checkpoint: Arc<Checkpoint>,
     engine: Arc<Engine>,
     reporter: HealthReporter,
@@ -203,12 +203,12 @@ impl Follower {
             anyhow::bail!("the placement of epoch {epoch} is of another model's experts");
         }
         let held = self.engine.shards().newest().map(|(_, shard)| shard);
-        let (checkpoint, numerics) = (self.checkpoint.clone(), self.numerics);
+        let (checkpoint, backend) = (self.checkpoint.clone(), self.backend.clone());
         let shard = placement.shard(&self.member.id);
         // Nobody is served yet, or somebody waits for just these.
         let is_hurried = held.is_none() || placement.is_urgent();
         let bytes_per_second = if is_hurried { 0 } else { self.bytes_per_second };
-        let load = move || shard_of(&checkpoint, numerics, shard, held.as_deref(), bytes_per_second);
+        let load = move || shard_of(&checkpoint, &backend, shard, held.as_deref(), bytes_per_second);
         let shard = tokio::task::spawn_blocking(load).await?.context("loading the experts")?;
         let (experts, bytes) = (shard.expert_count(), shard.bytes());
         self.engine.shards().install(epoch, shard);
@@ -236,33 +236,33 @@ impl Follower {
 /// Loads what `held` does not have: in parallel, or one after the other at a bounded rate.
 fn shard_of(
     checkpoint: &Checkpoint,
-    numerics: Numerics,
+    backend: &Backend,
     shard: BTreeMap<LayerId, Vec<ExpertId>>,
     held: Option<&Shard>,
     bytes_per_second: u64,
 ) -> Result<Shard, ModelError> {
-    let mut layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Ffn>>> =
+    let mut layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Expert>>> =
         checkpoint.config().moe_layers().into_iter().map(|layer| (LayerId(layer as u8), BTreeMap::new())).collect();
     let mut missing = Vec::new();
     for (layer, experts) in shard {
         for expert in experts {
             match held.and_then(|held| held.expert(layer, expert)) {
-                Some(ffn) => drop(layers.entry(layer).or_default().insert(expert, ffn.clone())),
+                Some(held) => drop(layers.entry(layer).or_default().insert(expert, held.clone())),
                 None => missing.push((layer, expert)),
             }
         }
     }
-    let experts = Experts::open(checkpoint, numerics)?;
+    let loader = Loader::of(backend, checkpoint)?;
     let pack = |(layer, expert): (LayerId, ExpertId)| {
-        let (ffn, bytes) = experts.get(usize::from(layer.0), usize::from(expert.0))?;
-        Ok(((layer, expert, Arc::new(ffn)), bytes))
+        let (loaded, bytes) = loader.get(usize::from(layer.0), usize::from(expert.0))?;
+        Ok(((layer, expert, Arc::new(loaded)), bytes))
     };
     let loaded = match bytes_per_second {
         0 => load::all("experts", missing, pack)?,
         _ => at_rate(bytes_per_second, missing.into_iter().map(pack))?,
     };
-    for (layer, expert, ffn) in loaded {
-        layers.entry(layer).or_default().insert(expert, ffn);
+    for (layer, expert, loaded) in loaded {
+        layers.entry(layer).or_default().insert(expert, loaded);
     }
     Ok(Shard::new(layers))
 }

@@ -53,6 +53,7 @@ impl Vitals for Figures {
         page.gauge("moesaic_experts", "Experts in memory, over all layers.", experts);
         let bytes = newest.as_ref().map_or(0, |(_, shard)| shard.bytes());
         page.gauge("moesaic_experts_bytes", "What they take.", bytes);
+        page.gpu_memory(self.engine.backend().gpu_memory());
         page.gauge("moesaic_inbox_frames", "Frames that wait to be computed.", self.engine.waiting());
         let profile = self.engine.profile();
         page.counter("moesaic_expert_terms_total", "Rows times experts that were computed.", profile.rows());

@@ -9,7 +9,8 @@ use moesaic_attention_worker as attention_worker;
 use moesaic_coordinator as coordinator;
 use moesaic_dispatch::Hub;
 use moesaic_expert_worker as expert_worker;
-use moesaic_kernels::Pool;
+use moesaic_kernels::cuda::Device;
+use moesaic_kernels::{Backend, Numerics, Pool};
 use moesaic_model::Checkpoint;
 use moesaic_node::{Registry, registry};
 use moesaic_proto::v1::Role;
@@ -46,6 +47,9 @@ pub struct Options {
     pub sequences_max: usize,
     /// Workers that hold each expert.
     pub replicas: usize,
+    /// A GPU that attention workers compute on, and one for expert workers; none: the processor.
+    pub attention_gpu: Option<Device>,
+    pub experts_gpu: Option<Device>,
 }
 
 impl Options {
@@ -63,6 +67,8 @@ impl Options {
             cache_tokens: 16_384,
             sequences_max: 1024,
             replicas: 1,
+            attention_gpu: None,
+            experts_gpu: None,
         }
     }
 }
@@ -86,6 +92,12 @@ impl Cluster {
         let checkpoint = Arc::new(Checkpoint::open(&options.model).unwrap());
         let hub = (options.transport == Transport::Local).then(Hub::default);
         let pool = Pool::new(options.threads);
+        let backend = |gpu: &Option<Device>| match gpu {
+            Some(device) => Backend::Gpu(device.clone()),
+            None => Backend::Cpu(Numerics::detect(options.dtype.parse().unwrap()), pool.clone()),
+        };
+        let (attention, experts) = (backend(&options.attention_gpu), backend(&options.experts_gpu));
+        let expert_numerics = (attention.numerics() != experts.numerics()).then(|| experts.numerics());
         let stop = CancellationToken::new();
         let mut nodes = Vec::new();
         for i in 0..options.expert_workers {
@@ -95,9 +107,13 @@ impl Cluster {
                 dtype: options.dtype.into(),
                 ..Default::default()
             };
-            let (registry, hub, pool, checkpoint) = (registry.clone(), hub.clone(), pool.clone(), checkpoint.clone());
-            let context =
-                expert_worker::Context { membership: registry.into(), hub, pool, checkpoint, profile: Arc::default() };
+            let context = expert_worker::Context {
+                membership: registry.clone().into(),
+                hub: hub.clone(),
+                backend: experts.clone(),
+                checkpoint: checkpoint.clone(),
+                profile: Arc::default(),
+            };
             nodes.push(tokio::spawn(expert_worker::run(config, context, stop.clone())));
         }
         for i in 0..options.attention_workers {
@@ -111,14 +127,14 @@ impl Cluster {
                 // Few and small requests fill several.
                 micro_batch_rows: 1,
                 cache_tokens: Some(options.cache_tokens),
+                expert_numerics: expert_numerics.clone(),
                 ..Default::default()
             };
-            let (registry, hub, pool, checkpoint) = (registry.clone(), hub.clone(), pool.clone(), checkpoint.clone());
             let context = attention_worker::Context {
-                membership: registry.into(),
-                hub,
-                pool,
-                checkpoint,
+                membership: registry.clone().into(),
+                hub: hub.clone(),
+                backend: attention.clone(),
+                checkpoint: checkpoint.clone(),
                 profile: Arc::default(),
             };
             nodes.push(tokio::spawn(attention_worker::run(config, context, stop.clone())));

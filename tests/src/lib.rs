@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod faults;
 pub mod fixtures;
 pub mod fuzz;
+pub mod parity;
 pub mod processes;
 pub mod requests;
 pub mod secured;

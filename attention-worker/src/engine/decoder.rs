@@ -1,84 +1,54 @@
 //! The model's layers over a micro-batch. One `async fn`: while a micro-batch awaits its experts, another one computes.
 //!
-//! Knows rows (a token at a position, with a page table) and nothing of sequences, requests or sampling.
+//! Knows rows (a token at a position, with a page table) and nothing of sequences, requests or sampling, nor where its
+//! arithmetic is done.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Instant;
 
-use moesaic_dispatch::{DispatchError, Dispatcher, Pending, Route, Rows};
-use moesaic_kernels::{
-    Choice, Dtype, Expand, LatentPages, Linear, PAGE_TOKENS, Pool, Query as Row, RowsRef, Span, add, bf16, mla_attend,
-    mla_attend_expanded, rms_norm, route,
-};
+use moesaic_dispatch::{DispatchError, Dispatcher, Pending, Route};
+use moesaic_kernels::Choice;
 use moesaic_model::Config;
 use moesaic_node::trace::{Kind, Span as Trace};
 use moesaic_proto::{ExpertId, LayerId};
 
+use super::arithmetic::Arithmetic;
 use super::expert_counts::ExpertCounts;
 use super::profile::{Part as Time, Profile};
-use super::weights::{Layer, Mla, Mlp, Query, Weights};
 use crate::core::batcher::Part;
 
-pub struct Decoder {
-    weights: Arc<Weights>,
+pub struct Decoder<A> {
+    arithmetic: A,
     dispatcher: Dispatcher,
-    pool: Pool,
     profile: Arc<Profile>,
     experts: Arc<ExpertCounts>,
-    /// Borrowed between two awaits only.
-    cache: RefCell<LatentPages>,
 }
 
 /// What a micro-batch is computed in, kept from step to step: its layers allocate nothing for their rows.
-#[derive(Default)]
-pub struct Buffers {
-    /// The residual stream [rows, hidden], and what it is read and changed by.
-    h: Vec<f32>,
-    x: Vec<f32>,
-    y: Vec<f32>,
-    shared: Vec<f32>,
-    /// [rows, latent + rope]
-    kv: Vec<f32>,
-    /// Low-rank queries before and after their norm.
-    low: Vec<f32>,
-    low_normed: Vec<f32>,
-    /// [rows, heads, nope + rope]
-    q: Vec<f32>,
-    /// [rows, heads, v]
-    o: Vec<f32>,
-    /// Of emitted rows only: q as above, absorbed to [rows, heads, latent + rope], attended [rows, heads, latent], o as above.
-    emitted_q: Vec<f32>,
-    absorbed: Vec<f32>,
-    o_latent: Vec<f32>,
-    emitted_o: Vec<f32>,
-    gate: Vec<f32>,
+pub struct Buffers<B> {
+    own: B,
+    /// The experts' sums [rows, hidden].
+    sums: Vec<f32>,
     choices: Vec<Choice>,
     /// Of each expert, whether any row has it.
     chosen: Vec<bool>,
     routes: Vec<Route>,
 }
 
-/// `buffer` with `len` values, of any content, and no room for more.
-fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    buffer.reserve_exact(len.saturating_sub(buffer.len()));
-    buffer.resize(len, 0.0);
-    buffer
+/// Why a micro-batch has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError<F> {
+    /// Its experts did not answer.
+    #[error(transparent)]
+    Experts(DispatchError),
+    /// The device has failed, for every micro-batch.
+    #[error("the device has failed: {0}")]
+    Device(F),
 }
 
-impl Decoder {
-    pub fn new(
-        weights: Arc<Weights>,
-        dispatcher: Dispatcher,
-        pool: Pool,
-        pages: u32,
-        profile: Arc<Profile>,
-        experts: Arc<ExpertCounts>,
-    ) -> Self {
-        let c = weights.config();
-        let (layers, latent, rope) = (c.num_hidden_layers, c.kv_lora_rank, c.qk_rope_head_dim);
-        let cache = RefCell::new(LatentPages::new(weights.numerics, layers, pages as usize, latent, rope));
-        Self { weights, dispatcher, pool, profile, experts, cache }
+impl<A: Arithmetic> Decoder<A> {
+    pub fn new(arithmetic: A, dispatcher: Dispatcher, profile: Arc<Profile>, experts: Arc<ExpertCounts>) -> Self {
+        Self { arithmetic, dispatcher, profile, experts }
     }
 
     /// Whether all experts are called directly.
@@ -86,243 +56,116 @@ impl Decoder {
         self.dispatcher.is_local()
     }
 
-    pub fn vocabulary(&self) -> usize {
-        self.weights.head.out_features()
-    }
-
     pub fn profile(&self) -> &Profile {
         &self.profile
     }
 
     pub fn config(&self) -> &Config {
-        self.weights.config()
+        self.arithmetic.config()
     }
 
-    /// The hidden states [rows, hidden] after all layers, in `b.h`. `micro_batch` tells those in flight apart; each layer
-    /// is a part of `trace`.
+    /// The caller is the thread that computes.
+    pub fn pin_caller(&self) {
+        self.arithmetic.pin_caller();
+    }
+
+    pub fn buffers(&self) -> Result<Buffers<A::Buffers>, A::Failure> {
+        let own = self.arithmetic.buffers()?;
+        Ok(Buffers { own, sums: Vec::new(), choices: Vec::new(), chosen: Vec::new(), routes: Vec::new() })
+    }
+
+    /// All layers over a micro-batch, whose hidden states are left in `b`. `micro_batch` tells those in flight apart; each
+    /// layer is a part of `trace`.
     pub async fn forward(
         &self,
         micro_batch: u8,
         parts: &[Part],
-        b: &mut Buffers,
+        b: &mut Buffers<A::Buffers>,
         trace: &Trace,
-    ) -> Result<(), DispatchError> {
-        self.profile.time(Time::Rest, || self.weights.embed(tokens(parts), &mut b.h));
-        for (index, layer) in self.weights.layers.iter().enumerate() {
+    ) -> Result<(), StepError<A::Failure>> {
+        let (a, profile) = (&self.arithmetic, &self.profile);
+        let rows = parts.iter().map(|part| part.tokens.len()).sum();
+        profile.time(Time::Rest, || a.embed(parts, &mut b.own)).map_err(StepError::Device)?;
+        for layer in 0..self.config().num_hidden_layers {
             let mut trace = trace.child(Kind::Internal, "layer");
-            trace.set("moesaic.layer", index as i64);
-            self.profile.time(Time::Attention, || {
-                self.norm(&b.h, &layer.input_norm, &mut b.x);
-                self.attention(index, &layer.mla, parts, b);
-                add(&mut b.h, &b.y);
-            });
-            self.profile.time(Time::Rest, || self.norm(&b.h, &layer.post_norm, &mut b.x));
+            trace.set("moesaic.layer", layer as i64);
+            profile.time(Time::Attention, || a.attend(layer, parts, &mut b.own)).map_err(StepError::Device)?;
+            profile.time(Time::Rest, || a.norm(layer, &mut b.own)).map_err(StepError::Device)?;
             trace.event("attended");
-            let done = self.mlp(micro_batch, index, layer, b, &trace).await;
-            done.inspect_err(|error| trace.fail(error))?;
-            self.profile.time(Time::Rest, || add(&mut b.h, &b.y));
+            let away = match self.config().is_moe(layer) {
+                true => Some(self.send(micro_batch, layer, rows, b, &trace).inspect_err(|error| trace.fail(error))?),
+                false => None,
+            };
+            profile.time(Time::Dense, || a.dense(layer, &mut b.own)).map_err(StepError::Device)?;
+            if let Some(away) = away {
+                let start = Instant::now();
+                let combined = away.combine(&mut b.sums).await;
+                combined.inspect_err(|error| trace.fail(error)).map_err(StepError::Experts)?;
+                profile.add(Time::Wait, start.elapsed());
+            }
+            profile.time(Time::Rest, || a.add(layer, &mut b.sums, &mut b.own)).map_err(StepError::Device)?;
         }
-        self.profile.count_step(b.h.len() / self.config().hidden_size);
+        profile.count_step(rows);
         Ok(())
     }
 
-    /// The logits [rows, vocab] of some rows of hidden states.
-    pub fn logits(&self, h: &[f32]) -> Vec<f32> {
-        let (mut x, mut logits) = (Vec::new(), Vec::new());
-        self.norm(h, &self.weights.final_norm, &mut x);
-        self.linear(&self.weights.head, &x, &mut logits);
-        logits
+    /// The logits [rows, vocabulary] of some rows of the micro-batch that `b` was last used for.
+    pub fn logits(&self, rows: &[usize], b: &mut Buffers<A::Buffers>) -> Result<Vec<f32>, A::Failure> {
+        self.profile.time(Time::Head, || self.arithmetic.logits(rows, &mut b.own))
     }
 
-    /// `b.x` to `b.y`.
-    async fn mlp(
+    /// Chooses experts, and sends them their rows.
+    fn send(
         &self,
         micro_batch: u8,
-        index: usize,
-        layer: &Layer,
-        b: &mut Buffers,
+        layer: usize,
+        rows: usize,
+        b: &mut Buffers<A::Buffers>,
         trace: &Trace,
-    ) -> Result<(), DispatchError> {
-        sized(&mut b.y, b.x.len());
-        match &layer.mlp {
-            Mlp::Dense(ffn) => {
-                self.profile.time(Time::Dense, || ffn.forward(&self.pool, RowsRef::F32(&b.x), &mut b.y));
-            }
-            Mlp::Moe { gate, bias, shared } => {
-                self.profile.time(Time::Gate, || self.choose(index, gate, bias.as_deref(), b));
-                let away = self.profile.time(Time::Dispatch, || self.dispatch(micro_batch, index, b, trace))?;
-                if let Some(ffn) = shared {
-                    let y = sized(&mut b.shared, b.x.len());
-                    self.profile.time(Time::Dense, || ffn.forward(&self.pool, RowsRef::F32(&b.x), y));
-                }
-                let start = Instant::now();
-                away.combine(&mut b.y).await?;
-                self.profile.add(Time::Wait, start.elapsed());
-                if shared.is_some() {
-                    self.profile.time(Time::Rest, || add(&mut b.y, &b.shared));
-                }
-            }
-        }
-        Ok(())
+    ) -> Result<Pending, StepError<A::Failure>> {
+        self.profile.time(Time::Gate, || self.choose(layer, b)).map_err(StepError::Device)?;
+        let len = rows * self.config().hidden_size;
+        b.sums.reserve_exact(len.saturating_sub(b.sums.len()));
+        b.sums.resize(len, 0.0);
+        let dispatch = || {
+            let (rows, top_k) = (self.arithmetic.rows(&b.own), self.arithmetic.gate_params().top_k);
+            let layer = LayerId(layer as u8);
+            self.dispatcher.dispatch_within(trace.traceparent(), layer, micro_batch, rows, top_k, &b.routes)
+        };
+        self.profile.time(Time::Dispatch, dispatch).map_err(StepError::Experts)
     }
 
     /// The experts that each row goes to.
-    fn choose(&self, index: usize, gate: &Linear, bias: Option<&[f32]>, b: &mut Buffers) {
-        self.linear(gate, &b.x, &mut b.gate);
+    fn choose(&self, layer: usize, b: &mut Buffers<A::Buffers>) -> Result<(), A::Failure> {
         b.choices.clear();
-        for logits in b.gate.chunks_exact(gate.out_features()) {
-            route(logits, bias, &self.weights.gate_params, &mut b.choices);
-        }
+        self.arithmetic.choose(layer, &mut b.own, &mut b.choices)?;
         b.routes.clear();
         b.routes.extend(b.choices.iter().map(|c| Route { expert: ExpertId(c.expert), weight: c.weight }));
         b.chosen.clear();
-        b.chosen.resize(gate.out_features(), false);
+        b.chosen.resize(self.config().n_routed_experts, false);
         b.choices.iter().for_each(|choice| b.chosen[usize::from(choice.expert)] = true);
-        self.experts.add(index, b.choices.iter().map(|choice| choice.expert));
+        self.experts.add(layer, b.choices.iter().map(|choice| choice.expert));
         self.profile.count_experts(b.chosen.iter().filter(|chosen| **chosen).count());
-    }
-
-    fn dispatch(&self, micro_batch: u8, index: usize, b: &Buffers, trace: &Trace) -> Result<Pending, DispatchError> {
-        let rows = match self.weights.numerics.dtype() {
-            Dtype::F32 => Rows::F32(b.x.clone()),
-            Dtype::Bf16 => Rows::Bf16(b.x.iter().map(|&x| bf16::from_f32(x)).collect()),
-        };
-        let (layer, top_k) = (LayerId(index as u8), self.weights.gate_params.top_k);
-        self.dispatcher.dispatch_within(trace.traceparent(), layer, micro_batch, rows, top_k, &b.routes)
-    }
-
-    /// MLA, `b.x` to `b.y`. The rows' latents go to their pages first, so that rows of one prefill see each other; each
-    /// attends to what is not after it: tokens of the prompt in the expanded form, emitted ones in the absorbed form.
-    fn attention(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
-        let c = self.config();
-        self.append(index, mla, parts, b);
-        self.queries(mla, parts, b);
-        sized(&mut b.o, b.q.len() / (c.qk_nope_head_dim + c.qk_rope_head_dim) * c.v_head_dim);
-        self.attend_prompts(index, mla, parts, b);
-        self.attend_emitted(index, mla, parts, b);
-        self.linear(&mla.o, &b.o, &mut b.y);
-    }
-
-    fn attend_prompts(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
-        let mut spans = Vec::with_capacity(parts.len());
-        let mut row = 0;
-        for part in parts {
-            let prompt = part.prompt.saturating_sub(part.start).min(part.tokens.len());
-            if prompt > 0 {
-                spans.push(Span { rows: row..row + prompt, start: part.start, pages: &part.pages });
-            }
-            row += part.tokens.len();
-        }
-        let (expand, cache) = (Expand { key: &mla.key_up, value: &mla.value_up }, self.cache.borrow());
-        let scale = self.config().softmax_scale();
-        mla_attend_expanded(&self.pool, &cache, index, &spans, expand, &b.q, scale, &mut b.o);
-    }
-
-    fn attend_emitted(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
-        let c = self.config();
-        let (heads, latent, rope, v) = (c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.v_head_dim);
-        let (width, q_width) = (latent + rope, c.qk_nope_head_dim + rope);
-        let all = positions(parts).enumerate();
-        let emitted: Vec<_> = all.filter(|(_, (part, position))| *position >= part.prompt).collect();
-
-        let q = sized(&mut b.emitted_q, emitted.len() * heads * q_width);
-        for ((row, _), to) in emitted.iter().zip(q.chunks_exact_mut(heads * q_width)) {
-            to.copy_from_slice(&b.q[row * heads * q_width..][..heads * q_width]);
-        }
-        let absorbed = sized(&mut b.absorbed, emitted.len() * heads * width);
-        mla.absorb.forward(&self.pool, q, q_width, absorbed, width);
-        for (q, absorbed) in q.chunks_exact(q_width).zip(absorbed.chunks_exact_mut(width)) {
-            absorbed[latent..].copy_from_slice(&q[q_width - rope..]);
-        }
-        let rows = emitted.iter().zip(absorbed.chunks_exact(heads * width));
-        let queries: Vec<Row<'_>> =
-            rows.map(|((_, (part, position)), q)| Row { q, pages: &part.pages, context: position + 1 }).collect();
-        let o_latent = sized(&mut b.o_latent, emitted.len() * heads * latent);
-        mla_attend(&self.pool, &self.cache.borrow(), index, &queries, heads, c.softmax_scale(), o_latent);
-        let o = sized(&mut b.emitted_o, emitted.len() * heads * v);
-        mla.value_up.forward(&self.pool, o_latent, latent, o, v);
-        for ((row, _), o) in emitted.iter().zip(o.chunks_exact(heads * v)) {
-            b.o[row * heads * v..][..heads * v].copy_from_slice(o);
-        }
-    }
-
-    /// Writes the rows' normed latents and rotated keys to their pages.
-    fn append(&self, index: usize, mla: &Mla, parts: &[Part], b: &mut Buffers) {
-        let latent_width = self.config().kv_lora_rank;
-        self.linear(&mla.kv_a, &b.x, &mut b.kv);
-        let normed = sized(&mut b.low_normed, latent_width);
-        let mut cache = self.cache.borrow_mut();
-        for ((part, position), kv) in positions(parts).zip(b.kv.chunks_exact_mut(self.config().latent_width())) {
-            let (latent, key) = kv.split_at_mut(latent_width);
-            rms_norm(latent, &mla.kv_a_norm, self.config().rms_norm_eps, normed);
-            self.weights.rope.apply(position, key);
-            cache.write(index, part.pages[position / PAGE_TOKENS], position % PAGE_TOKENS, normed, key);
-        }
-    }
-
-    /// `b.q`, of each head the last part rotated.
-    fn queries(&self, mla: &Mla, parts: &[Part], b: &mut Buffers) {
-        let c = self.config();
-        let (rope, nope) = (c.qk_rope_head_dim, c.qk_nope_head_dim);
-        match &mla.q {
-            Query::Direct(q) => self.linear(q, &b.x, &mut b.q),
-            Query::LowRank { a, norm, b: up } => {
-                self.linear(a, &b.x, &mut b.low);
-                self.norm(&b.low, norm, &mut b.low_normed);
-                self.linear(up, &b.low_normed, &mut b.q);
-            }
-        }
-        let rows = b.q.chunks_exact_mut(c.num_attention_heads * (nope + rope));
-        for ((_, position), q) in positions(parts).zip(rows) {
-            for q in q.chunks_exact_mut(nope + rope) {
-                self.weights.rope.apply(position, &mut q[nope..]);
-            }
-        }
-    }
-
-    fn norm(&self, x: &[f32], weight: &[f32], y: &mut Vec<f32>) {
-        rms_norm(x, weight, self.config().rms_norm_eps, sized(y, x.len()));
-    }
-
-    fn linear(&self, linear: &Linear, x: &[f32], y: &mut Vec<f32>) {
-        let y = sized(y, x.len() / linear.in_features() * linear.out_features());
-        linear.forward(&self.pool, RowsRef::F32(x), y);
+        Ok(())
     }
 }
 
-impl Buffers {
-    /// The hidden states after a forward pass.
-    pub fn hidden(&self) -> &[f32] {
-        &self.h
+impl<B> Buffers<B> {
+    /// What the arithmetic keeps.
+    pub fn own(&self) -> &B {
+        &self.own
     }
 
-    /// What they grow to for each row of a micro-batch, in bytes.
+    /// What the rest grows to for each row of a micro-batch, in bytes.
     pub fn bytes_per_row(c: &Config) -> usize {
-        let (heads, latent) = (c.num_attention_heads, c.latent_width());
-        let (q, o) = (heads * (c.qk_nope_head_dim + c.qk_rope_head_dim), heads * c.v_head_dim);
-        let emitted = q + heads * (latent + c.kv_lora_rank) + o;
-        let low = 2 * c.q_lora_rank.unwrap_or(0);
-        let values = 4 * c.hidden_size + latent + low + q + o + emitted + c.n_routed_experts;
         // Lists double when they are full.
         let lists = 2 * c.num_experts_per_tok * (size_of::<Choice>() + size_of::<Route>());
-        values * size_of::<f32>() + lists
+        c.hidden_size * size_of::<f32>() + lists
     }
 
-    /// What they take.
+    /// What the rest takes.
     pub fn bytes(&self) -> usize {
-        let Self { h, x, y, shared, kv, low, low_normed, q, o, emitted_q, absorbed, o_latent, emitted_o, gate, .. } =
-            self;
-        let values = [h, x, y, shared, kv, low, low_normed, q, o, emitted_q, absorbed, o_latent, emitted_o, gate];
         let lists = self.choices.capacity() * size_of::<Choice>() + self.routes.capacity() * size_of::<Route>();
-        values.iter().map(|values| values.capacity() * size_of::<f32>()).sum::<usize>() + lists + self.chosen.capacity()
+        self.sums.capacity() * size_of::<f32>() + lists + self.chosen.capacity()
     }
-}
-
-fn tokens(parts: &[Part]) -> impl Iterator<Item = u32> {
-    parts.iter().flat_map(|part| part.tokens.iter().copied())
-}
-
-/// Every row's part and position.
-fn positions(parts: &[Part]) -> impl Iterator<Item = (&Part, usize)> {
-    parts.iter().flat_map(|part| (part.start..part.start + part.tokens.len()).map(move |position| (part, position)))
 }

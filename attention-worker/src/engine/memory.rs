@@ -5,6 +5,7 @@ use std::fmt;
 use moesaic_kernels::{Dtype, LatentPages, Matrix, MatrixData, Numerics, PAGE_TOKENS};
 use moesaic_model::{Checkpoint, ModelError};
 
+use super::cpu;
 use super::decoder::Buffers;
 use super::thread::LOGITS_MAX;
 
@@ -58,7 +59,8 @@ impl MemoryPlan {
             },
         };
         let logits = (rows * config.vocab_size).min(LOGITS_MAX) * size_of::<f32>();
-        let steps = (rows * Buffers::bytes_per_row(config) + logits) as u64;
+        let row = Buffers::<cpu::Buffers>::bytes_per_row(config) + cpu::Buffers::bytes_per_row(config);
+        let steps = (rows * row + logits) as u64;
         let (cache, per_token) = (pages * page, page / PAGE_TOKENS as u64);
         match u32::try_from(pages) {
             Ok(pages) => Ok(Self { weights, cache, per_token, pages, steps }),

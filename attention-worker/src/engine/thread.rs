@@ -9,18 +9,17 @@ use std::thread;
 
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use moesaic_dispatch::{DispatchError, Dispatcher};
-use moesaic_kernels::Pool;
+use moesaic_dispatch::Dispatcher;
 use moesaic_node::trace::{self, Kind, Span};
 use tokio::runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::decoder::{Buffers, Decoder};
+use super::arithmetic::Arithmetic;
+use super::decoder::{Buffers, Decoder, StepError};
 use super::events::{Event, Events, Speaker};
 use super::expert_counts::ExpertCounts;
 use super::handle::{self, Command, EngineHandle, Inbox, Running, Submit, Token};
 use super::profile::{Part as Time, Profile};
-use super::weights::Weights;
 use crate::core::batcher::{Batcher, Counts, Finish, Limits, Part, Refused, SequenceId};
 use crate::core::sampler::{Sampling, logprobs, sample};
 
@@ -31,34 +30,35 @@ pub const LOGITS_MAX: usize = 16 << 20;
 /// sequence's first tokens.
 const TRACED_STEPS: u64 = 16;
 
-/// Resolves when the thread has ended, which while there are handles means that it panicked.
+/// Resolves when the thread has ended, which while there are handles means that it panicked or that its device failed.
 pub type Ended = oneshot::Receiver<()>;
 
 /// Starts an engine.
-pub fn start(
-    weights: Arc<Weights>,
+pub fn start<A: Arithmetic + Send + 'static>(
+    arithmetic: A,
     dispatcher: Dispatcher,
-    pool: Pool,
     limits: Limits,
     profile: Arc<Profile>,
 ) -> std::io::Result<(EngineHandle, Ended)> {
     let (alive, ended) = oneshot::channel();
     let batcher = Batcher::new(limits);
-    let experts = Arc::new(ExpertCounts::new(weights.config()));
+    let experts = Arc::new(ExpertCounts::new(arithmetic.config()));
     let (handle, Inbox { commands, counts }) = handle::channel(batcher.counts(), experts.clone());
     let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
     thread::Builder::new().name("engine".into()).spawn(move || {
-        pool.pin_caller();
-        let decoder = Decoder::new(weights, dispatcher, pool, limits.pages, profile, experts);
+        let decoder = Decoder::new(arithmetic, dispatcher, profile, experts);
+        decoder.pin_caller();
         let engine = Engine { decoder: &decoder, batcher, streams: BTreeMap::new(), counts, formed: 0 };
-        runtime.block_on(engine.run(commands, limits.micro_batches));
+        if let Err(error) = runtime.block_on(engine.run(commands, limits.micro_batches)) {
+            tracing::error!(%error, "the device has failed: this worker ends");
+        }
         drop(alive);
     })?;
     Ok((handle, ended))
 }
 
-struct Engine<'a> {
-    decoder: &'a Decoder,
+struct Engine<'a, A> {
+    decoder: &'a Decoder<A>,
     batcher: Batcher,
     streams: BTreeMap<SequenceId, Stream>,
     counts: watch::Sender<Counts>,
@@ -81,29 +81,30 @@ struct Stream {
 }
 
 /// A micro-batch that is back.
-struct Landed {
-    slot: Slot,
+struct Landed<A: Arithmetic> {
+    slot: Slot<A>,
     parts: Vec<Part>,
-    result: Result<(), DispatchError>,
+    result: Result<(), StepError<A::Failure>>,
 }
 
 /// A micro-batch's number and what it is computed in.
-struct Slot {
+struct Slot<A: Arithmetic> {
     number: u8,
-    buffers: Buffers,
+    buffers: Buffers<A::Buffers>,
 }
 
-impl Engine<'_> {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>, micro_batches: usize) {
+impl<A: Arithmetic> Engine<'_, A> {
+    /// Until nobody commands any more, or the device fails.
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, micro_batches: usize) -> Result<(), A::Failure> {
         let decoder = self.decoder;
-        let slot = |number| Slot { number, buffers: Buffers::default() };
-        let mut slots: Vec<Slot> = (0..micro_batches as u8).rev().map(slot).collect();
+        let slot = |number| -> Result<_, A::Failure> { Ok(Slot::<A> { number, buffers: decoder.buffers()? }) };
+        let mut slots: Vec<Slot<A>> = (0..micro_batches as u8).rev().map(slot).collect::<Result<_, _>>()?;
         let mut flights = FuturesUnordered::new();
         loop {
             while let Some(command) = commands.recv().now_or_never() {
                 match command {
                     Some(command) => self.on_command(command),
-                    None => return,
+                    None => return Ok(()),
                 }
             }
             self.abort_unheard();
@@ -124,11 +125,11 @@ impl Engine<'_> {
             self.counts.send_replace(self.batcher.counts());
             tokio::select! {
                 Some(landed) = flights.next() => {
-                    slots.push(self.land(landed));
+                    slots.push(self.land(landed)?);
                 }
                 command = commands.recv() => match command {
                     Some(command) => self.on_command(command),
-                    None => return,
+                    None => return Ok(()),
                 },
             }
         }
@@ -195,16 +196,17 @@ impl Engine<'_> {
         }
     }
 
-    fn land(&mut self, landed: Landed) -> Slot {
-        let Landed { slot, parts, result } = landed;
+    fn land(&mut self, landed: Landed<A>) -> Result<Slot<A>, A::Failure> {
+        let Landed { mut slot, parts, result } = landed;
         match result {
             Ok(()) => {
-                let drawn = self.read(&parts, slot.buffers.hidden());
+                let drawn = self.read(&parts, &mut slot.buffers)?;
                 for (part, token) in parts.iter().zip(drawn) {
                     self.advance(part.sequence, token);
                 }
             }
-            Err(error) => {
+            Err(StepError::Device(failure)) => return Err(failure),
+            Err(StepError::Experts(error)) => {
                 tracing::warn!(%error, sequences = parts.len(), "a micro-batch failed");
                 for part in &parts {
                     self.batcher.remove(part.sequence);
@@ -212,20 +214,17 @@ impl Engine<'_> {
                 }
             }
         }
-        slot
+        Ok(slot)
     }
 
     /// Computes the logits that somebody needs, a few rows at a time, and says which token each part draws.
-    fn read(&mut self, parts: &[Part], hidden: &[f32]) -> Vec<Option<Token>> {
-        let rows: usize = parts.iter().map(|part| part.tokens.len()).sum();
-        let width = hidden.len() / rows;
+    fn read(&mut self, parts: &[Part], b: &mut Buffers<A::Buffers>) -> Result<Vec<Option<Token>>, A::Failure> {
         let mut drawn: Vec<Option<Token>> = vec![None; parts.len()];
         let wanted = self.wanted(parts);
-        for block in wanted.chunks((LOGITS_MAX / self.decoder.vocabulary()).max(1)) {
-            let h: Vec<f32> = block.iter().flat_map(|want| &hidden[want.row * width..][..width]).copied().collect();
-            let profile = self.decoder.profile();
-            let logits = profile.time(Time::Head, || self.decoder.logits(&h));
-            let vocab = logits.len() / block.len();
+        let vocab = self.decoder.config().vocab_size;
+        for block in wanted.chunks((LOGITS_MAX / vocab).max(1)) {
+            let rows: Vec<usize> = block.iter().map(|want| want.row).collect();
+            let (profile, logits) = (self.decoder.profile(), self.decoder.logits(&rows, b)?);
             for (want, logits) in block.iter().zip(logits.chunks_exact(vocab)) {
                 let id = parts[want.part].sequence;
                 let (prompt, generated) = self.batcher.tokens(id).expect("a sequence in flight is not removed");
@@ -241,7 +240,7 @@ impl Engine<'_> {
                 }
             }
         }
-        drawn
+        Ok(drawn)
     }
 
     /// Rows whose logits are needed: where a token is drawn, and prompt rows whose log-probabilities were asked for and

@@ -154,7 +154,7 @@ impl Mla {
 }
 
 /// kv_b [heads * (nope + v), latent] as [heads, nope, latent], the same turned to [heads, latent, nope], and [heads, v, latent].
-fn split(c: &Config, kv_b: &Matrix<'_>) -> [Vec<f32>; 3] {
+pub(super) fn split(c: &Config, kv_b: &Matrix<'_>) -> [Vec<f32>; 3] {
     let (nope, v, latent) = (c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank);
     let [mut key_up, mut absorb, mut value_up] = [const { Vec::new() }; 3];
     for rows in kv_b.to_f32().chunks_exact((nope + v) * latent) {

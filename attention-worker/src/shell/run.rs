@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use futures::FutureExt;
 use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
-use moesaic_kernels::{Numerics, Pool, add, combine_first, combine_next};
+use moesaic_kernels::{Backend, Dtype, Numerics, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
 use moesaic_node::trace::Traces;
@@ -27,6 +27,8 @@ use super::service::{NAME, Service};
 use super::vitals::Figures;
 use crate::config::{Config, InvalidConfig};
 use crate::core::batcher::Limits;
+use crate::engine::cpu::Cpu;
+use crate::engine::gpu::{self, Gpu};
 use crate::engine::handle::EngineHandle;
 use crate::engine::memory::MemoryPlan;
 use crate::engine::profile::Profile;
@@ -47,7 +49,7 @@ pub struct Context {
     pub membership: Membership,
     /// The expert workers of this process, if any.
     pub hub: Option<Hub>,
-    pub pool: Pool,
+    pub backend: Backend,
     pub checkpoint: Arc<Checkpoint>,
     /// Where the worker counts what it does.
     pub profile: Arc<Profile>,
@@ -62,7 +64,7 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
         checkpoint: Arc::new(Checkpoint::open(&config.model)?),
         membership: config.membership().open().await?,
         hub: None,
-        pool: config.pool(),
+        backend: config.backend()?,
         profile: Arc::default(),
     };
     let membership = context.membership.clone();
@@ -74,7 +76,7 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
 /// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let Context { membership, hub, pool, checkpoint, profile } = context;
+    let Context { membership, hub, backend, checkpoint, profile } = context;
     let registry = &membership.registry;
     // Dropped, and so ended, with this function.
     let mut tasks = JoinSet::new();
@@ -83,11 +85,11 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         tasks.spawn(vitals::answer(listener, told));
     }
     let id = membership.id(config.id.as_deref(), "attention")?;
-    let numerics = Numerics::detect(config.dtype()?);
-    let hello = own_hello(&config, &checkpoint, numerics, &id);
+    let (numerics, device) = (backend.numerics(), backend.device());
+    let hello = own_hello(&config, &checkpoint, &numerics, &id);
     let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone(), membership.connector()), hub);
     let counted = profile.clone();
-    let (engine, ended) = start_engine(&config, &checkpoint, numerics, dispatcher.clone(), (pool, profile)).await?;
+    let (engine, ended) = start_engine(&config, &checkpoint, backend.clone(), dispatcher.clone(), profile).await?;
     let ended = ended.shared();
 
     let bound = server::bind(config.listen).await?;
@@ -97,6 +99,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
         engine: engine.observer().clone(),
         dispatcher: dispatcher.clone(),
         checkpoint: checkpoint.clone(),
+        backend,
         profile: counted.clone(),
         requests: requests.clone(),
         is_registered: AtomicBool::new(false),
@@ -122,7 +125,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
     let registration = registry.register(member).await?;
     figures.is_registered.store(true, Ordering::Relaxed);
-    tracing::info!(%id, address, numerics = numerics.name(), isa = numerics.isa(), "attention worker serves");
+    tracing::info!(%id, address, numerics, device, "attention worker serves");
     let leave = async {
         stop.cancelled().await;
         // First of all, so that coordinators send no more.
@@ -138,7 +141,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     };
     tokio::select! {
         served = async { tokio::try_join!(serve, leave) } => drop(served?),
-        () = panicked => anyhow::bail!("the engine thread has ended by itself: it panicked, see above"),
+        () = panicked => anyhow::bail!("the engine thread has ended by itself: see above"),
     }
     // With the service gone nobody holds the engine; experts are needed until it has put down what it computes.
     if tokio::time::timeout(ENGINE_END, ended).await.is_err() {
@@ -148,11 +151,12 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     Ok(())
 }
 
-fn own_hello(config: &Config, checkpoint: &Checkpoint, numerics: Numerics, id: &WorkerId) -> Hello {
+fn own_hello(config: &Config, checkpoint: &Checkpoint, numerics: &str, id: &WorkerId) -> Hello {
     let (role, fingerprint) = (Role::AttentionWorker, checkpoint.fingerprint());
-    let mut hello = handshake::hello(&config.cluster, role, id, fingerprint, numerics.name());
+    let mut hello = handshake::hello(&config.cluster, role, id, fingerprint, numerics);
     // Tells this worker's frames from others' in logs; streams keep them apart anyhow.
     hello.source = (hello.incarnation & u64::from(u16::MAX)) as u32;
+    hello.expert_numerics = config.expert_numerics.clone().unwrap_or_default();
     hello
 }
 
@@ -173,11 +177,16 @@ fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello, conne
 async fn start_engine(
     config: &Config,
     checkpoint: &Arc<Checkpoint>,
-    numerics: Numerics,
+    backend: Backend,
     dispatcher: Dispatcher,
-    (pool, profile): (Pool, Arc<Profile>),
+    profile: Arc<Profile>,
 ) -> anyhow::Result<(EngineHandle, Ended)> {
     let rows = config.micro_batches * config.token_budget;
+    let numerics = match &backend {
+        Backend::Cpu(numerics, _) => *numerics,
+        // Weights and pages are of the same sizes there.
+        Backend::Gpu(_) => Numerics::portable(Dtype::Bf16),
+    };
     let plan = MemoryPlan::new(checkpoint, numerics, config.cache_size()?, rows)?;
     tracing::info!(%plan, "memory");
     let limits = Limits {
@@ -189,9 +198,22 @@ async fn start_engine(
         waiting_max: config.waiting_max,
     };
     let checkpoint = checkpoint.clone();
-    let load = tokio::task::spawn_blocking(move || Weights::load(checkpoint, numerics));
-    let weights = Arc::new(load.await.context("loading the weights")??);
-    thread::start(weights, dispatcher, pool, limits, profile).context("starting the engine thread")
+    let started = match backend {
+        Backend::Cpu(numerics, pool) => {
+            let load = tokio::task::spawn_blocking(move || Weights::load(checkpoint, numerics));
+            let weights = Arc::new(load.await.context("loading the weights")??);
+            thread::start(Cpu::new(weights, pool, limits.pages), dispatcher, limits, profile)
+        }
+        Backend::Gpu(device) => {
+            let sizes = gpu::Limits { pages: limits.pages, rows: limits.token_budget };
+            let load = tokio::task::spawn_blocking(move || Gpu::new(checkpoint, device, sizes));
+            let gpu = load.await.context("loading the weights")??;
+            let (weights, cache) = gpu.bytes();
+            tracing::info!(weights, cache, "loaded to the GPU");
+            thread::start(gpu, dispatcher, limits, profile)
+        }
+    };
+    started.context("starting the engine thread")
 }
 
 /// Keeps the dispatcher's placement and addresses as the registry has them, for as long as it is polled.

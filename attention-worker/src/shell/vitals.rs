@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use moesaic_dispatch::Dispatcher;
-use moesaic_kernels::PAGE_TOKENS;
+use moesaic_kernels::{Backend, PAGE_TOKENS};
 use moesaic_model::Checkpoint;
 use moesaic_node::metrics::Page;
 use moesaic_node::vitals::{Detail, Vitals};
@@ -24,6 +24,7 @@ pub struct Figures {
     pub engine: Observer,
     pub dispatcher: Dispatcher,
     pub checkpoint: Arc<Checkpoint>,
+    pub backend: Backend,
     pub profile: Arc<Profile>,
     pub requests: Requests,
     /// Others know where it is.
@@ -54,6 +55,7 @@ impl Vitals for Figures {
 
     fn metrics(&self, page: &mut Page, detail: Detail) {
         self.cache_and_steps(page);
+        page.gpu_memory(self.backend.gpu_memory());
         self.dispatch(page);
         self.edges(page);
         self.experts(page, detail);

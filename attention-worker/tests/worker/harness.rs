@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use moesaic_attention_worker::core::batcher::{Counts, Finish, Limits, Request};
 use moesaic_attention_worker::core::sampler::Sampling;
+use moesaic_attention_worker::engine::cpu::Cpu;
 use moesaic_attention_worker::engine::events::Event;
 use moesaic_attention_worker::engine::handle::{EngineHandle, Running, Submit, Token};
 use moesaic_attention_worker::engine::thread;
@@ -81,12 +82,14 @@ impl Model {
     pub fn engine(&self, limits: Limits) -> EngineHandle {
         let dispatcher = self.dispatcher();
         dispatcher.set_view(self.placement.clone(), &self.holders);
-        thread::start(self.weights.clone(), dispatcher, Pool::new(2), limits, Arc::default()).unwrap().0
+        let cpu = Cpu::new(self.weights.clone(), Pool::new(2), limits.pages);
+        thread::start(cpu, dispatcher, limits, Arc::default()).unwrap().0
     }
 
     /// An engine that reaches no expert.
     pub fn engine_alone(&self, limits: Limits) -> EngineHandle {
-        thread::start(self.weights.clone(), self.dispatcher(), Pool::new(1), limits, Arc::default()).unwrap().0
+        let cpu = Cpu::new(self.weights.clone(), Pool::new(1), limits.pages);
+        thread::start(cpu, self.dispatcher(), limits, Arc::default()).unwrap().0
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moesaic_attention_worker::{Config, Context, run};
-use moesaic_kernels::{Dtype, Numerics, Pool};
+use moesaic_kernels::{Backend, Dtype, Numerics, Pool};
 use moesaic_model::Checkpoint;
 use moesaic_node::registry::embedded;
 use moesaic_node::{Member, Registration, Registry, handshake};
@@ -67,7 +67,7 @@ impl Worker {
         let context = Context {
             membership: registry.clone().into(),
             hub: Some(model.hub()),
-            pool: Pool::new(2),
+            backend: Backend::Cpu(model.weights.numerics, Pool::new(2)),
             checkpoint: checkpoint.clone(),
             profile: Arc::default(),
         };

@@ -6,13 +6,51 @@
 use std::collections::BTreeMap;
 
 use moesaic_proto::WorkerId;
-use moesaic_proto::v1::LoadResponse;
+use moesaic_proto::v1::{Hello, LoadResponse, Role};
 
-/// What makes two workers' tokens the same.
+/// What makes two clusters' tokens the same; a worker knows its part of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     pub fingerprint: String,
-    pub numerics: String,
+    /// Of attention workers.
+    attention: Option<String>,
+    /// Of expert workers.
+    experts: Option<String>,
+}
+
+impl Identity {
+    /// What a worker says of the cluster that it is for.
+    pub fn of(hello: &Hello) -> Self {
+        let (own, theirs) = (&hello.numerics, &hello.expert_numerics);
+        let is_attention = hello.role() == Role::AttentionWorker;
+        let experts = if is_attention && !theirs.is_empty() { theirs } else { own };
+        Self {
+            fingerprint: hello.fingerprint.clone(),
+            attention: is_attention.then(|| own.clone()),
+            experts: Some(experts.clone()),
+        }
+    }
+
+    /// "bf16", or "bf16+bf16-sm_90a" where experts are computed otherwise.
+    pub fn numerics(&self) -> String {
+        match (&self.attention, &self.experts) {
+            (Some(attention), Some(experts)) if attention != experts => format!("{attention}+{experts}"),
+            (one, other) => one.as_ref().or(other.as_ref()).cloned().unwrap_or_default(),
+        }
+    }
+
+    /// Whether both can be of one cluster; then what `other` knows is known here, too.
+    fn join(&mut self, other: &Self) -> bool {
+        let fit = |own: &Option<String>, other: &Option<String>| own.is_none() || other.is_none() || own == other;
+        let fits = self.fingerprint == other.fingerprint
+            && fit(&self.attention, &other.attention)
+            && fit(&self.experts, &other.experts);
+        if fits {
+            self.attention = self.attention.take().or_else(|| other.attention.clone());
+            self.experts = self.experts.take().or_else(|| other.experts.clone());
+        }
+        fits
+    }
 }
 
 #[derive(Default)]
@@ -33,7 +71,7 @@ struct Worker {
 impl Router {
     /// True if a member matches the model; the first one fixes it.
     pub fn accept(&mut self, identity: &Identity) -> bool {
-        self.identity.get_or_insert_with(|| identity.clone()) == identity
+        self.identity.get_or_insert_with(|| identity.clone()).join(identity)
     }
 
     pub fn identity(&self) -> Option<&Identity> {
@@ -191,10 +229,24 @@ mod tests {
 
     #[test]
     fn the_first_worker_fixes_the_model() {
-        let identity = |fingerprint: &str| Identity { fingerprint: fingerprint.into(), numerics: "f32".into() };
+        let worker = |role: Role, fingerprint: &str, numerics: &str, expert_numerics: &str| {
+            let (fingerprint, numerics) = (fingerprint.into(), numerics.into());
+            let expert_numerics = expert_numerics.into();
+            Identity::of(&Hello { role: role.into(), fingerprint, numerics, expert_numerics, ..Hello::default() })
+        };
+        let (experts, attention) = (Role::ExpertWorker, Role::AttentionWorker);
         let mut router = Router::default();
-        assert!(router.accept(&identity("one")));
-        assert!(!router.accept(&identity("two")));
-        assert!(router.accept(&identity("one")));
+        assert!(router.accept(&worker(experts, "one", "gpu", "")));
+        assert!(!router.accept(&worker(experts, "two", "gpu", "")));
+        assert!(!router.accept(&worker(experts, "one", "cpu", "")), "a replica with other bits");
+        assert!(!router.accept(&worker(attention, "one", "cpu", "")), "its experts would have to be cpu");
+        assert!(router.accept(&worker(attention, "one", "cpu", "gpu")));
+        assert!(!router.accept(&worker(attention, "one", "gpu", "")), "attention is cpu by now");
+        assert!(router.accept(&worker(experts, "one", "gpu", "")));
+        assert_eq!(router.identity().unwrap().numerics(), "cpu+gpu");
+        let mut router = Router::default();
+        assert!(router.accept(&worker(attention, "one", "cpu", "")));
+        assert!(router.accept(&worker(experts, "one", "cpu", "")));
+        assert_eq!(router.identity().unwrap().numerics(), "cpu");
     }
 }

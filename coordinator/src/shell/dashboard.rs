@@ -211,7 +211,7 @@ impl Dashboard {
 
     /// What who joins is told first, and all news from then on.
     fn join(&self) -> (Vec<Bytes>, broadcast::Receiver<Bytes>) {
-        let numerics = self.operators.service.workers.identity().map(|identity| identity.numerics);
+        let numerics = self.operators.service.workers.identity().map(|identity| identity.numerics());
         let model = messages::Model { numerics: numerics.unwrap_or_default(), ..self.model.clone() };
         let state = self.lock();
         let news = self.news.subscribe();

@@ -46,7 +46,7 @@ impl Inference for Grpc {
 
     async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
         let (model, identity) = (&self.0.model, self.0.workers.identity());
-        let (fingerprint, numerics) = identity.map(|i| (i.fingerprint, i.numerics)).unwrap_or_default();
+        let (fingerprint, numerics) = identity.map(|i| (i.fingerprint.clone(), i.numerics())).unwrap_or_default();
         let model = Model {
             name: model.name.clone(),
             family: model.family.clone(),

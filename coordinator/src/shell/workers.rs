@@ -266,7 +266,7 @@ impl Workers {
         }
         gone.iter().for_each(|id| state.forget(id));
         for (id, member) in known {
-            if state.clients.contains_key(&id) || !state.router.accept(&identity_of(member)) {
+            if state.clients.contains_key(&id) || !state.router.accept(&Identity::of(&member.hello)) {
                 continue;
             }
             let Some(client) = connect(&self.connector, member) else { continue };
@@ -330,7 +330,7 @@ impl Workers {
 
     /// Whether a member computes what the others do; the first one that was seen says what that is.
     pub fn accepts(&self, member: &Member) -> bool {
-        self.lock().router.accept(&identity_of(member))
+        self.lock().router.accept(&Identity::of(&member.hello))
     }
 
     pub fn view(&self) -> watch::Receiver<Arc<View>> {
@@ -381,7 +381,8 @@ impl State {
     }
 
     fn warn_if_refused(&mut self, member: &Member) {
-        let (theirs, key) = (identity_of(member), (member.hello.role(), member.id.clone(), member.hello.incarnation));
+        let (theirs, key) =
+            (Identity::of(&member.hello), (member.hello.role(), member.id.clone(), member.hello.incarnation));
         if self.router.accept(&theirs) || self.refused.contains(&key) {
             return;
         }
@@ -390,10 +391,6 @@ impl State {
         self.refused.retain(|(role, id, _)| (*role, id) != (key.0, &key.1));
         self.refused.push(key);
     }
-}
-
-fn identity_of(member: &Member) -> Identity {
-    Identity { fingerprint: member.hello.fingerprint.clone(), numerics: member.hello.numerics.clone() }
 }
 
 fn connect(connector: &Connector, member: &Member) -> Option<Client> {

@@ -2,7 +2,9 @@
 #![allow(unsafe_code)]
 
 mod attend;
+mod backend;
 mod combine;
+pub mod cuda;
 mod experts;
 mod fp8;
 mod gate;
@@ -24,6 +26,7 @@ mod simd;
 mod softmax;
 
 pub use attend::{Expand, Query, Span, mla_attend, mla_attend_expanded};
+pub use backend::Backend;
 pub use combine::{add, combine_first, combine_next};
 pub use experts::{Ffn, grouped_experts};
 pub use fp8::{e4m3_to_f32, f32_to_e4m3};

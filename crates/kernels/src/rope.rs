@@ -54,6 +54,11 @@ impl RopeTable {
         Self { dim: p.dim, turns }
     }
 
+    /// [positions, dim / 2]: (cos, sin)
+    pub fn turns(&self) -> &[[f32; 2]] {
+        &self.turns
+    }
+
     pub fn positions(&self) -> usize {
         self.turns.len().checked_div(self.dim / 2).unwrap_or(0)
     }

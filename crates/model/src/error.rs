@@ -29,7 +29,7 @@ impl ModelError {
         Self::Io { file: file.into(), cause }
     }
 
-    pub(crate) fn file(file: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
+    pub fn file(file: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
         Self::File { file: file.into(), detail: shortened(detail.into()) }
     }
 

@@ -2,9 +2,11 @@
 //!
 //! It starts the same cluster as `up`, in this process, sends it work as a coordinator or a client would, and measures
 //! the machine's roofs (read bandwidth, rate of multiply-adds) in the same run. Reading order: `load` (the work),
-//! `roofline` (what it takes at least), `report` (the tables).
+//! `roofline` (what it takes at least), `report` (the tables). `rank` measures one GPU's share of a model that is too large
+//! for one machine.
 
 mod load;
+mod rank;
 mod report;
 mod roofline;
 
@@ -73,9 +75,27 @@ pub struct Args {
     /// Print JSON instead of tables
     #[arg(long)]
     json: bool,
+    /// Measure one rank's share of a model on a GPU, with random weights: expert
+    #[arg(long, value_name = "ROLE", value_parser = ["expert"], requires = "config")]
+    rank: Option<String>,
+    /// Of --rank: the model's config.json
+    #[arg(long, value_name = "FILE")]
+    config: Option<std::path::PathBuf>,
+    /// Of --rank: ranks that share the experts
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    ep: usize,
+    /// Of --rank: rows of each expert
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "8,16,32,64")]
+    rows: Vec<usize>,
+    /// Of --rank: the GPU
+    #[arg(long, value_name = "cuda:N", default_value = "cuda:0")]
+    device: String,
 }
 
 pub async fn run(mut args: Args) -> Result<()> {
+    if args.rank.is_some() {
+        return tokio::task::spawn_blocking(move || rank::run(&args)).await?;
+    }
     if args.pp.is_empty() && args.tg.is_none() && args.streams.is_empty() {
         (args.pp, args.tg, args.batch) = (vec![512], Some(64), vec![1, 4, 16]);
     }
@@ -170,6 +190,7 @@ fn cluster(args: &Args) -> up::Args {
         model: args.model.clone(),
         listen: ([127, 0, 0, 1], 0).into(),
         dtype: args.dtype.clone(),
+        device: "cpu".into(),
         attention_workers: 1,
         expert_workers: args.expert_workers,
         replicas: 1,

@@ -1,4 +1,4 @@
-//! A cluster in this process: the roles' libraries over one registry, one table of experts and one pool of threads.
+//! A cluster in this process: the roles' libraries over one registry, one table of experts and one device.
 
 use std::sync::Arc;
 
@@ -7,7 +7,6 @@ use moesaic_attention_worker::engine::profile::Profile as AttentionProfile;
 use moesaic_coordinator::Coordinator;
 use moesaic_dispatch::Hub;
 use moesaic_expert_worker::engine::Profile as ExpertProfile;
-use moesaic_kernels::Pool;
 use moesaic_node::{Registry, config, registry};
 
 use crate::node::Node;
@@ -19,7 +18,6 @@ struct Shared {
     registry: Arc<dyn Registry>,
     /// None: rows go over loopback sockets, as between machines.
     hub: Option<Hub>,
-    pool: Pool,
     profiles: Profiles,
 }
 
@@ -45,8 +43,7 @@ pub async fn start_profiled(plan: &Plan, profiles: Profiles, direct: bool) -> Re
     )
     .await?;
     let address = coordinator.address();
-    let (hub, pool) = (direct.then(Hub::default), Pool::new(plan.threads));
-    let shared = Shared { registry: registry.clone(), hub, pool, profiles };
+    let shared = Shared { registry: registry.clone(), hub: direct.then(Hub::default), profiles };
     let mut nodes = Vec::new();
     for flags in plan.expert_workers(spec) {
         nodes.push(expert_worker(plan, &flags, &shared)?);
@@ -63,7 +60,7 @@ fn expert_worker(plan: &Plan, flags: &moesaic_expert_worker::Flags, shared: &Sha
     let context = moesaic_expert_worker::Context {
         membership: shared.registry.clone().into(),
         hub: shared.hub.clone(),
-        pool: shared.pool.clone(),
+        backend: plan.backend.clone(),
         checkpoint: plan.checkpoint.clone(),
         profile: shared.profiles.experts.clone(),
     };
@@ -76,7 +73,7 @@ fn attention_worker(plan: &Plan, flags: &moesaic_attention_worker::Flags, shared
     let context = moesaic_attention_worker::Context {
         membership: shared.registry.clone().into(),
         hub: shared.hub.clone(),
-        pool: shared.pool.clone(),
+        backend: plan.backend.clone(),
         checkpoint: plan.checkpoint.clone(),
         profile: shared.profiles.attention.clone(),
     };

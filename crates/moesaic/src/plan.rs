@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use moesaic_kernels::{Dtype, Numerics};
+use moesaic_kernels::cuda::{DeviceChoice, UnknownDevice};
+use moesaic_kernels::{Backend, Dtype, Numerics, Pool, UnknownDtype};
 use moesaic_model::inspect::Parameters;
 use moesaic_model::{Checkpoint, Family};
 use moesaic_node::Tls;
@@ -29,7 +30,8 @@ pub struct Plan {
     pub threads: usize,
     /// Unique to this `up` if the registry may hold other clusters.
     pub cluster: String,
-    numerics: Numerics,
+    /// What the workers of this process compute on, together.
+    pub backend: Backend,
 }
 
 impl Plan {
@@ -43,8 +45,12 @@ impl Plan {
             Some(dir) => Tls::open_as(&certs::operator_folder(dir), Role::Operator)?.own().cluster.clone(),
             None => args.cluster.clone().unwrap_or_else(drawn),
         };
-        let numerics = Numerics::detect(args.dtype.parse::<Dtype>().map_err(|e| BadArguments(e.to_string()))?);
-        Ok(Self { threads: args.threads.unwrap_or(cores), args, checkpoint, cluster, numerics })
+        let threads = args.threads.unwrap_or(cores);
+        let dtype: Dtype = args.dtype.parse().map_err(|e: UnknownDtype| BadArguments(e.to_string()))?;
+        let device: DeviceChoice = args.device.parse().map_err(|e: UnknownDevice| BadArguments(e.to_string()))?;
+        let backend = Backend::open(device, dtype, None, || Pool::new(threads))
+            .map_err(|missing| BadArguments(format!("--device is {}: {missing}", args.device)))?;
+        Ok(Self { threads, args, checkpoint, cluster, backend })
     }
 
     pub fn model(&self) -> &Path {
@@ -107,8 +113,12 @@ impl Plan {
         self.args.tls.as_ref().map(|dir| certs::folder(dir, role, id))
     }
 
+    /// The processor's.
     pub fn numerics(&self) -> Numerics {
-        self.numerics
+        match &self.backend {
+            Backend::Cpu(numerics, _) => *numerics,
+            Backend::Gpu(_) => Numerics::detect(self.backend.dtype()),
+        }
     }
 
     /// Bytes of the latent cache that one token takes in all layers.
@@ -118,7 +128,7 @@ impl Plan {
     }
 
     fn value_bytes(&self) -> u64 {
-        match self.numerics.dtype() {
+        match self.backend.dtype() {
             Dtype::F32 => 4,
             Dtype::Bf16 => 2,
         }
@@ -135,6 +145,10 @@ fn check(args: &Args) -> Result<(), BadArguments> {
         if !(1..=NODES_MAX).contains(&value) {
             return refuse(format!("{name} is {value}; expected 1 to {NODES_MAX}"));
         }
+    }
+    if args.processes && args.device != "cpu" {
+        let text = "--device with --processes: run the workers by themselves, with --device-memory for each";
+        return refuse(text.into());
     }
     if args.threads == Some(0) {
         return refuse("--threads is 0; expected at least 1".into());
@@ -180,7 +194,7 @@ impl fmt::Display for Plan {
         };
         writeln!(f, "model     {} ({family}), {total} parameters, {active} active a token", self.checkpoint.name())?;
         writeln!(f, "          {}", self.model().display())?;
-        writeln!(f, "numerics  {} on {}, {} threads", self.numerics.name(), self.numerics.isa(), self.threads)?;
+        writeln!(f, "numerics  {} on {}", self.backend.numerics(), self.backend.device())?;
         writeln!(f, "cluster   1 coordinator, {a} x attention worker, {e} x expert worker, {place}")?;
         writeln!(
             f,

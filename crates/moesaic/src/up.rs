@@ -34,6 +34,9 @@ pub struct Args {
     /// What the kernels compute in: f32 or bf16
     #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16"])]
     pub dtype: String,
+    /// What computes: cpu, cuda:N, or auto for the first GPU if there is one
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
     /// Attention workers: each owns sequences and their latent cache
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub attention_workers: usize,

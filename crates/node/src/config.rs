@@ -40,6 +40,22 @@ pub fn check_address(listen: SocketAddr, advertise: Option<&str>) -> Result<(), 
     }
 }
 
+/// "8GiB", or bytes without a unit.
+pub fn read_bytes(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
 /// Reads a config. `T` is a struct with `#[serde(deny_unknown_fields, default)]`; `flags` serialises to the same keys
 /// and leaves out what was not given.
 ///
@@ -67,6 +83,22 @@ where
 mod tests {
     use super::*;
     use serde::Deserialize;
+
+    #[test]
+    fn memory_is_a_number_with_a_unit() {
+        let table = [
+            ("1024", Some(1024)),
+            ("8GiB", Some(8 << 30)),
+            (" 512 MiB ", Some(512 << 20)),
+            ("8GB", None),
+            ("GiB", None),
+            ("-1", None),
+            ("99999999999TiB", None),
+        ];
+        for (text, expected) in table {
+            assert_eq!(read_bytes(text), expected, "{text:?}");
+        }
+    }
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]

@@ -27,6 +27,7 @@ pub fn hello(cluster: &str, role: Role, id: &WorkerId, fingerprint: &str, numeri
         fingerprint: fingerprint.to_owned(),
         numerics: numerics.to_owned(),
         source: 0,
+        expert_numerics: String::new(),
     }
 }
 
@@ -35,6 +36,14 @@ pub fn worker_id(given: Option<&str>, role: &str) -> Result<WorkerId, InvalidWor
     match given {
         Some(id) => WorkerId::new(id),
         None => WorkerId::new(&format!("{role}-{:08x}", uuid::Uuid::new_v4().as_fields().0)),
+    }
+}
+
+/// The numerics that a node works with, in a peer of that role.
+fn numerics_in(hello: &Hello, role: Role) -> &str {
+    match &hello.expert_numerics {
+        experts if role == Role::ExpertWorker && !experts.is_empty() => experts,
+        _ => &hello.numerics,
     }
 }
 
@@ -53,7 +62,7 @@ pub fn check(own: &Hello, peer: &Hello, expected: Role) -> Result<(), Mismatch> 
     same("role", &expected.as_str_name(), &peer.role().as_str_name())?;
     same("fingerprint", &own.fingerprint, &peer.fingerprint)?;
     if !own.numerics.is_empty() && !peer.numerics.is_empty() {
-        same("numerics", &own.numerics, &peer.numerics)?;
+        same("numerics", &numerics_in(own, expected), &numerics_in(peer, own.role()))?;
     }
     match WorkerId::new(&peer.id) {
         Ok(_) => Ok(()),
@@ -87,6 +96,22 @@ mod tests {
             assert_eq!((mismatch.field, mismatch.peer.as_str()), (field, value));
             assert!(mismatch.to_string().contains(field));
         }
+    }
+
+    #[test]
+    fn experts_may_be_computed_otherwise_if_their_attention_workers_say_so() {
+        let gpu = |mut hello: Hello| {
+            hello.numerics = "bf16-sm_90a".into();
+            hello
+        };
+        let (mut attention, experts) = (own(Role::AttentionWorker), gpu(own(Role::ExpertWorker)));
+        assert_eq!(check(&attention, &experts, Role::ExpertWorker).unwrap_err().field, "numerics");
+        attention.expert_numerics = "bf16-sm_90a".into();
+        assert_eq!(check(&attention, &experts, Role::ExpertWorker), Ok(()));
+        assert_eq!(check(&experts, &attention, Role::AttentionWorker), Ok(()));
+        let other = own(Role::ExpertWorker);
+        let mismatch = check(&other, &attention, Role::AttentionWorker).unwrap_err();
+        assert_eq!((mismatch.own.as_str(), mismatch.peer.as_str()), ("f32", "bf16-sm_90a"));
     }
 
     #[test]

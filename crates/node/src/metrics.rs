@@ -28,6 +28,14 @@ impl Page {
         self.gauges(name, help).sample(&[], value);
     }
 
+    /// Bytes that a worker has of its GPU, and those of them that are free; nothing where it has none.
+    pub fn gpu_memory(&mut self, memory: Option<(usize, usize)>) {
+        if let Some((all, free)) = memory {
+            self.gauge("moesaic_gpu_memory_bytes", "What the worker has of its GPU's memory.", all);
+            self.gauge("moesaic_gpu_memory_free_bytes", "What of that is free.", free);
+        }
+    }
+
     /// Totals of one name, told apart by labels.
     pub fn counters(&mut self, name: &str, help: &str) -> Family<'_> {
         debug_assert!(name.ends_with("_total"), "{name}");

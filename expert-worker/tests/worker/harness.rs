@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_expert_worker::{Config, Context, run};
-use moesaic_kernels::{Dtype, Numerics, Pool, add, combine_first, combine_next};
+use moesaic_kernels::{Backend, Dtype, Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::registry::embedded;
 use moesaic_node::{Connector, Member, Registry, handshake};
@@ -56,7 +56,7 @@ impl Workers {
             let context = Context {
                 membership: registry.clone().into(),
                 hub: Some(hub.clone()),
-                pool: Pool::new(2),
+                backend: Backend::Cpu(f32_numerics(), Pool::new(2)),
                 checkpoint: checkpoint.clone(),
                 profile: Arc::default(),
             };

@@ -186,6 +186,6 @@ pub async fn etcd(bench: &mut Bench) -> Result<Outcome> {
     let (run, (down, back, normal)) = bench.under_load(Policy::Firm, fault).await?;
     let share = rate(&run.histories, Some((down, back))) / rate(&run.histories, Some((run.injected, down)));
     let outcome = Outcome::of(run.judgement).unresumed();
-    let outcome = outcome.at_least("throughput", share, 0.95, "x");
+    let outcome = outcome.at_least("throughput", share, 0.95, "x").by_median();
     Ok(outcome.at_most("normal again", normal.as_secs_f64(), 5.0, "s"))
 }

@@ -69,6 +69,7 @@ pub async fn overload(bench: &mut Bench) -> Result<Outcome> {
     let outcome = Outcome::of(run.judgement)
         .unresumed()
         .at_least("goodput", goodput, 0.9, "x")
+        .by_median()
         .at_least("refused", refused_count, 1.0, "")
         .at_most("p99 refusal", refused, 0.05, "s")
         .at_most("no retry-after", unsaid as f64, 0.0, "")
@@ -203,7 +204,7 @@ pub async fn slow_readers(bench: &mut Bench) -> Result<Outcome> {
         waits[TURNS / 2].as_secs_f64()
     };
     let share = wait(1) / wait(0).max(f64::MIN_POSITIVE);
-    Ok(Outcome::of(run.judgement).unresumed().at_most("p99 wait of others", share, 1.1, "x"))
+    Ok(Outcome::of(run.judgement).unresumed().at_most("p99 wait of others", share, 1.1, "x").by_median())
 }
 
 /// Some clients of long answers with many bytes, with a pause after each byte, or none at all.

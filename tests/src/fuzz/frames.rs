@@ -8,8 +8,9 @@ use bytes::Bytes;
 use moesaic_dispatch::frame::Header;
 use moesaic_dispatch::{AnswerFrame, ExpertHost, Refusal, ReplySender, RequestFrame, Shape};
 use moesaic_expert_worker::engine::{Engine, Profile};
+use moesaic_expert_worker::experts::Expert;
 use moesaic_expert_worker::shard::Shard;
-use moesaic_kernels::{Dtype, Ffn, Numerics, Pool};
+use moesaic_kernels::{Backend, Dtype, Ffn, Numerics, Pool};
 use moesaic_node::handshake;
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 use moesaic_proto::v1::exchange_message::Kind;
@@ -118,7 +119,8 @@ fn hello(peer: &Hello) {
                 (&peer.cluster, &peer.fingerprint, peer.role()),
                 (&own.cluster, &own.fingerprint, Role::AttentionWorker)
             );
-            assert!(peer.numerics.is_empty() || peer.numerics == own.numerics);
+            let experts = if peer.expert_numerics.is_empty() { &peer.numerics } else { &peer.expert_numerics };
+            assert!(peer.numerics.is_empty() || *experts == own.numerics);
         }
     }
 }
@@ -137,10 +139,11 @@ static ENGINE: LazyLock<Arc<Engine>> = LazyLock::new(|| {
             up: linear(width, hidden, e + 1),
             down: linear(hidden, width, e + 2),
         };
-        (ExpertId(e as u16), Arc::new(ffn))
+        (ExpertId(e as u16), Arc::new(Expert::Cpu(ffn)))
     };
     let held: BTreeMap<_, _> = (0..SHAPE.experts - 1).map(expert).collect();
-    let (engine, _) = Engine::start(SHAPE, numerics, 16, Pool::new(1), Arc::<Profile>::default()).unwrap();
+    let (engine, _) =
+        Engine::start(SHAPE, Backend::Cpu(numerics, Pool::new(1)), 16, Arc::<Profile>::default()).unwrap();
     engine.shards().install(Epoch(1), Shard::new([(LayerId(1), held)].into()));
     engine
 });

@@ -12,7 +12,7 @@ use moesaic_coordinator::core::routing::Identity;
 use moesaic_coordinator::core::{Admission, ApiError, Router};
 use moesaic_node::Member;
 use moesaic_proto::WorkerId;
-use moesaic_proto::v1::{LoadResponse, Role, RunEvent, RunRequest, SamplingParams};
+use moesaic_proto::v1::{Hello, LoadResponse, Role, RunEvent, RunRequest, SamplingParams};
 use tonic::Code;
 
 use super::messages::{Generate, Message};
@@ -237,7 +237,7 @@ impl Coordinator {
         }
         gone.iter().for_each(|id| self.forget(id));
         for (id, member) in known {
-            let identity = Identity { fingerprint: String::new(), numerics: String::new() };
+            let identity = Identity::of(&Hello::default());
             if self.workers.contains_key(&id) || !self.router.accept(&identity) {
                 continue;
             }

@@ -204,7 +204,7 @@ impl Delta {
 pub fn head(service: &Service, id: &str, object: &'static str) -> Head {
     let system_fingerprint = service.workers.identity().map(|identity| {
         let digits: String = identity.fingerprint.chars().take(12).collect();
-        format!("fp_{digits}_{}", identity.numerics)
+        format!("fp_{digits}_{}", identity.numerics())
     });
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Head {

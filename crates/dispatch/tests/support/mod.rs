@@ -268,6 +268,7 @@ pub fn hello(role: v1::Role, id: &str) -> v1::Hello {
         fingerprint: "0123456789abcdef0123456789abcdef".into(),
         numerics: "f32".into(),
         source: if role == v1::Role::AttentionWorker { SOURCE.into() } else { 0 },
+        expert_numerics: String::new(),
     }
 }
 

@@ -1,0 +1,53 @@
+//! What the decoder asks of whatever computes its layers: a micro-batch's residual stream h, and what each layer adds to it.
+//!
+//! ```text
+//! h = embed(tokens)
+//! each layer:   h = h + mla(norm(h));  x = norm(h);  h = h + ffn(x)                      in a dense layer
+//!                                                    h = h + (experts(x) + shared(x))    in one with experts
+//! logits = head(norm(h))
+//! ```
+//! h, x and what is made of them stay in the micro-batch's buffers, wherever those are.
+
+use moesaic_dispatch::Rows;
+use moesaic_kernels::{Choice, GateParams};
+use moesaic_model::Config;
+
+use crate::core::batcher::Part;
+
+pub trait Arithmetic {
+    /// What a micro-batch is computed in, kept from step to step.
+    type Buffers;
+    /// Of the device: after one it computes nothing more.
+    type Failure: std::error::Error + Send + Sync + 'static;
+
+    fn config(&self) -> &Config;
+    fn gate_params(&self) -> &GateParams;
+    /// The caller is the thread that computes.
+    fn pin_caller(&self);
+    fn buffers(&self) -> Result<Self::Buffers, Self::Failure>;
+
+    fn embed(&self, parts: &[Part], b: &mut Self::Buffers) -> Result<(), Self::Failure>;
+    /// h = h + mla(norm(h)). The rows' latents go to their pages.
+    fn attend(&self, layer: usize, parts: &[Part], b: &mut Self::Buffers) -> Result<(), Self::Failure>;
+    /// x = norm(h)
+    fn norm(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
+    /// Appends the experts that each row of x goes to.
+    fn choose(&self, layer: usize, b: &mut Self::Buffers, choices: &mut Vec<Choice>) -> Result<(), Self::Failure>;
+    /// x, for experts; after [`Arithmetic::choose`].
+    fn rows(&self, b: &Self::Buffers) -> Rows;
+    /// ffn(x), or shared(x) if there is any.
+    fn dense(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
+    /// h = h + what the layer's `dense` made, and experts(x) [rows, hidden], which may be changed.
+    fn add(&self, layer: usize, experts: &mut [f32], b: &mut Self::Buffers) -> Result<(), Self::Failure>;
+    /// Of some rows, after the last layer: [rows, vocabulary].
+    fn logits(&self, rows: &[usize], b: &mut Self::Buffers) -> Result<Vec<f32>, Self::Failure>;
+}
+
+pub fn tokens(parts: &[Part]) -> impl Iterator<Item = u32> {
+    parts.iter().flat_map(|part| part.tokens.iter().copied())
+}
+
+/// Every row's part and position.
+pub fn positions(parts: &[Part]) -> impl Iterator<Item = (&Part, usize)> {
+    parts.iter().flat_map(|part| (part.start..part.start + part.tokens.len()).map(move |position| (part, position)))
+}

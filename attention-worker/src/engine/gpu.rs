@@ -1,0 +1,395 @@
+//! The layers on a GPU, in bf16: everything is queued, and waited for where a layer's rows go to their experts and where
+//! tokens are drawn. All tokens attend in the absorbed form.
+
+mod weights;
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use moesaic_dispatch::Rows;
+use moesaic_kernels::cuda::{
+    self, Append, Attend, Buffer, Device, GpuError, Normed, Pages, Parcel, Part as Place, Returned, Rotate, Strides,
+    View,
+};
+use moesaic_kernels::{Choice, GateParams, PAGE_TOKENS, bf16, route};
+use moesaic_model::{Checkpoint, Config, ModelError};
+
+use super::arithmetic::{Arithmetic, positions, tokens};
+use super::thread::LOGITS_MAX;
+use crate::core::batcher::Part;
+use weights::{Mlp, Query, Weights};
+
+pub struct Gpu {
+    device: Device,
+    weights: Weights,
+    pages: Pages,
+    limits: Limits,
+    /// What attention is computed in: one micro-batch after the other.
+    sums: Buffer<f32>,
+    sum_weights: Buffer<f32>,
+    /// What logits are computed in, borrowed for a call only.
+    head: RefCell<Head>,
+}
+
+/// What buffers are made for.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Of the latent cache.
+    pub pages: u32,
+    /// Of a micro-batch.
+    pub rows: usize,
+}
+
+struct Head {
+    picks: Parcel,
+    logits: Buffer<f32>,
+    returned: Returned<f32>,
+}
+
+/// What a micro-batch is computed in.
+pub struct Buffers {
+    /// The residual stream [rows, hidden], and what it is read as (rounded, and as it is) and changed by.
+    h: Buffer<f32>,
+    x: Buffer<u16>,
+    exact: Buffer<f32>,
+    y: Buffer<f32>,
+    shared: Buffer<f32>,
+    /// [rows, latent + rope]
+    kv: Buffer<f32>,
+    /// Low-rank queries before and after their norm.
+    low: Buffer<f32>,
+    low_x: Buffer<u16>,
+    /// [rows, heads, nope + rope], then its first part [heads, rows, nope], absorbed [rows, heads, latent + rope].
+    q: Buffer<f32>,
+    plain: Buffer<u16>,
+    absorbed: Buffer<u16>,
+    /// [heads, rows, latent], then [rows, heads, v].
+    o_latent: Buffer<u16>,
+    o: Buffer<u16>,
+    /// Of the widest network.
+    wide: Buffer<u16>,
+    gate: Buffer<f32>,
+    logits: Returned<f32>,
+    rows: Returned<u16>,
+    experts: Parcel,
+    step: Option<Step>,
+    /// What h has still to be changed by: the next norm does.
+    pending: Pending,
+}
+
+#[derive(Clone, Copy)]
+enum Pending {
+    Nothing,
+    /// y
+    Own,
+    /// The experts' sums, and what shared ones made.
+    Experts {
+        sums: Place<f32>,
+        shared: bool,
+    },
+}
+
+/// What a micro-batch is, on the GPU.
+struct Step {
+    sent: Parcel,
+    rows: usize,
+    longest: usize,
+    tokens: Place<u32>,
+    positions: Place<u32>,
+    slots: Place<u32>,
+    contexts: Place<u32>,
+    firsts: Place<u32>,
+    pages: Place<u32>,
+}
+
+impl Step {
+    fn send(device: &Device, parts: &[Part], kept: Option<Parcel>) -> Result<Self, GpuError> {
+        let rows: usize = parts.iter().map(|part| part.tokens.len()).sum();
+        let page_count: usize = parts.iter().map(|part| part.pages.len()).sum();
+        let room = Parcel::room(&[rows * 4, rows * 4, rows * 4, rows * 4, rows * 4, page_count * 4]);
+        let mut sent = match kept.filter(|kept| kept.has_room(room)) {
+            Some(kept) => kept,
+            None => Parcel::new(device, room.next_power_of_two())?,
+        };
+        sent.open();
+        let slot = |(part, position): (&Part, usize)| {
+            part.pages[position / PAGE_TOKENS] * PAGE_TOKENS as u32 + (position % PAGE_TOKENS) as u32
+        };
+        let mut next = 0;
+        let firsts = parts.iter().flat_map(|part| {
+            let first = next;
+            next += part.pages.len() as u32;
+            part.tokens.iter().map(move |_| first)
+        });
+        let firsts = sent.put_all(firsts);
+        let step = Self {
+            rows,
+            longest: positions(parts).map(|(_, position)| position + 1).max().unwrap_or(1),
+            tokens: sent.put_all(tokens(parts)),
+            positions: sent.put_all(positions(parts).map(|(_, position)| position as u32)),
+            slots: sent.put_all(positions(parts).map(slot)),
+            contexts: sent.put_all(positions(parts).map(|(_, position)| position as u32 + 1)),
+            firsts,
+            pages: sent.put_all(parts.iter().flat_map(|part| part.pages.iter().copied())),
+            sent,
+        };
+        step.sent.send(device)?;
+        Ok(step)
+    }
+
+    fn view(&self, place: Place<u32>) -> View<'_, u32> {
+        self.sent.view(place)
+    }
+}
+
+impl Gpu {
+    pub fn new(checkpoint: Arc<Checkpoint>, device: Device, limits: Limits) -> Result<Self, ModelError> {
+        let dir = checkpoint.dir().to_owned();
+        let failed = move |error: GpuError| ModelError::file(&dir, error.to_string());
+        let weights = Weights::load(checkpoint, &device)?;
+        let memory = || -> Result<_, GpuError> {
+            let c = weights.config();
+            let (layers, latent) = (c.num_hidden_layers, c.kv_lora_rank);
+            let pages = Pages::new(&device, layers, limits.pages as usize, latent, c.qk_rope_head_dim)?;
+            let [sums, sum_weights] = cuda::room(c.num_attention_heads, latent, c.max_position_embeddings);
+            let logits = (LOGITS_MAX / c.vocab_size).clamp(1, limits.rows) * c.vocab_size;
+            let head = Head {
+                picks: Parcel::new(&device, Parcel::room(&[limits.rows * 4]))?,
+                logits: device.buffer(logits)?,
+                returned: device.returned(logits)?,
+            };
+            Ok((pages, device.buffer(sums)?, device.buffer(sum_weights)?, RefCell::new(head)))
+        };
+        let (pages, sums, sum_weights, head) = memory().map_err(failed)?;
+        Ok(Self { device, weights, pages, limits, sums, sum_weights, head })
+    }
+
+    /// Bytes of weights and of the latent cache.
+    pub fn bytes(&self) -> (usize, usize) {
+        (self.weights.bytes(), self.pages.bytes())
+    }
+
+    /// h = h + what is pending; of the rows, with a weight, x = norm(h) and, if it is wanted, that before rounding.
+    fn norm_rows(
+        &self,
+        b: &mut Buffers,
+        weight: Option<&Buffer<f32>>,
+        pick: Option<View<'_, u32>>,
+        rows: usize,
+        wants_exact: bool,
+    ) -> Result<(), GpuError> {
+        let (y, shared) = match b.pending {
+            Pending::Nothing => (None, None),
+            Pending::Own => (Some(b.y.view()), None),
+            Pending::Experts { sums, shared } => (Some(b.experts.view(sums)), shared.then(|| b.shared.view())),
+        };
+        let normed = Normed {
+            y,
+            shared,
+            pick,
+            weight: weight.map(Buffer::view),
+            eps: self.config().rms_norm_eps,
+            x: weight.is_some().then(|| b.x.view()),
+            exact: wants_exact.then(|| b.exact.view()),
+        };
+        cuda::norm(&self.device, rows, self.config().hidden_size, b.h.view(), normed)?;
+        b.pending = Pending::Nothing;
+        Ok(())
+    }
+
+    fn queries(&self, query: &Query, step: &Step, b: &Buffers) -> Result<(), GpuError> {
+        let (device, rows) = (&self.device, step.rows);
+        match query {
+            Query::Direct(q) => q.queue(device, rows, b.x.view(), b.q.view()),
+            Query::LowRank { a, norm, b: up } => {
+                a.queue(device, rows, b.x.view(), b.low.view())?;
+                let normed = Normed {
+                    y: None,
+                    shared: None,
+                    pick: None,
+                    weight: Some(norm.view()),
+                    eps: self.config().rms_norm_eps,
+                    x: Some(b.low_x.view()),
+                    exact: None,
+                };
+                cuda::norm(device, rows, a.out_features(), b.low.view(), normed)?;
+                up.queue(device, rows, b.low_x.view(), b.q.view())
+            }
+        }
+    }
+}
+
+impl Arithmetic for Gpu {
+    type Buffers = Buffers;
+    type Failure = GpuError;
+
+    fn config(&self) -> &Config {
+        self.weights.config()
+    }
+
+    fn gate_params(&self) -> &GateParams {
+        &self.weights.gate_params
+    }
+
+    fn pin_caller(&self) {}
+
+    fn buffers(&self) -> Result<Buffers, GpuError> {
+        let (c, device, rows) = (self.config(), &self.device, self.limits.rows);
+        let (hidden, heads, latent) = (rows * c.hidden_size, rows * c.num_attention_heads, c.kv_lora_rank);
+        let low = rows * c.q_lora_rank.unwrap_or(0);
+        let wide = c.intermediate_size.max(c.n_shared_experts * c.moe_intermediate_size);
+        Ok(Buffers {
+            h: device.buffer(hidden)?,
+            x: device.buffer(hidden)?,
+            exact: device.buffer(hidden)?,
+            y: device.buffer(hidden)?,
+            shared: device.buffer(hidden)?,
+            kv: device.buffer(rows * c.latent_width())?,
+            low: device.buffer(low)?,
+            low_x: device.buffer(low)?,
+            q: device.buffer(heads * c.qk_head_dim())?,
+            plain: device.buffer(heads * c.qk_nope_head_dim)?,
+            absorbed: device.buffer(heads * c.latent_width())?,
+            o_latent: device.buffer(heads * latent)?,
+            o: device.buffer(heads * c.v_head_dim)?,
+            wide: device.buffer(rows * wide)?,
+            gate: device.buffer(rows * c.n_routed_experts)?,
+            logits: device.returned(rows * c.n_routed_experts)?,
+            rows: device.returned(hidden)?,
+            experts: Parcel::new(device, Parcel::room(&[hidden * 4]))?,
+            step: None,
+            pending: Pending::Nothing,
+        })
+    }
+
+    fn embed(&self, parts: &[Part], b: &mut Buffers) -> Result<(), GpuError> {
+        // What was sent for the step before is read no more.
+        self.device.finish()?;
+        let step = Step::send(&self.device, parts, b.step.take().map(|step| step.sent))?;
+        let (table, hidden) = (self.weights.embedding.view(), self.config().hidden_size);
+        cuda::embed(&self.device, step.view(step.tokens), table, hidden, b.h.view())?;
+        b.step = Some(step);
+        b.pending = Pending::Nothing;
+        Ok(())
+    }
+
+    fn attend(&self, layer: usize, _: &[Part], b: &mut Buffers) -> Result<(), GpuError> {
+        let (c, device, weights) = (self.config(), &self.device, &self.weights.layers[layer]);
+        let mla = &weights.mla;
+        let Some(step) = b.step.take() else { return Ok(()) };
+        let (rows, heads, width, turns) =
+            (step.rows, c.num_attention_heads, c.latent_width(), self.weights.turns.view());
+        self.norm_rows(b, Some(&weights.input_norm), None, rows, false)?;
+        mla.kv_a.queue(device, rows, b.x.view(), b.kv.view())?;
+        let new = Append {
+            kv: b.kv.view(),
+            norm: mla.kv_a_norm.view(),
+            eps: c.rms_norm_eps,
+            turns,
+            positions: step.view(step.positions),
+            slots: step.view(step.slots),
+        };
+        cuda::append(device, &self.pages, layer, new)?;
+        self.queries(&mla.q, &step, b)?;
+        let rotate = Rotate {
+            q: b.q.view(),
+            turns,
+            positions: step.view(step.positions),
+            plain: b.plain.view(),
+            absorbed: b.absorbed.view(),
+        };
+        cuda::rotate(device, &self.pages, heads, c.qk_nope_head_dim, rotate)?;
+        let strides = Strides { row: heads * width, head: width };
+        mla.absorb.queue(device, rows, b.plain.view(), b.absorbed.view(), strides)?;
+        let attend = Attend {
+            heads,
+            scale: c.softmax_scale(),
+            longest: step.longest,
+            q: b.absorbed.view(),
+            contexts: step.view(step.contexts),
+            firsts: step.view(step.firsts),
+            pages: step.view(step.pages),
+            sums: self.sums.view(),
+            weights: self.sum_weights.view(),
+            o: b.o_latent.view(),
+        };
+        cuda::attend(device, &self.pages, layer, attend)?;
+        let strides = Strides { row: heads * c.v_head_dim, head: c.v_head_dim };
+        mla.value_up.queue(device, rows, b.o_latent.view(), b.o.view(), strides)?;
+        mla.o.queue(device, rows, b.o.view(), b.y.view())?;
+        b.pending = Pending::Own;
+        b.step = Some(step);
+        Ok(())
+    }
+
+    fn norm(&self, layer: usize, b: &mut Buffers) -> Result<(), GpuError> {
+        let (weights, rows) = (&self.weights.layers[layer], b.row_count());
+        self.norm_rows(b, Some(&weights.post_norm), None, rows, self.config().is_moe(layer))
+    }
+
+    fn choose(&self, layer: usize, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), GpuError> {
+        let Mlp::Moe { gate, bias, .. } = &self.weights.layers[layer].mlp else { return Ok(()) };
+        let (c, device, rows) = (self.config(), &self.device, b.row_count());
+        let experts = c.n_routed_experts;
+        cuda::gate(device, rows, b.exact.view(), gate.view(), c.hidden_size, b.gate.view())?;
+        device.queue_return(b.gate.view(), &mut b.logits, rows * experts)?;
+        device.queue_return(b.x.view(), &mut b.rows, rows * c.hidden_size)?;
+        device.finish()?;
+        for logits in b.logits.values()[..rows * experts].chunks_exact(experts) {
+            route(logits, bias.as_deref(), &self.weights.gate_params, choices);
+        }
+        Ok(())
+    }
+
+    fn rows(&self, b: &Buffers) -> Rows {
+        let values = &b.rows.values()[..b.row_count() * self.config().hidden_size];
+        Rows::Bf16(values.iter().map(|bits| bf16::from_bits(*bits)).collect())
+    }
+
+    fn dense(&self, layer: usize, b: &mut Buffers) -> Result<(), GpuError> {
+        let (ffn, y) = match &self.weights.layers[layer].mlp {
+            Mlp::Dense(ffn) => (ffn, &b.y),
+            Mlp::Moe { shared: Some(ffn), .. } => (ffn, &b.shared),
+            Mlp::Moe { shared: None, .. } => return Ok(()),
+        };
+        ffn.queue(&self.device, b.row_count(), b.x.view(), b.wide.view(), y.view())
+    }
+
+    fn add(&self, layer: usize, experts: &mut [f32], b: &mut Buffers) -> Result<(), GpuError> {
+        b.pending = match &self.weights.layers[layer].mlp {
+            Mlp::Dense(_) => Pending::Own,
+            Mlp::Moe { shared, .. } => {
+                // The layer before is through: this one's gate was waited for.
+                b.experts.open();
+                let sums = b.experts.put(experts);
+                b.experts.send(&self.device)?;
+                Pending::Experts { sums, shared: shared.is_some() }
+            }
+        };
+        Ok(())
+    }
+
+    fn logits(&self, rows: &[usize], b: &mut Buffers) -> Result<Vec<f32>, GpuError> {
+        let (device, count) = (&self.device, b.row_count());
+        if !matches!(b.pending, Pending::Nothing) {
+            self.norm_rows(b, None, None, count, false)?;
+        }
+        let head = &mut *self.head.borrow_mut();
+        head.picks.open();
+        let picks = head.picks.put_all(rows.iter().map(|row| *row as u32));
+        head.picks.send(device)?;
+        self.norm_rows(b, Some(&self.weights.final_norm), Some(head.picks.view(picks)), rows.len(), false)?;
+        self.weights.head.queue(device, rows.len(), b.x.view(), head.logits.view())?;
+        let len = rows.len() * self.config().vocab_size;
+        device.queue_return(head.logits.view(), &mut head.returned, len)?;
+        device.finish()?;
+        Ok(head.returned.values()[..len].to_vec())
+    }
+}
+
+impl Buffers {
+    /// Of the step in hand.
+    fn row_count(&self) -> usize {
+        self.step.as_ref().map_or(0, |step| step.rows)
+    }
+}

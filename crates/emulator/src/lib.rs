@@ -1,0 +1,180 @@
+//! A GPU for tests: the kernels of `crates/kernels/cuda`, compiled for the processor, with a block's threads as fibers
+//! that take turns in an order that a seed draws. It shows whether they compute what they should: indices, the order of sums,
+//! waits that are missing, reads of what was never written. It says nothing of a GPU's speed, of its rounding inside the
+//! matrix instruction, or of its memory's order.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use moesaic_kernels::cuda::{Address, Device, Gpu, GpuError, Kernel, Properties};
+
+unsafe extern "C" {
+    fn emulator_launch(
+        name: *const c_char,
+        blocks: u32,
+        threads: u32,
+        shared_bytes: u32,
+        call: *const c_void,
+        call_bytes: u32,
+        seed: u64,
+    ) -> *const c_char;
+}
+
+/// Sets of kernels by their shared memory, as `build.rs` makes them.
+const SUITES: [(&str, u32); 2] = [("large", 227 << 10), ("small", 99 << 10)];
+
+/// A GPU with 3 multiprocessors and an arena of `arena_bytes`, full of NaNs; the seed says which kind of GPU it is, too.
+pub fn device(arena_bytes: usize, seed: u64) -> Device {
+    let properties =
+        Properties { name: "emulator".into(), architecture: "emulator", multiprocessors: 3, memory_free: arena_bytes };
+    let suite = SUITES[(seed % 2) as usize];
+    let gpu = Emulator {
+        properties,
+        suite,
+        seed: AtomicU64::new(seed),
+        memory: Mutex::default(),
+        recordings: Mutex::default(),
+    };
+    Device::new(Arc::new(gpu), arena_bytes).expect("the processor has so much memory")
+}
+
+#[derive(Debug)]
+struct Emulator {
+    properties: Properties,
+    suite: (&'static str, u32),
+    seed: AtomicU64,
+    /// Lines of a cache, so that all is aligned.
+    memory: Mutex<Vec<Box<[Line]>>>,
+    recordings: Mutex<Recordings>,
+}
+
+#[derive(Debug, Default)]
+struct Recordings {
+    /// What is being recorded, if anything is.
+    open: Option<Vec<Launch>>,
+    done: Vec<Vec<Launch>>,
+}
+
+#[derive(Clone, Debug)]
+struct Launch {
+    kernel: Kernel,
+    blocks: u32,
+    call: Vec<u8>,
+}
+
+#[repr(align(256))]
+#[derive(Clone, Copy)]
+struct Line(#[allow(dead_code, reason = "seen by its address")] [u8; 256]);
+
+impl std::fmt::Debug for Line {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("..")
+    }
+}
+
+impl Emulator {
+    fn take(&self, bytes: usize, byte: u8) -> *mut u8 {
+        let mut lines = vec![Line([byte; 256]); bytes.div_ceil(256).max(1)].into_boxed_slice();
+        let at = lines.as_mut_ptr().cast();
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).push(lines);
+        at
+    }
+
+    fn recordings(&self) -> MutexGuard<'_, Recordings> {
+        self.recordings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One at a time: it has one set of fibers.
+static RUNNING: Mutex<()> = Mutex::new(());
+
+// SAFETY: memory is this process's and lasts as long as the emulator; everything is done at once.
+unsafe impl Gpu for Emulator {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address, GpuError> {
+        Ok(Address(self.take(bytes, 0xff) as u64))
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<*mut u8, GpuError> {
+        Ok(self.take(bytes, 0))
+    }
+
+    unsafe fn write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.0 as *mut u8, from.len()) };
+        Ok(())
+    }
+
+    unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.write(to, from) }
+    }
+
+    unsafe fn queue_read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    unsafe fn queue_fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::write_bytes(to.0 as *mut u8, byte, bytes) };
+        Ok(())
+    }
+
+    unsafe fn queue_launch(&self, kernel: Kernel, blocks: u32, call: &[u8]) -> Result<(), GpuError> {
+        if let Some(open) = &mut self.recordings().open {
+            open.push(Launch { kernel, blocks, call: call.to_vec() });
+            return Ok(());
+        }
+        let (suite, shared_bytes) = self.suite;
+        let name = CString::new(format!("{suite} {}", kernel.name)).expect("a kernel's name has no zero");
+        let shared_bytes = kernel.shared_bytes(shared_bytes as usize) as u32;
+        // The argument is read as what it is: it has to be aligned.
+        let mut aligned = vec![0u64; call.len().div_ceil(8)];
+        let seed = self.seed.fetch_add(1, Ordering::Relaxed);
+        let _running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the argument is copied; what its addresses hold is the caller's promise; the answer is read before the next call.
+        let error = unsafe {
+            std::ptr::copy_nonoverlapping(call.as_ptr(), aligned.as_mut_ptr().cast(), call.len());
+            let call_bytes = call.len() as u32;
+            let call = aligned.as_ptr().cast();
+            let said = emulator_launch(name.as_ptr(), blocks, kernel.threads, shared_bytes, call, call_bytes, seed);
+            (!said.is_null()).then(|| CStr::from_ptr(said).to_string_lossy().into_owned())
+        };
+        error.map_or(Ok(()), |reason| Err(GpuError::Failed { what: kernel.name, reason }))
+    }
+
+    fn begin_recording(&self) -> Result<(), GpuError> {
+        self.recordings().open = Some(Vec::new());
+        Ok(())
+    }
+
+    fn end_recording(&self) -> Result<usize, GpuError> {
+        let mut recordings = self.recordings();
+        let launches = recordings.open.take().unwrap_or_default();
+        recordings.done.push(launches);
+        Ok(recordings.done.len() - 1)
+    }
+
+    unsafe fn queue_recording(&self, number: usize) -> Result<(), GpuError> {
+        let launches = self.recordings().done[number].clone();
+        // SAFETY: the caller's promise.
+        launches.iter().try_for_each(|launch| unsafe { self.queue_launch(launch.kernel, launch.blocks, &launch.call) })
+    }
+
+    unsafe fn queue_copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy(from.0 as *const u8, to.0 as *mut u8, bytes) };
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<(), GpuError> {
+        Ok(())
+    }
+}

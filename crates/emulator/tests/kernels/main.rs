@@ -1,0 +1,8 @@
+//! The kernels against plain loops with fresh inputs: on the emulator, or on the GPU that MOESAIC_TEST_DEVICE names.
+#![allow(clippy::unwrap_used)]
+
+mod attention;
+mod experts;
+mod linear;
+mod rows;
+mod support;

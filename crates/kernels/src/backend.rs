@@ -1,0 +1,64 @@
+//! What computes: this processor or a GPU.
+
+use crate::cuda::{Device, DeviceChoice, Missing};
+use crate::{Dtype, Numerics, Pool};
+
+#[derive(Clone, Debug)]
+pub enum Backend {
+    Cpu(Numerics, Pool),
+    /// In bf16.
+    Gpu(Device),
+}
+
+impl Backend {
+    /// `memory`: bytes of a GPU's memory to take; see [`DeviceChoice::open`].
+    pub fn open(
+        device: DeviceChoice,
+        dtype: Dtype,
+        memory: Option<usize>,
+        pool: impl FnOnce() -> Pool,
+    ) -> Result<Self, Missing> {
+        Ok(match device.open(dtype, memory)? {
+            Some(gpu) => Self::Gpu(gpu),
+            None => Self::Cpu(Numerics::detect(dtype), pool()),
+        })
+    }
+
+    /// Peers compare this: equal names, equal bits.
+    pub fn numerics(&self) -> String {
+        match self {
+            Self::Cpu(numerics, _) => numerics.name().to_owned(),
+            Self::Gpu(device) => device.numerics(),
+        }
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            Self::Cpu(numerics, _) => numerics.dtype(),
+            Self::Gpu(_) => Dtype::Bf16,
+        }
+    }
+
+    /// For logs.
+    pub fn device(&self) -> String {
+        match self {
+            Self::Cpu(numerics, pool) => format!("{}, {} threads", numerics.isa(), pool.threads()),
+            Self::Gpu(device) => device.to_string(),
+        }
+    }
+
+    /// Bytes of a GPU's arena, and those of them that are free.
+    pub fn gpu_memory(&self) -> Option<(usize, usize)> {
+        match self {
+            Self::Cpu(..) => None,
+            Self::Gpu(device) => Some(device.memory()),
+        }
+    }
+
+    /// The caller is the thread that computes.
+    pub fn pin_caller(&self) {
+        if let Self::Cpu(_, pool) = self {
+            pool.pin_caller();
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! The same operations on an NVIDIA GPU, in bf16: weights as the checkpoint has them (FP8 or BF16), rows in bf16, sums in f32.
+//!
+//! Reading order: `gpu` (what is asked of a GPU, and what its memory is), `device` (a real one, by the driver), `compile` (the
+//! kernels of `cuda/*.cu`, made for it by NVRTC), `pack` (weights in the order in which its lanes read them), `grouped` (many
+//! products at once), and what is made of them: `experts`, `linear`, `attention`, `rows`.
+//!
+//! Driver and NVRTC are opened when a GPU is asked for: nothing here needs them to be built, and a machine without them is told
+//! what it lacks.
+
+mod attention;
+mod choice;
+mod compile;
+mod device;
+mod experts;
+mod gpu;
+mod grouped;
+mod linear;
+mod pack;
+mod rows;
+
+pub use attention::{Append, Attend, Pages, Rotate, append, attend, room, rotate};
+pub use choice::{DeviceChoice, UnknownDevice};
+pub use compile::{ARCHITECTURES, Compiled, Source, compile};
+pub use device::{Missing, is_present};
+pub use experts::{Experts, GpuFfn, NotLoaded, Output, Sent, Workspace};
+pub use gpu::{Address, Buffer, Device, Gpu, GpuError, Kernel, Parcel, Part, Properties, Recording, Returned, View};
+pub use linear::{GpuLinear, GpuPerHead, Strides};
+pub use pack::Unfit;
+pub use rows::{Normed, embed, gate, norm};
+
+/// All kernels, by the file that they are in.
+pub fn kernels() -> [(Source, Vec<Kernel>); 4] {
+    [
+        (Source::Experts, experts::kernels()),
+        (Source::Linear, linear::kernels()),
+        (Source::Attention, attention::KERNELS.to_vec()),
+        (Source::Rows, rows::KERNELS.to_vec()),
+    ]
+}

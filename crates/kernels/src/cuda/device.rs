@@ -1,0 +1,217 @@
+//! A GPU by its driver.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::{DriverError, result, sys};
+
+use super::compile::{cache_folder, compile, failed, shared_bytes};
+use super::gpu::{Address, Gpu, GpuError, Kernel, Properties};
+
+/// Why there is no GPU.
+#[derive(Debug, thiserror::Error)]
+pub enum Missing {
+    #[error("NVIDIA's driver is not found (libcuda.so)")]
+    Driver,
+    #[error("there is no GPU {asked}: the driver sees {seen}")]
+    Number { asked: usize, seen: usize },
+    #[error("{name} is of compute capability {major}.{minor}; kernels are made for 8.0 and newer")]
+    Old { name: String, major: i32, minor: i32 },
+    #[error("it computes bf16, and dtype is f32; set dtype to bf16, or device to cpu")]
+    F32,
+    #[error(transparent)]
+    Failed(#[from] GpuError),
+}
+
+/// Whether there is a driver, with a GPU.
+pub fn is_present() -> bool {
+    // SAFETY: only looks for the library; its functions are called once it is there.
+    let has_driver = unsafe { sys::is_culib_present() };
+    has_driver && result::init().is_ok() && result::device::get_count().is_ok_and(|count| count > 0)
+}
+
+/// GPU number `ordinal`, its kernels compiled and loaded.
+pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
+    // SAFETY: only looks for the library.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Missing::Driver);
+    }
+    let check = |what| move |error: DriverError| Missing::Failed(driver_failed(what, error));
+    result::init().map_err(check("starting the driver"))?;
+    let seen = result::device::get_count().map_err(check("counting GPUs"))? as usize;
+    if ordinal >= seen {
+        return Err(Missing::Number { asked: ordinal, seen });
+    }
+    let device = result::device::get(ordinal as i32).map_err(check("finding the GPU"))?;
+    let name = result::device::get_name(device).map_err(check("the GPU's name"))?;
+    // SAFETY: the device is one.
+    let attribute =
+        |which| unsafe { result::device::get_attribute(device, which) }.map_err(check("the GPU's properties"));
+    let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let multiprocessors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+    let architecture = match (major, minor) {
+        (8, 9) => "sm_89",
+        (8, _) => "sm_80",
+        (9, _) => "sm_90a",
+        (10, _) => "sm_100",
+        (12, _) => "sm_120",
+        _ => return Err(Missing::Old { name, major, minor }),
+    };
+    // SAFETY: the context is current on this thread before anything is asked of it, and kept to the end of the process.
+    unsafe {
+        let context = result::primary_ctx::retain(device).map_err(check("opening the GPU"))?;
+        result::ctx::set_current(context).map_err(check("opening the GPU"))?;
+        let (memory_free, _) = result::mem_get_info().map_err(check("the GPU's memory"))?;
+        let queue = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(check("making a queue"))?;
+        let (cache, shared_bytes) = (cache_folder(), shared_bytes(architecture));
+        let properties = Properties { name, architecture, multiprocessors, memory_free };
+        let mut gpu = CudaGpu { properties, context, queue, functions: HashMap::new(), recordings: Mutex::default() };
+        for (source, kernels) in super::kernels() {
+            let image = compile(source, architecture, cache.as_deref())?.image;
+            let module = result::module::load_data(image.as_ptr().cast()).map_err(check("loading the kernels"))?;
+            for kernel in kernels {
+                gpu.load(module, kernel, kernel.shared_bytes(shared_bytes)).map_err(check("loading a kernel"))?;
+            }
+        }
+        Ok(Arc::new(gpu))
+    }
+}
+
+#[derive(Debug)]
+struct CudaGpu {
+    properties: Properties,
+    context: sys::CUcontext,
+    queue: sys::CUstream,
+    functions: HashMap<&'static str, Function>,
+    /// Graphs, ready to be launched.
+    recordings: Mutex<Vec<sys::CUgraphExec>>,
+}
+
+#[derive(Debug)]
+struct Function {
+    handle: sys::CUfunction,
+    shared_bytes: usize,
+}
+
+// SAFETY: the driver's handles may be used from any thread on which the context is current, which every call sees to.
+unsafe impl Send for CudaGpu {}
+// SAFETY: as above.
+unsafe impl Sync for CudaGpu {}
+
+fn driver_failed(what: &'static str, error: DriverError) -> GpuError {
+    let name = error.error_string().map(|s| s.to_string_lossy().into_owned());
+    failed(what, name.unwrap_or_else(|_| format!("{error:?}")))
+}
+
+impl CudaGpu {
+    unsafe fn load(&mut self, module: sys::CUmodule, kernel: Kernel, shared_bytes: usize) -> Result<(), DriverError> {
+        let name = CString::new(kernel.name).expect("a kernel's name has no zero");
+        // SAFETY: the module is loaded, and stays so.
+        unsafe {
+            let handle = result::module::get_function(module, name)?;
+            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            result::function::set_function_attribute(handle, most, shared_bytes as i32)?;
+            self.functions.insert(kernel.name, Function { handle, shared_bytes });
+        }
+        Ok(())
+    }
+
+    /// Does something with the context current.
+    fn with<T>(&self, what: &'static str, call: impl FnOnce() -> Result<T, DriverError>) -> Result<T, GpuError> {
+        // SAFETY: the context is kept to the end of the process.
+        unsafe { result::ctx::set_current(self.context) }.and_then(|()| call()).map_err(|e| driver_failed(what, e))
+    }
+}
+
+// SAFETY: all memory is the driver's, and the queue is one stream.
+unsafe impl Gpu for CudaGpu {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address, GpuError> {
+        // SAFETY: asks for memory.
+        self.with("taking the arena", || unsafe { result::malloc_sync(bytes.max(1)) }).map(Address)
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<*mut u8, GpuError> {
+        // SAFETY: asks for memory, and makes it zeros.
+        self.with("taking pinned memory", || unsafe {
+            let at = result::malloc_host(bytes, 0)?.cast::<u8>();
+            at.write_bytes(0, bytes);
+            Ok(at)
+        })
+    }
+
+    unsafe fn write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        self.with("writing to the GPU", || unsafe { result::memcpy_htod_sync(to.0, from) })
+    }
+
+    unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        self.with("writing to the GPU", || unsafe { result::memcpy_htod_async(to.0, from, self.queue) })
+    }
+
+    unsafe fn queue_read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        self.with("reading from the GPU", || unsafe { result::memcpy_dtoh_async(to, from.0, self.queue) })
+    }
+
+    unsafe fn queue_fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        self.with("filling memory", || unsafe { result::memset_d8_async(to.0, byte, bytes, self.queue) })
+    }
+
+    unsafe fn queue_launch(&self, kernel: Kernel, blocks: u32, call: &[u8]) -> Result<(), GpuError> {
+        let function = self.functions.get(kernel.name);
+        let Function { handle, shared_bytes } =
+            function.ok_or_else(|| failed("launching a kernel", format!("{} is not loaded", kernel.name)))?;
+        let mut arguments = [call.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: the caller's promise; the driver copies the argument before it returns.
+        self.with(kernel.name, || unsafe {
+            let (grid, block) = ((blocks, 1, 1), (kernel.threads, 1, 1));
+            result::launch_kernel(*handle, grid, block, *shared_bytes as u32, self.queue, &mut arguments)
+        })
+    }
+
+    fn begin_recording(&self) -> Result<(), GpuError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the queue is alive.
+        self.with("recording", || unsafe { result::stream::begin_capture(self.queue, mode) })
+    }
+
+    fn end_recording(&self) -> Result<usize, GpuError> {
+        // SAFETY: the queue is alive; the graph is not needed once it is made ready, which is kept.
+        let ready = self.with("recording", || unsafe {
+            let graph = result::stream::end_capture(self.queue)?;
+            let mut ready = std::ptr::null_mut();
+            let made = sys::cuGraphInstantiateWithFlags(&mut ready, graph, 0).result();
+            result::graph::destroy(graph)?;
+            made.map(|()| ready)
+        })?;
+        let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
+        recordings.push(ready);
+        Ok(recordings.len() - 1)
+    }
+
+    unsafe fn queue_recording(&self, number: usize) -> Result<(), GpuError> {
+        let recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
+        let ready = recordings.get(number).copied();
+        let ready = ready.ok_or_else(|| failed("replaying", format!("there is no recording {number}")))?;
+        // SAFETY: it is kept as long as this is; the rest is the caller's promise.
+        self.with("replaying", || unsafe { result::graph::launch(ready, self.queue) })
+    }
+
+    unsafe fn queue_copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        self.with("copying", || unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.queue) })
+    }
+
+    fn finish(&self) -> Result<(), GpuError> {
+        // SAFETY: the queue is alive.
+        self.with("computing", || unsafe { result::stream::synchronize(self.queue) })
+    }
+}

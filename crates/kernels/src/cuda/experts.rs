@@ -1,0 +1,371 @@
+//! A layer's experts on a GPU: `cuda/experts.cu`, and what it takes to call it.
+
+use std::marker::PhantomData;
+
+use bytemuck::{Pod, Zeroable};
+use half::bf16;
+
+use super::gpu::{Buffer, Device, GpuError, Kernel, Parcel, Returned, View};
+use super::grouped::{GROUPS_MAX, Grouped, Sizes, fit, sizes};
+use super::linear::Groups;
+use super::pack::{Format, M_TILE, Unfit, pack};
+use crate::Matrix;
+
+/// One expert's weights in a GPU's memory.
+#[derive(Debug)]
+pub struct GpuFfn {
+    /// gate and up by turns of 16 outputs; and down.
+    weights: Groups,
+    shape: Shape,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Shape {
+    in_: usize,
+    width: usize,
+    out: usize,
+    format: Format,
+}
+
+impl Shape {
+    /// Of gate and up together: a strip has 16 columns of each.
+    fn gate_up_strips(&self) -> usize {
+        self.width.div_ceil(M_TILE)
+    }
+
+    fn down_strips(&self) -> usize {
+        self.out.div_ceil(2 * M_TILE)
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum NotLoaded {
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+}
+
+impl GpuFfn {
+    /// gate and up are [width, in], down is [out, width].
+    pub fn load(device: &Device, gate: &Matrix<'_>, up: &Matrix<'_>, down: &Matrix<'_>) -> Result<Self, NotLoaded> {
+        assert_eq!([gate.rows, gate.cols], [up.rows, up.cols], "gate and up differ in shape");
+        assert_eq!(down.cols, gate.rows, "down does not take what gate gives");
+        let shape = Shape { in_: gate.cols, width: gate.rows, out: down.rows, format: Format::of(gate) };
+        if Format::of(down) != shape.format {
+            return Err(Unfit::Mixed.into());
+        }
+        let pairs: Vec<_> = (0..shape.gate_up_strips()).flat_map(|i| [(gate, i * M_TILE), (up, i * M_TILE)]).collect();
+        let rows: Vec<_> = (0..shape.down_strips() * 2).map(|i| (down, i * M_TILE)).collect();
+        Ok(Self { weights: Groups::load(device, &[pack(&pairs)?, pack(&rows)?])?, shape })
+    }
+
+    /// Random weights, made on the GPU: to measure with.
+    pub fn random(device: &Device, [in_, width, out]: [usize; 3], is_fp8: bool, seed: u64) -> Result<Self, GpuError> {
+        let format = if is_fp8 { Format::Fp8 } else { Format::Bf16 };
+        let shape = Shape { in_, width, out, format };
+        let groups = [(shape.gate_up_strips(), in_), (shape.down_strips(), width)];
+        Ok(Self { weights: Groups::random(device, format, &groups, seed)?, shape })
+    }
+
+    pub fn in_features(&self) -> usize {
+        self.shape.in_
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
+    /// Queues it: x is bf16 [rows, in], y is [rows, out]; h, bf16 [rows, width], is what it is computed in.
+    pub fn queue(
+        &self,
+        device: &Device,
+        rows: usize,
+        x: View<'_, u16>,
+        h: View<'_, u16>,
+        y: View<'_, f32>,
+    ) -> Result<(), GpuError> {
+        let Shape { in_, width, out, format } = self.shape;
+        let grouped = |part: usize, strips: usize, in_: usize, x: u64| Grouped {
+            weights: self.weights.table(part),
+            scales: self.weights.table(part + 2),
+            counts: 0,
+            count: rows as u32,
+            groups: 1,
+            strips: strips as u32,
+            in_: in_ as u32,
+            x,
+            pick: 0,
+        };
+        let gate_up = GateUp {
+            grouped: grouped(0, self.shape.gate_up_strips(), in_, x.of_len(rows * in_)),
+            width: width as u32,
+            _pad: 0,
+            h: h.of_len(rows * width),
+        };
+        let down = Down {
+            grouped: grouped(1, self.shape.down_strips(), width, gate_up.h),
+            out: out as u32,
+            y: y.of_len(rows * out),
+            ..Down::zeroed()
+        };
+        let [gate_up_kernel, down_kernel] = kernels_for(format, rows);
+        // SAFETY: the views are as large as the kernels take them to be, the weights are this network's.
+        unsafe {
+            device.queue_launch(gate_up_kernel, &gate_up)?;
+            device.queue_launch(down_kernel, &down)
+        }
+    }
+}
+
+/// What is asked of a call: sums of weighted rows of y, in the order of their terms.
+#[derive(Clone, Copy, Debug)]
+pub struct Output<'a> {
+    /// (row of y, weight); at least one. The first is multiplied, the others are added by fused multiply-adds.
+    pub terms: &'a [(u32, f32)],
+}
+
+/// Everything of one call of [`Experts::run`].
+#[derive(Clone, Copy, Debug)]
+pub struct Experts<'a> {
+    /// Each with the rows of x that it runs on; y has a row for each of these, in this order.
+    pub groups: &'a [(&'a GpuFfn, &'a [u32])],
+    /// [rows, in]
+    pub x: &'a [bf16],
+    pub outputs: &'a [Output<'a>],
+}
+
+/// What calls are computed in. Grows with them, and stays.
+#[derive(Debug)]
+pub struct Workspace {
+    device: Device,
+    sent: Option<Parcel>,
+    returned: Option<Returned<f32>>,
+    buffers: Buffers,
+}
+
+#[derive(Debug, Default)]
+struct Buffers {
+    h: Option<Buffer<u16>>,
+    y: Option<Buffer<f32>>,
+    sums: Option<Buffer<f32>>,
+    done: Option<Buffer<u32>>,
+}
+
+impl Workspace {
+    pub fn new(device: Device) -> Self {
+        Self { device, sent: None, returned: None, buffers: Buffers::default() }
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+/// A call whose rows and lists are on the GPU, and which can be queued any number of times.
+#[derive(Debug)]
+pub struct Sent<'a> {
+    gate_up: (Kernel, GateUp),
+    down: (Kernel, Down),
+    /// Experts, and what it is computed in.
+    uses: PhantomData<&'a ()>,
+}
+
+impl Sent<'_> {
+    /// The sums are in the workspace then.
+    pub fn queue(&self, device: &Device) -> Result<(), GpuError> {
+        // SAFETY: the addresses are of buffers as large as the kernels take them to be, and of experts that are borrowed.
+        unsafe {
+            device.queue_launch(self.gate_up.0, &self.gate_up.1)?;
+            device.queue_launch(self.down.0, &self.down.1)
+        }
+    }
+}
+
+impl Experts<'_> {
+    /// h = silu(x gateᵀ) * (x upᵀ) in bf16, y = h downᵀ in f32 for each group, and the outputs: `sums` is [outputs, out].
+    /// All experts have one shape.
+    pub fn run(&self, workspace: &mut Workspace, sums: &mut [f32]) -> Result<(), GpuError> {
+        let out = self.groups.first().map_or(0, |(model, _)| model.shape.out);
+        assert_eq!(sums.len(), self.outputs.len() * out, "sums are not [outputs, out]");
+        if self.outputs.is_empty() {
+            return Ok(());
+        }
+        let Workspace { device, sent, returned, buffers } = workspace;
+        self.send_by(device, sent, buffers)?.queue(device)?;
+        let returned = at_least(returned, |r| r.len() >= sums.len(), || device.returned(sums.len()))?;
+        let from = buffers.sums.as_ref().expect("what the sums were computed in");
+        device.queue_return(from.view(), returned, sums.len())?;
+        device.finish()?;
+        sums.copy_from_slice(&returned.values()[..sums.len()]);
+        Ok(())
+    }
+
+    /// Queues everything but the kernels. `parcel` holds what is sent, as long as the call may be queued; calls that have the
+    /// same workspace are not computed at a time.
+    ///
+    /// A larger call makes larger buffers: those of calls that are sent to one workspace should be of one size.
+    pub fn send<'s>(&'s self, workspace: &mut Workspace, parcel: &'s mut Option<Parcel>) -> Result<Sent<'s>, GpuError> {
+        self.send_by(&workspace.device, parcel, &mut workspace.buffers)
+    }
+
+    fn send_by<'s>(
+        &self,
+        device: &Device,
+        parcel: &mut Option<Parcel>,
+        buffers: &mut Buffers,
+    ) -> Result<Sent<'s>, GpuError> {
+        let (model, _) = self.groups.first().expect("a call of at least one expert");
+        let shape = model.shape;
+        assert!(self.groups.iter().all(|(ffn, _)| ffn.shape == shape), "experts of one call differ in shape");
+        assert!(self.groups.len() <= GROUPS_MAX, "{} experts in one call", self.groups.len());
+        let rows: usize = self.groups.iter().map(|(_, rows)| rows.len()).sum();
+        let x_rows = self.x.len() / shape.in_;
+        assert_eq!(self.x.len(), x_rows * shape.in_, "x does not have whole rows");
+        let picks = || self.groups.iter().flat_map(|(_, rows)| rows.iter().copied());
+        assert!(picks().all(|row| (row as usize) < x_rows), "a row that x does not have");
+        let terms = || self.outputs.iter().flat_map(|output| output.terms);
+        assert!(terms().all(|(row, _)| (*row as usize) < rows), "a term that y does not have");
+        assert!(self.outputs.iter().all(|output| !output.terms.is_empty()), "an output without terms");
+
+        let (groups, outputs, term_count) = (self.groups.len(), self.outputs.len(), terms().count());
+        let room = Parcel::room(&[
+            size_of_val(self.x),
+            groups * 4,
+            groups * 8,
+            groups * 8,
+            groups * 8,
+            groups * 8,
+            rows * 4,
+            (outputs + 1) * 4,
+            term_count * 4,
+            term_count * 4,
+        ]);
+        let sent = at_least(parcel, |sent| sent.has_room(room), || Parcel::new(device, room.next_power_of_two()))?;
+        let h = room_for(&mut buffers.h, rows * shape.width, |len| device.buffer(len))?;
+        let y = room_for(&mut buffers.y, rows * shape.out, |len| device.buffer(len))?;
+        let sums = room_for(&mut buffers.sums, outputs * shape.out, |len| device.buffer(len))?;
+        // Every launch leaves it as zeros.
+        let done = room_for(&mut buffers.done, shape.down_strips(), |len| device.zeros(len))?;
+
+        sent.open();
+        let x = sent.put(self.x);
+        let counts = sent.put_all(self.groups.iter().map(|(_, rows)| rows.len() as u32));
+        let begins = [0, 1, 2, 3].map(|part| sent.put_all(self.groups.iter().map(|(ffn, _)| ffn.weights.begin(part))));
+        let pick = sent.put_all(picks());
+        let mut next = 0;
+        let firsts = self.outputs.iter().map(|output| {
+            next += output.terms.len() as u32;
+            next - output.terms.len() as u32
+        });
+        let firsts = sent.put_all(firsts.chain([term_count as u32]));
+        let term_rows = sent.put_all(terms().map(|(row, _)| *row));
+        let weights = sent.put_all(terms().map(|(_, weight)| *weight));
+        sent.send(device)?;
+        let [gate_up, down, gate_up_scales, down_scales] = begins.map(|begins| sent.view(begins).of_len(groups));
+
+        let grouped = |weights, scales, strips: usize, in_: usize, x, pick| Grouped {
+            weights,
+            scales,
+            counts: sent.view(counts).of_len(groups),
+            count: 0,
+            groups: groups as u32,
+            strips: strips as u32,
+            in_: in_ as u32,
+            x,
+            pick,
+        };
+        let gate_up = GateUp {
+            grouped: grouped(
+                gate_up,
+                gate_up_scales,
+                shape.gate_up_strips(),
+                shape.in_,
+                sent.view(x).of_len(self.x.len()),
+                sent.view(pick).of_len(rows),
+            ),
+            width: shape.width as u32,
+            _pad: 0,
+            h: h.address().0,
+        };
+        let down = Down {
+            grouped: grouped(down, down_scales, shape.down_strips(), shape.width, h.address().0, 0),
+            out: shape.out as u32,
+            _pad: 0,
+            y: y.address().0,
+            outputs: outputs as u32,
+            _pad2: 0,
+            firsts: sent.view(firsts).of_len(outputs + 1),
+            rows: sent.view(term_rows).of_len(term_count),
+            weights: sent.view(weights).of_len(term_count),
+            sums: sums.address().0,
+            done: done.address().0,
+        };
+        let most = self.groups.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0);
+        let [gate_up_kernel, down_kernel] = kernels_for(shape.format, most);
+        Ok(Sent { gate_up: (gate_up_kernel, gate_up), down: (down_kernel, down), uses: PhantomData })
+    }
+}
+
+/// What is kept, or a new one where that is not enough; the old one goes first.
+fn at_least<T>(
+    kept: &mut Option<T>,
+    is_enough: impl Fn(&T) -> bool,
+    new: impl FnOnce() -> Result<T, GpuError>,
+) -> Result<&mut T, GpuError> {
+    if !kept.as_ref().is_some_and(is_enough) {
+        *kept = None;
+        *kept = Some(new()?);
+    }
+    Ok(kept.as_mut().expect("just made"))
+}
+
+fn room_for<T>(
+    kept: &mut Option<Buffer<T>>,
+    len: usize,
+    new: impl FnOnce(usize) -> Result<Buffer<T>, GpuError>,
+) -> Result<&mut Buffer<T>, GpuError> {
+    at_least(kept, |buffer| buffer.len() >= len, || new(len))
+}
+
+/// Arguments of the kernels, field by field those of `cuda/experts.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+struct GateUp {
+    grouped: Grouped,
+    width: u32,
+    _pad: u32,
+    h: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+struct Down {
+    grouped: Grouped,
+    out: u32,
+    _pad: u32,
+    y: u64,
+    outputs: u32,
+    _pad2: u32,
+    firsts: u64,
+    rows: u64,
+    weights: u64,
+    sums: u64,
+    done: u64,
+}
+
+static GATE_UP_FP8: Sizes = sizes!("gate_up_fp8");
+static GATE_UP_BF16: Sizes = sizes!("gate_up_bf16");
+static DOWN_FP8: Sizes = sizes!("down_fp8");
+static DOWN_BF16: Sizes = sizes!("down_bf16");
+
+pub(super) fn kernels() -> Vec<Kernel> {
+    [GATE_UP_FP8, GATE_UP_BF16, DOWN_FP8, DOWN_BF16].concat()
+}
+
+fn kernels_for(format: Format, rows: usize) -> [Kernel; 2] {
+    match format {
+        Format::Fp8 => [fit(&GATE_UP_FP8, rows), fit(&DOWN_FP8, rows)],
+        Format::Bf16 => [fit(&GATE_UP_BF16, rows), fit(&DOWN_BF16, rows)],
+    }
+}

@@ -1,0 +1,530 @@
+//! What is asked of a GPU, and its memory.
+//!
+//! All of the memory that a worker may use is one arena, taken at start; buffers are parts of it and go back to it when they are
+//! dropped. Work is queued and done in the order in which it was queued; nothing but [`Device::finish`] waits for it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytemuck::Pod;
+
+/// Of a byte in a GPU's memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Address(pub u64);
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum GpuError {
+    #[error("{what}: {reason}")]
+    Failed { what: &'static str, reason: String },
+    #[error("{asked} bytes are asked of the GPU's arena of {arena}, of which {free} are free ({largest} in one piece)")]
+    Full { asked: usize, arena: usize, free: usize, largest: usize },
+}
+
+/// What a GPU is.
+#[derive(Clone, Debug)]
+pub struct Properties {
+    pub name: String,
+    /// "sm_90a": what its kernels are compiled for.
+    pub architecture: &'static str,
+    pub multiprocessors: u32,
+    /// Bytes of memory that nobody uses.
+    pub memory_free: usize,
+}
+
+/// A kernel and the blocks that it runs on.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    pub name: &'static str,
+    /// Of a block.
+    pub threads: u32,
+    /// Blocks that a multiprocessor holds at a time.
+    pub blocks_each: u32,
+}
+
+impl Kernel {
+    /// Dynamic shared memory of a block, where one can have `most`: all of it, or an even part less a kilobyte, which the
+    /// driver takes of each block.
+    pub fn shared_bytes(&self, most: usize) -> usize {
+        if self.blocks_each == 1 { most } else { most / self.blocks_each as usize - 1024 }
+    }
+}
+
+/// A GPU with one queue, or what tests put in its place. `Device` is the safe way to it.
+///
+/// # Safety
+///
+/// Addresses have to be of memory that [`Gpu::allocate`] gave, and what they point to may not be used otherwise before the
+/// queue is through with it. `call` is the kernel's argument, byte for byte, with addresses that hold what the kernel expects.
+/// Host memory that is queued has to stay until [`Gpu::finish`].
+#[allow(clippy::missing_safety_doc, reason = "one contract for all")]
+pub unsafe trait Gpu: Send + Sync + fmt::Debug {
+    fn properties(&self) -> &Properties;
+    /// Aligned to 256 bytes; lasts as long as the GPU.
+    fn allocate(&self, bytes: usize) -> Result<Address, GpuError>;
+    /// Host memory that the GPU reads and writes at full speed.
+    fn allocate_host(&self, bytes: usize) -> Result<*mut u8, GpuError>;
+    /// Is done when it returns, whatever is queued.
+    unsafe fn write(&self, to: Address, from: &[u8]) -> Result<(), GpuError>;
+    unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError>;
+    unsafe fn queue_read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError>;
+    unsafe fn queue_fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), GpuError>;
+    unsafe fn queue_launch(&self, kernel: Kernel, blocks: u32, call: &[u8]) -> Result<(), GpuError>;
+    /// Launches from now on are kept instead of queued, until `end_recording`, which says their number.
+    fn begin_recording(&self) -> Result<(), GpuError>;
+    fn end_recording(&self) -> Result<usize, GpuError>;
+    /// Queues all launches of a recording at once.
+    unsafe fn queue_recording(&self, number: usize) -> Result<(), GpuError>;
+    unsafe fn queue_copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), GpuError>;
+    fn finish(&self) -> Result<(), GpuError>;
+}
+
+/// A GPU with its arena.
+#[derive(Clone, Debug)]
+pub struct Device {
+    gpu: Arc<dyn Gpu>,
+    arena: Arc<Arena>,
+}
+
+impl Device {
+    /// Takes the arena from the GPU.
+    pub fn new(gpu: Arc<dyn Gpu>, arena_bytes: usize) -> Result<Self, GpuError> {
+        let arena_bytes = arena_bytes / ALIGNMENT * ALIGNMENT;
+        let start = gpu.allocate(arena_bytes)?;
+        Ok(Self { arena: Arc::new(Arena { start, bytes: arena_bytes, free: Mutex::new(Free::of(arena_bytes)) }), gpu })
+    }
+
+    pub fn properties(&self) -> &Properties {
+        self.gpu.properties()
+    }
+
+    /// Peers compare this: equal names, equal bits. Matrix units of different generations round sums differently.
+    pub fn numerics(&self) -> String {
+        format!("bf16-{}", self.properties().architecture)
+    }
+
+    /// Bytes of the arena, and those of them that are free.
+    pub fn memory(&self) -> (usize, usize) {
+        (self.arena.bytes, self.arena.free().total)
+    }
+
+    /// `len` values that say nothing yet.
+    pub fn buffer<T: Pod>(&self, len: usize) -> Result<Buffer<T>, GpuError> {
+        let bytes = (len * size_of::<T>()).next_multiple_of(ALIGNMENT);
+        let at = self.arena.take(bytes)?;
+        Ok(Buffer { arena: self.arena.clone(), at, bytes, len, values: PhantomData })
+    }
+
+    /// A buffer of these values; they are there when this returns.
+    pub fn buffer_of<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>, GpuError> {
+        let buffer = self.buffer(values.len())?;
+        self.write(&buffer, 0, values)?;
+        Ok(buffer)
+    }
+
+    pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>, GpuError> {
+        let buffer = self.buffer(len)?;
+        // SAFETY: the buffer is new, and so large.
+        unsafe { self.gpu.queue_fill(buffer.address(), 0, len * size_of::<T>())? };
+        Ok(buffer)
+    }
+
+    /// Host memory for what goes to the GPU or comes from it.
+    pub(crate) fn staging(&self, bytes: usize) -> Result<Staging, GpuError> {
+        let bytes = bytes.max(1);
+        Ok(Staging { at: self.gpu.allocate_host(bytes)?, bytes })
+    }
+
+    /// Queues a copy of the first `bytes` bytes.
+    ///
+    /// # Safety
+    ///
+    /// The staging memory may not be written to before `finish`.
+    pub(crate) unsafe fn queue_write(&self, to: &Buffer<u8>, from: &Staging, bytes: usize) -> Result<(), GpuError> {
+        assert!(bytes <= to.len, "{bytes} bytes into a buffer of {}", to.len);
+        // SAFETY: the buffer is this device's and large enough; the rest is the caller's promise.
+        unsafe { self.gpu.queue_write(to.address(), &from.bytes()[..bytes]) }
+    }
+
+    /// Writes to a buffer from value `first` on, now.
+    pub(crate) fn write<T: Pod>(&self, to: &Buffer<T>, first: usize, values: &[T]) -> Result<(), GpuError> {
+        let at = to.view().from(first).of_len(values.len());
+        // SAFETY: the buffer is this device's and large enough.
+        unsafe { self.gpu.write(Address(at), bytemuck::cast_slice(values)) }
+    }
+
+    /// Room for `len` values that come from the GPU.
+    pub fn returned<T: Pod>(&self, len: usize) -> Result<Returned<T>, GpuError> {
+        Ok(Returned { staging: self.staging(len * size_of::<T>())?, len, values: PhantomData })
+    }
+
+    /// Queues a copy of the first `len` values.
+    pub fn queue_return<T: Pod>(&self, from: View<'_, T>, to: &mut Returned<T>, len: usize) -> Result<(), GpuError> {
+        assert!(len <= to.len, "{len} values into room for {}", to.len);
+        let (at, bytes) = (Address(from.of_len(len)), len * size_of::<T>());
+        // SAFETY: both are large enough; `Returned::values` is read after `finish` only, it says.
+        unsafe { self.gpu.queue_read(at, &mut to.staging.bytes_mut()[..bytes]) }
+    }
+
+    /// Queues a kernel on as many blocks as the GPU holds at a time.
+    ///
+    /// # Safety
+    ///
+    /// `call` is the kernel's argument, and every address in it holds what the kernel expects until the queue is through.
+    pub(crate) unsafe fn queue_launch<C: Pod>(&self, kernel: Kernel, call: &C) -> Result<(), GpuError> {
+        let blocks = self.properties().multiprocessors * kernel.blocks_each;
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.queue_launch(kernel, blocks, bytemuck::bytes_of(call)) }
+    }
+
+    /// Keeps the launches that `queue` makes, so that they can be queued as one. Nobody else queues meanwhile; what they work on
+    /// has to last as long as the recording.
+    pub fn record(&self, queue: impl FnOnce() -> Result<(), GpuError>) -> Result<Recording, GpuError> {
+        self.gpu.begin_recording()?;
+        let queued = queue();
+        let number = self.gpu.end_recording()?;
+        queued.map(|()| Recording(number))
+    }
+
+    /// Queues all launches of a recording of this device.
+    pub fn queue_recording(&self, recording: &Recording) -> Result<(), GpuError> {
+        // SAFETY: what the launches work on lasts, says `record`.
+        unsafe { self.gpu.queue_recording(recording.0) }
+    }
+
+    /// Queues a copy of all of one buffer to another of its size.
+    pub fn queue_copy<T>(&self, to: &Buffer<T>, from: &Buffer<T>) -> Result<(), GpuError> {
+        assert_eq!(to.len, from.len, "a copy between buffers of different sizes");
+        // SAFETY: both are of this size.
+        unsafe { self.gpu.queue_copy(to.address(), from.address(), from.len * size_of::<T>()) }
+    }
+
+    /// Waits for everything that is queued.
+    pub fn finish(&self) -> Result<(), GpuError> {
+        self.gpu.finish()
+    }
+}
+
+/// Launches that are queued as one.
+#[derive(Debug)]
+pub struct Recording(usize);
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Properties { name, architecture, multiprocessors, memory_free } = self.properties();
+        let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+        write!(f, "{name} ({architecture}, {multiprocessors} multiprocessors), ")?;
+        write!(f, "an arena of {:.1} GiB of {:.1} GiB that were free", gib(self.arena.bytes), gib(*memory_free))
+    }
+}
+
+/// `len` values in a GPU's memory.
+pub struct Buffer<T> {
+    arena: Arc<Arena>,
+    at: usize,
+    bytes: usize,
+    len: usize,
+    values: PhantomData<T>,
+}
+
+/// Values in a GPU's memory, of a buffer that lives. What is queued with a view is done before the memory of its buffer is
+/// used for something else that is queued.
+#[derive(Debug)]
+pub struct View<'a, T> {
+    at: u64,
+    len: usize,
+    buffer: PhantomData<&'a T>,
+}
+
+impl<T> Clone for View<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for View<'_, T> {}
+
+impl<'a, T> View<'a, T> {
+    /// For a kernel that takes at least `len` values.
+    pub(crate) fn of_len(self, len: usize) -> u64 {
+        assert!(self.len >= len, "{} values where a kernel takes {len}", self.len);
+        self.at
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// From value `first` on.
+    pub fn from(self, first: usize) -> View<'a, T> {
+        assert!(first <= self.len, "value {first} of {}", self.len);
+        View { at: self.at + (first * size_of::<T>()) as u64, len: self.len - first, buffer: PhantomData }
+    }
+}
+
+impl<T> Buffer<T> {
+    pub fn address(&self) -> Address {
+        Address(self.arena.start.0 + self.at as u64)
+    }
+
+    pub fn view(&self) -> View<'_, T> {
+        View { at: self.address().0, len: self.len, buffer: PhantomData }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        self.arena.free().give_back(self.at, self.bytes);
+    }
+}
+
+impl<T> fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} x {} bytes)", self.len, size_of::<T>())
+    }
+}
+
+/// What goes to the GPU in one piece: pinned memory, and as much of the GPU's.
+#[derive(Debug)]
+pub struct Parcel {
+    staging: Staging,
+    buffer: Buffer<u8>,
+    len: usize,
+}
+
+/// Parts of a parcel begin at multiples of this.
+const PART_ALIGNMENT: usize = 16;
+
+impl Parcel {
+    pub fn new(device: &Device, bytes: usize) -> Result<Self, GpuError> {
+        Ok(Self { staging: device.staging(bytes)?, buffer: device.buffer(bytes)?, len: 0 })
+    }
+
+    /// Bytes that parts of these sizes take.
+    pub fn room(parts: &[usize]) -> usize {
+        parts.iter().map(|part| part.next_multiple_of(PART_ALIGNMENT)).sum()
+    }
+
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.buffer.len >= bytes
+    }
+
+    /// Empties it. What was sent before has to be through: `finish` was called since.
+    pub fn open(&mut self) {
+        self.len = 0;
+    }
+
+    /// Where the values will be, once [`Parcel::send`] is called. The place is a number: views of what is in it can only be
+    /// had once all is.
+    pub fn put<T: Pod>(&mut self, values: &[T]) -> Part<T> {
+        let (start, bytes) = (self.len, size_of_val(values));
+        self.staging.bytes_mut()[start..start + bytes].copy_from_slice(bytemuck::cast_slice(values));
+        self.len = (start + bytes).next_multiple_of(PART_ALIGNMENT);
+        Part { start, len: values.len(), values: PhantomData }
+    }
+
+    pub fn put_all<T: Pod>(&mut self, values: impl Iterator<Item = T>) -> Part<T> {
+        self.put(&values.collect::<Vec<T>>())
+    }
+
+    /// Queues the copy.
+    pub fn send(&self, device: &Device) -> Result<(), GpuError> {
+        // SAFETY: the staging memory is written to after `finish` only, says `open`.
+        unsafe { device.queue_write(&self.buffer, &self.staging, self.len.min(self.buffer.len)) }
+    }
+
+    pub fn view<T>(&self, part: Part<T>) -> View<'_, T> {
+        View { at: self.buffer.address().0 + part.start as u64, len: part.len, buffer: PhantomData }
+    }
+}
+
+/// A place in a parcel.
+#[derive(Debug)]
+pub struct Part<T> {
+    start: usize,
+    len: usize,
+    values: PhantomData<T>,
+}
+
+impl<T> Clone for Part<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Part<T> {}
+
+/// Pinned memory for values that come from the GPU.
+#[derive(Debug)]
+pub struct Returned<T> {
+    staging: Staging,
+    len: usize,
+    values: PhantomData<T>,
+}
+
+impl<T: Pod> Returned<T> {
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What has come, once [`Device::finish`] was called since it was asked for.
+    pub fn values(&self) -> &[T] {
+        &bytemuck::cast_slice(self.staging.bytes())[..self.len]
+    }
+}
+
+/// Host memory of a GPU; as long as the GPU, like the memory itself.
+pub(crate) struct Staging {
+    at: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: nobody else has the memory.
+unsafe impl Send for Staging {}
+
+impl Staging {
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: so many bytes were allocated, and zeroed; nobody else has them.
+        unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) }
+    }
+}
+
+impl fmt::Debug for Staging {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Staging({} bytes)", self.bytes)
+    }
+}
+
+/// Buffers begin at multiples of this: whole lines of the second-level cache.
+const ALIGNMENT: usize = 256;
+
+#[derive(Debug)]
+struct Arena {
+    start: Address,
+    bytes: usize,
+    free: Mutex<Free>,
+}
+
+impl Arena {
+    fn free(&self) -> MutexGuard<'_, Free> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, bytes: usize) -> Result<usize, GpuError> {
+        let mut free = self.free();
+        free.take(bytes).ok_or(GpuError::Full {
+            asked: bytes,
+            arena: self.bytes,
+            free: free.total,
+            largest: free.largest(),
+        })
+    }
+}
+
+/// Free pieces, neighbours joined.
+#[derive(Debug)]
+struct Free {
+    /// By where they begin.
+    pieces: BTreeMap<usize, usize>,
+    total: usize,
+}
+
+impl Free {
+    fn of(bytes: usize) -> Self {
+        Self { pieces: BTreeMap::from([(0, bytes)]), total: bytes }
+    }
+
+    /// The smallest piece that is large enough, cut: an epoch's experts are of one size and fill each other's holes.
+    fn take(&mut self, bytes: usize) -> Option<usize> {
+        if bytes == 0 {
+            return Some(0);
+        }
+        let fit = self.pieces.iter().filter(|(_, len)| **len >= bytes).min_by_key(|(_, len)| **len);
+        let (at, len) = fit.map(|(at, len)| (*at, *len))?;
+        self.pieces.remove(&at);
+        if len > bytes {
+            self.pieces.insert(at + bytes, len - bytes);
+        }
+        self.total -= bytes;
+        Some(at)
+    }
+
+    fn give_back(&mut self, mut at: usize, bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
+        self.total += bytes;
+        let mut len = bytes;
+        if let Some(after) = self.pieces.remove(&(at + len)) {
+            len += after;
+        }
+        if let Some((before, before_len)) = self.pieces.range(..at).next_back().map(|(at, len)| (*at, *len))
+            && before + before_len == at
+        {
+            (at, len) = (before, before_len + len);
+        }
+        self.pieces.insert(at, len);
+    }
+
+    fn largest(&self) -> usize {
+        self.pieces.values().copied().max().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// What is taken overlaps nothing that is taken, and when all is back it is one piece again.
+        #[test]
+        fn pieces_are_nobody_elses_and_come_together_again(steps in prop::collection::vec((any::<bool>(), 1..40usize), 0..200)) {
+            let mut free = Free::of(1000);
+            let mut taken: Vec<(usize, usize)> = Vec::new();
+            for (takes, n) in steps {
+                if takes {
+                    let has_room = free.largest() >= n;
+                    let Some(at) = free.take(n) else {
+                        prop_assert!(!has_room);
+                        continue;
+                    };
+                    prop_assert!(at + n <= 1000);
+                    prop_assert!(taken.iter().all(|(other, len)| at + n <= *other || other + len <= at));
+                    taken.push((at, n));
+                } else if !taken.is_empty() {
+                    let (at, len) = taken.swap_remove(n % taken.len());
+                    free.give_back(at, len);
+                }
+                prop_assert_eq!(free.total, 1000 - taken.iter().map(|(_, len)| len).sum::<usize>());
+            }
+            for (at, len) in taken {
+                free.give_back(at, len);
+            }
+            prop_assert_eq!(&free.pieces, &BTreeMap::from([(0, 1000)]));
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Clusters whose workers compute on a GPU: on the emulator, or on the GPU that MOESAIC_TEST_DEVICE names.
+#![allow(clippy::unwrap_used)]
+
+use moesaic_kernels::Dtype;
+use moesaic_kernels::cuda::{Device, DeviceChoice};
+use moesaic_tests::cluster::{Cluster, Options, Transport};
+use moesaic_tests::parity::bf16_is_near;
+use moesaic_tests::requests::{Answer, greedy};
+
+/// More than any fixture takes.
+const ARENA_BYTES: usize = 1 << 30;
+
+fn device(seed: u64) -> Device {
+    let Ok(named) = std::env::var("MOESAIC_TEST_DEVICE") else {
+        return moesaic_emulator::device(ARENA_BYTES, seed);
+    };
+    let choice: DeviceChoice = named.parse().unwrap();
+    choice.open(Dtype::Bf16, Some(ARENA_BYTES)).unwrap().expect("a GPU by its name")
+}
+
+/// Small buffers: the emulator's steps take time, not memory.
+fn options(model: &str) -> Options {
+    Options { token_budget: 64, chunk: 64, cache_tokens: 4096, ..Options::new(model, "bf16") }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_workers_on_a_gpu_answer_as_the_reference() {
+    let gpu = device(1);
+    let on_gpu =
+        |model: &str| Options { attention_gpu: Some(gpu.clone()), experts_gpu: Some(gpu.clone()), ..options(model) };
+    bf16_is_near(&["v3-fp8", "v2", "v2-lite"], on_gpu).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gpu_serves_a_processor_and_the_reverse() {
+    let gpu = device(2);
+    for (attention_gpu, experts_gpu) in [(None, Some(gpu.clone())), (Some(gpu), None)] {
+        let on_both = |model: &str| Options {
+            attention_gpu: attention_gpu.clone(),
+            experts_gpu: experts_gpu.clone(),
+            transport: Transport::Grpc,
+            ..options(model)
+        };
+        bf16_is_near(&["v2-lite"], on_both).await;
+    }
+}
+
+/// Rule 1, on a GPU: the same tokens and log-probabilities, whatever else runs and however it is cut.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_do_not_depend_on_what_runs_beside_them() {
+    let gpu = device(3);
+    let requests: Vec<_> =
+        [&[5, 9, 300, 2][..], &[7], &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
+            .iter()
+            .map(|prompt| greedy(prompt, 6))
+            .collect();
+    let mut all: Vec<Vec<Answer>> = Vec::new();
+    for (chunk, expert_workers, transport) in [(64, 1, Transport::Local), (3, 2, Transport::Grpc)] {
+        let options = Options {
+            attention_gpu: Some(gpu.clone()),
+            experts_gpu: Some(gpu.clone()),
+            chunk,
+            expert_workers,
+            transport,
+            ..options("v3-fp8")
+        };
+        let cluster = Cluster::start(&options).await;
+        all.push(cluster.alone(&requests).await);
+        all.push(cluster.at_once(&requests).await);
+        cluster.stop().await;
+    }
+    for answers in &all[1..] {
+        for (answer, expected) in answers.iter().zip(&all[0]) {
+            assert_eq!((&answer.prompt, &answer.tokens), (&expected.prompt, &expected.tokens));
+        }
+    }
+}
