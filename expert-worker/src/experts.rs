@@ -13,10 +13,10 @@ use moesaic_proto::ExpertId;
 use crate::core::batch::{Chunk, Target};
 
 /// An expert where it is computed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Expert {
-    Cpu(Ffn),
-    Gpu(GpuFfn),
+    Cpu(Arc<Ffn>),
+    Gpu(Arc<GpuFfn>),
 }
 
 impl Expert {
@@ -45,7 +45,7 @@ impl<'c> Loader<'c> {
     /// The expert, and how many bytes of the checkpoint it is.
     pub fn get(&self, layer: usize, expert: usize) -> Result<(Expert, u64), ModelError> {
         match self {
-            Self::Cpu(packed) => packed.get(layer, expert).map(|(ffn, bytes)| (Expert::Cpu(ffn), bytes)),
+            Self::Cpu(packed) => packed.get(layer, expert).map(|(ffn, bytes)| (Expert::Cpu(Arc::new(ffn)), bytes)),
             Self::Gpu(checkpoint, device) => {
                 let block = checkpoint.expert(layer, expert)?;
                 let loaded = GpuFfn::load(device, &block.gate, &block.up, &block.down);
@@ -53,7 +53,7 @@ impl<'c> Loader<'c> {
                     ModelError::file(checkpoint.dir(), format!("layer {layer}, expert {expert}: {error}"))
                 })?;
                 checkpoint.release(block.matrices());
-                Ok((Expert::Gpu(ffn), block.bytes()))
+                Ok((Expert::Gpu(Arc::new(ffn)), block.bytes()))
             }
         }
     }
@@ -78,7 +78,7 @@ impl Scratch {
     pub fn compute<'e>(
         &mut self,
         chunk: &Chunk,
-        expert: impl Fn(ExpertId) -> &'e Arc<Expert>,
+        expert: impl Fn(ExpertId) -> &'e Expert,
         x: &Input<'_>,
         hidden: usize,
         answers: &mut [Vec<f32>],
@@ -86,7 +86,7 @@ impl Scratch {
         match self {
             Self::Cpu(pool, results) => {
                 let groups: Vec<(&Ffn, &[u32])> = groups(chunk, expert, |expert| match expert {
-                    Expert::Cpu(ffn) => Some(ffn),
+                    Expert::Cpu(ffn) => Some(&**ffn),
                     Expert::Gpu(_) => None,
                 });
                 results.resize(chunk.terms.len() * hidden, 0.0);
@@ -95,7 +95,7 @@ impl Scratch {
             }
             Self::Gpu(workspace) => {
                 let groups: Vec<(&GpuFfn, &[u32])> = groups(chunk, expert, |expert| match expert {
-                    Expert::Gpu(ffn) => Some(ffn),
+                    Expert::Gpu(ffn) => Some(&**ffn),
                     Expert::Cpu(_) => None,
                 });
                 let weight = |target: &Target, weight: f32| if target.is_weighted { weight } else { 1.0 };
@@ -118,7 +118,7 @@ impl Scratch {
 
 fn groups<'c, 'e: 'c, T>(
     chunk: &'c Chunk,
-    expert: impl Fn(ExpertId) -> &'e Arc<Expert>,
+    expert: impl Fn(ExpertId) -> &'e Expert,
     own: impl Fn(&'e Expert) -> Option<&'e T>,
 ) -> Vec<(&'e T, &'c [u32])> {
     let one = |(id, rows): &'c (ExpertId, Vec<u32>)| {

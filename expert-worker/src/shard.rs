@@ -15,15 +15,15 @@ use crate::experts::Expert;
 #[derive(Debug, Default)]
 pub struct Shard {
     /// All layers with routed experts, also those of which this worker holds none.
-    layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Expert>>>,
+    layers: BTreeMap<LayerId, BTreeMap<ExpertId, Expert>>,
 }
 
 impl Shard {
-    pub fn new(layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Expert>>>) -> Self {
+    pub fn new(layers: BTreeMap<LayerId, BTreeMap<ExpertId, Expert>>) -> Self {
         Self { layers }
     }
 
-    pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Option<&Arc<Expert>> {
+    pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Option<&Expert> {
         self.layers.get(&layer)?.get(&expert)
     }
 

@@ -241,7 +241,7 @@ fn shard_of(
     held: Option<&Shard>,
     bytes_per_second: u64,
 ) -> Result<Shard, ModelError> {
-    let mut layers: BTreeMap<LayerId, BTreeMap<ExpertId, Arc<Expert>>> =
+    let mut layers: BTreeMap<LayerId, BTreeMap<ExpertId, Expert>> =
         checkpoint.config().moe_layers().into_iter().map(|layer| (LayerId(layer as u8), BTreeMap::new())).collect();
     let mut missing = Vec::new();
     for (layer, experts) in shard {
@@ -255,7 +255,7 @@ fn shard_of(
     let loader = Loader::of(backend, checkpoint)?;
     let pack = |(layer, expert): (LayerId, ExpertId)| {
         let (loaded, bytes) = loader.get(usize::from(layer.0), usize::from(expert.0))?;
-        Ok(((layer, expert, Arc::new(loaded)), bytes))
+        Ok(((layer, expert, loaded), bytes))
     };
     let loaded = match bytes_per_second {
         0 => load::all("experts", missing, pack)?,

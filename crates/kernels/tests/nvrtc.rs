@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 
 use moesaic_kernels::cuda::{ARCHITECTURES, compile, kernels};
 
@@ -47,8 +48,13 @@ fn usages(log: &str) -> BTreeMap<String, Usage> {
 #[test]
 #[ignore = "needs NVRTC: tests/run cuda"]
 fn every_kernel_compiles_for_every_architecture_within_its_registers() {
-    for (architecture, _) in ARCHITECTURES {
-        for (source, kernels) in kernels() {
+    let all = ARCHITECTURES
+        .iter()
+        .flat_map(|(architecture, _)| kernels().map(|(source, list)| (*architecture, source, list)));
+    let next = Mutex::new(all);
+    let work = || {
+        let take = || next.lock().unwrap().next();
+        while let Some((architecture, source, kernels)) = take() {
             let compiled = compile(source, architecture, None).unwrap();
             assert!(compiled.image.starts_with(b"\x7fELF"), "{source:?} for {architecture} is no CUBIN");
             let usages = usages(&compiled.log);
@@ -67,7 +73,12 @@ fn every_kernel_compiles_for_every_architecture_within_its_registers() {
                 assert_eq!((stack, spills), (0, 0), "{} for {architecture} keeps values in memory", kernel.name);
             }
         }
-    }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(work);
+        }
+    });
 }
 
 #[test]

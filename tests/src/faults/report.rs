@@ -326,7 +326,11 @@ mod tests {
         let slow_once = row(vec![of(0.5, 0), of(0.95, 0), of(1.1, 0)]);
         assert_eq!(slow_once.verdict(), Verdict::Pass);
         assert_eq!(slow_once.cells()[7], "rate >= 0.90 x (0.95 x in the median, 0.50 x at worst)");
-        assert_eq!(row(vec![of(0.95, 0), of(0.95, 1), of(0.95, 0)]).verdict(), Verdict::Fail, "a lost stream is no rate");
+        assert_eq!(
+            row(vec![of(0.95, 0), of(0.95, 1), of(0.95, 0)]).verdict(),
+            Verdict::Fail,
+            "a lost stream is no rate"
+        );
         let slow = row(vec![of(0.5, 0), of(0.85, 0), of(1.1, 0)]);
         assert_eq!(slow.verdict(), Verdict::Fail);
         assert_eq!(slow.details(), ["F1 in the median: rate >= 0.90 x: 0.85 x"]);

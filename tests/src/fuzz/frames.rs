@@ -139,7 +139,7 @@ static ENGINE: LazyLock<Arc<Engine>> = LazyLock::new(|| {
             up: linear(width, hidden, e + 1),
             down: linear(hidden, width, e + 2),
         };
-        (ExpertId(e as u16), Arc::new(Expert::Cpu(ffn)))
+        (ExpertId(e as u16), Expert::Cpu(Arc::new(ffn)))
     };
     let held: BTreeMap<_, _> = (0..SHAPE.experts - 1).map(expert).collect();
     let (engine, _) =

@@ -51,10 +51,10 @@ struct Measured {
 
 pub fn run(args: &Args) -> Result<()> {
     let file = args.config.as_deref().context("--rank needs --config, a model's config.json")?;
+    let rank = Rank::of(&read(file)?, args.ep)?;
     let device: DeviceChoice = args.device.parse()?;
     let device = device.open(Dtype::Bf16, None).map_err(|missing| anyhow!("--device {}: {missing}", args.device))?;
     let device = device.with_context(|| format!("--device is {}; --rank measures a GPU", args.device))?;
-    let rank = Rank::of(&read(file)?, args.ep)?;
     let copy = copy_rate(&device)?;
     let layers = make(&device, &rank)?;
     let bytes: usize = layers.iter().flatten().map(GpuFfn::bytes).sum();
