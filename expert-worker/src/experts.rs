@@ -63,14 +63,14 @@ impl<'c> Loader<'c> {
 #[derive(Debug)]
 pub enum Scratch {
     Cpu(Pool, Vec<f32>),
-    Gpu(Workspace),
+    Gpu(Box<Workspace>),
 }
 
 impl Scratch {
     pub fn of(backend: &Backend) -> Self {
         match backend {
             Backend::Cpu(_, pool) => Self::Cpu(pool.clone(), Vec::new()),
-            Backend::Gpu(device) => Self::Gpu(Workspace::new(device.clone())),
+            Backend::Gpu(device) => Self::Gpu(Box::new(Workspace::new(device.clone()))),
         }
     }
 

@@ -76,15 +76,23 @@ impl std::fmt::Debug for Line {
 
 impl Emulator {
     fn take(&self, bytes: usize, byte: u8) -> *mut u8 {
-        let mut lines = vec![Line([byte; 256]); bytes.div_ceil(256).max(1)].into_boxed_slice();
-        let at = lines.as_mut_ptr().cast();
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner).push(lines);
+        let mut taken = lines(bytes, byte);
+        let at = taken.as_mut_ptr().cast();
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).push(taken);
         at
     }
 
     fn recordings(&self) -> MutexGuard<'_, Recordings> {
         self.recordings.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn line_count(bytes: usize) -> usize {
+    bytes.div_ceil(256).max(1)
+}
+
+fn lines(bytes: usize, byte: u8) -> Box<[Line]> {
+    vec![Line([byte; 256]); line_count(bytes)].into_boxed_slice()
 }
 
 /// One at a time: it has one set of fibers.
@@ -101,7 +109,12 @@ unsafe impl Gpu for Emulator {
     }
 
     fn allocate_host(&self, bytes: usize) -> Result<*mut u8, GpuError> {
-        Ok(self.take(bytes, 0))
+        Ok(Box::leak(lines(bytes, 0)).as_mut_ptr().cast())
+    }
+
+    unsafe fn free_host(&self, at: *mut u8, bytes: usize) {
+        // SAFETY: `allocate_host` leaked just these lines, for as many bytes.
+        drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(at.cast::<Line>(), line_count(bytes))) });
     }
 
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {

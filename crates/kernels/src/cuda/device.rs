@@ -145,6 +145,11 @@ unsafe impl Gpu for CudaGpu {
         })
     }
 
+    unsafe fn free_host(&self, at: *mut u8, _: usize) {
+        // SAFETY: the caller's promise. Where it fails, the context is lost, and the memory with it.
+        let _ = self.with("giving pinned memory back", || unsafe { result::free_host(at.cast()) });
+    }
+
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
         self.with("writing to the GPU", || unsafe { result::memcpy_htod_sync(to.0, from) })

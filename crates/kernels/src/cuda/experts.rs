@@ -193,7 +193,8 @@ impl Experts<'_> {
         }
         let Workspace { device, sent, returned, buffers } = workspace;
         self.send_by(device, sent, buffers)?.queue(device)?;
-        let returned = at_least(returned, |r| r.len() >= sums.len(), || device.returned(sums.len()))?;
+        let returned =
+            at_least(returned, |r| r.len() >= sums.len(), || device.returned(sums.len().next_power_of_two()))?;
         let from = buffers.sums.as_ref().expect("what the sums were computed in");
         device.queue_return(from.view(), returned, sums.len())?;
         device.finish()?;

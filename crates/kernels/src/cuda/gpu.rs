@@ -63,8 +63,10 @@ pub unsafe trait Gpu: Send + Sync + fmt::Debug {
     fn properties(&self) -> &Properties;
     /// Aligned to 256 bytes; lasts as long as the GPU.
     fn allocate(&self, bytes: usize) -> Result<Address, GpuError>;
-    /// Host memory that the GPU reads and writes at full speed.
+    /// Zeroed host memory that the GPU reads and writes at full speed.
     fn allocate_host(&self, bytes: usize) -> Result<*mut u8, GpuError>;
+    /// What `allocate_host` gave for so many bytes, after `finish`.
+    unsafe fn free_host(&self, at: *mut u8, bytes: usize);
     /// Is done when it returns, whatever is queued.
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<(), GpuError>;
     unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError>;
@@ -133,7 +135,7 @@ impl Device {
     /// Host memory for what goes to the GPU or comes from it.
     pub(crate) fn staging(&self, bytes: usize) -> Result<Staging, GpuError> {
         let bytes = bytes.max(1);
-        Ok(Staging { at: self.gpu.allocate_host(bytes)?, bytes })
+        Ok(Staging { at: self.gpu.allocate_host(bytes)?, bytes, gpu: self.gpu.clone() })
     }
 
     /// Queues a copy of the first `bytes` bytes.
@@ -390,10 +392,11 @@ impl<T: Pod> Returned<T> {
     }
 }
 
-/// Host memory of a GPU; as long as the GPU, like the memory itself.
+/// Host memory of a GPU.
 pub(crate) struct Staging {
     at: *mut u8,
     bytes: usize,
+    gpu: Arc<dyn Gpu>,
 }
 
 // SAFETY: nobody else has the memory.
@@ -408,6 +411,15 @@ impl Staging {
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) }
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // Where waiting fails the GPU is lost, and reads nothing any more.
+        let _ = self.gpu.finish();
+        // SAFETY: the memory is this one's, and the queue is through with it.
+        unsafe { self.gpu.free_host(self.at, self.bytes) };
     }
 }
 
