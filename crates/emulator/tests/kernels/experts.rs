@@ -130,6 +130,36 @@ fn a_second_call_in_the_same_workspace_gives_the_same() {
     assert!(results.iter().flatten().all(|x| x.is_finite()));
 }
 
+/// As `moesaic bench --rank expert` measures a rank.
+#[test]
+fn random_experts_give_numbers_and_a_recording_gives_the_same() {
+    let device = device(64 << 20, 9);
+    for is_fp8 in [true, false] {
+        let make = |seed| GpuFfn::random(&device, [256, 128, 256], is_fp8, seed).unwrap();
+        let (experts, again) = ([make(1), make(2)], [make(1), make(2)]);
+        let mut workspace = Workspace::new(device.clone());
+        let call = Call::random(&mut Random(3), 256, &[5, 12]);
+        let sums = call.run(&mut workspace, &experts, 256);
+        assert!(
+            sums.iter().all(|x| x.is_finite()) && sums.iter().any(|x| x.abs() > 0.01),
+            "{is_fp8}: {:?}",
+            &sums[..8]
+        );
+        assert_eq!(call.run(&mut workspace, &again, 256), sums, "the same seed");
+
+        let groups: Vec<_> = experts.iter().zip(&call.rows).map(|(ffn, rows)| (ffn, &rows[..])).collect();
+        let outputs: Vec<_> = call.outputs.iter().map(|terms| Output { terms }).collect();
+        let (asked, mut parcel) = (Experts { groups: &groups, x: &call.x, outputs: &outputs }, None);
+        let sent = asked.send(&mut workspace, &mut parcel).unwrap();
+        let recording = device.record(|| sent.queue(&device)).unwrap();
+        for _ in 0..2 {
+            device.queue_recording(&recording).unwrap();
+            device.finish().unwrap();
+            assert_eq!(workspace.sums(sums.len()).unwrap(), sums);
+        }
+    }
+}
+
 #[test]
 fn weights_that_kernels_cannot_read_are_refused_by_name() {
     let device = device(1 << 20, 1);

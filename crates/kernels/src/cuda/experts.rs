@@ -157,8 +157,14 @@ impl Workspace {
         Self { device, sent: None, returned: None, buffers: Buffers::default() }
     }
 
-    pub fn device(&self) -> &Device {
-        &self.device
+    /// The first `len` sums of the last call, once it is through.
+    pub fn sums(&mut self, len: usize) -> Result<&[f32], GpuError> {
+        let Self { device, returned, buffers, .. } = self;
+        let returned = at_least(returned, |r| r.len() >= len, || device.returned(len.next_power_of_two()))?;
+        let from = buffers.sums.as_ref().expect("a call has made room for its sums");
+        device.queue_return(from.view(), returned, len)?;
+        device.finish()?;
+        Ok(&returned.values()[..len])
     }
 }
 
@@ -191,14 +197,9 @@ impl Experts<'_> {
         if self.outputs.is_empty() {
             return Ok(());
         }
-        let Workspace { device, sent, returned, buffers } = workspace;
+        let Workspace { device, sent, buffers, .. } = workspace;
         self.send_by(device, sent, buffers)?.queue(device)?;
-        let returned =
-            at_least(returned, |r| r.len() >= sums.len(), || device.returned(sums.len().next_power_of_two()))?;
-        let from = buffers.sums.as_ref().expect("what the sums were computed in");
-        device.queue_return(from.view(), returned, sums.len())?;
-        device.finish()?;
-        sums.copy_from_slice(&returned.values()[..sums.len()]);
+        sums.copy_from_slice(workspace.sums(sums.len())?);
         Ok(())
     }
 
