@@ -6,7 +6,7 @@ use std::thread;
 
 use moesaic_kernels::cuda::{DeviceChoice, Missing, UnknownDevice};
 use moesaic_kernels::{Backend, Dtype, Pool, UnknownDtype};
-use moesaic_node::config::{InvalidAddress, check_address, read_bytes};
+use moesaic_node::config::{InvalidAddress, InvalidBytes, check_address, read_bytes};
 use moesaic_node::membership::Settings;
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 use moesaic_proto::v1::Role;
@@ -241,16 +241,14 @@ pub enum InvalidConfig {
     Range { field: &'static str, given: u64, min: u64, max: u64 },
     #[error("cache_tokens ({tokens}) and memory ({memory}) are both set; expected one of them")]
     CacheTwice { tokens: usize, memory: String },
-    #[error("memory is {given:?}; expected a number of bytes such as 1073741824, 512MiB or 8GiB")]
-    Memory { given: String },
     #[error(transparent)]
     Address(#[from] InvalidAddress),
     #[error(transparent)]
     Dtype(#[from] UnknownDtype),
     #[error(transparent)]
     Device(#[from] UnknownDevice),
-    #[error("device_memory is {0:?}; expected bytes as 4096MiB or 64GiB")]
-    DeviceMemory(String),
+    #[error(transparent)]
+    Bytes(#[from] InvalidBytes),
     #[error("device is {device:?}: {missing}")]
     NoDevice { device: String, missing: Missing },
 }
@@ -301,10 +299,7 @@ impl Config {
     }
 
     fn device_memory(&self) -> Result<Option<usize>, InvalidConfig> {
-        let read = |given: &String| {
-            let bytes = read_bytes(given).and_then(|bytes| usize::try_from(bytes).ok());
-            bytes.ok_or_else(|| InvalidConfig::DeviceMemory(given.clone()))
-        };
+        let read = |given: &String| Ok(read_bytes("device_memory", given)? as usize);
         self.device_memory.as_ref().map(read).transpose()
     }
 
@@ -316,10 +311,7 @@ impl Config {
         match (self.cache_tokens, &self.memory) {
             (Some(tokens), Some(memory)) => Err(InvalidConfig::CacheTwice { tokens, memory: memory.clone() }),
             (tokens, None) => Ok(CacheSize::Tokens(tokens.unwrap_or(CACHE_TOKENS))),
-            (None, Some(given)) => {
-                let bytes = read_bytes(given).ok_or_else(|| InvalidConfig::Memory { given: given.clone() });
-                bytes.map(CacheSize::Bytes)
-            }
+            (None, Some(given)) => Ok(CacheSize::Bytes(read_bytes("memory", given)?)),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::thread;
 
 use moesaic_kernels::cuda::{DeviceChoice, Missing, UnknownDevice};
 use moesaic_kernels::{Backend, Dtype, Pool, UnknownDtype};
-use moesaic_node::config::{InvalidAddress, check_address, read_bytes};
+use moesaic_node::config::{InvalidAddress, InvalidBytes, check_address, read_bytes};
 use moesaic_node::membership::Settings;
 use moesaic_proto::v1::Role;
 use serde::{Deserialize, Serialize};
@@ -185,8 +185,8 @@ pub enum InvalidConfig {
     Dtype(#[from] UnknownDtype),
     #[error(transparent)]
     Device(#[from] UnknownDevice),
-    #[error("device_memory is {0:?}; expected bytes as 4096MiB or 64GiB")]
-    DeviceMemory(String),
+    #[error(transparent)]
+    Bytes(#[from] InvalidBytes),
     #[error("device is {device:?}: {missing}")]
     NoDevice { device: String, missing: Missing },
 }
@@ -228,10 +228,7 @@ impl Config {
     }
 
     fn device_memory(&self) -> Result<Option<usize>, InvalidConfig> {
-        let read = |given: &String| {
-            let bytes = read_bytes(given).and_then(|bytes| usize::try_from(bytes).ok());
-            bytes.ok_or_else(|| InvalidConfig::DeviceMemory(given.clone()))
-        };
+        let read = |given: &String| Ok(read_bytes("device_memory", given)? as usize);
         self.device_memory.as_ref().map(read).transpose()
     }
 

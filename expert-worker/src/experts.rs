@@ -98,15 +98,16 @@ impl Scratch {
                     Expert::Gpu(ffn) => Some(&**ffn),
                     Expert::Cpu(_) => None,
                 });
+                // A single expert's row is wanted as it is.
                 let weight = |target: &Target, weight: f32| if target.is_weighted { weight } else { 1.0 };
-                let terms = |target: &Target| -> Vec<(u32, f32)> {
-                    let terms = &chunk.terms[target.terms.clone()];
-                    terms.iter().map(|term| (term.row, weight(target, term.weight))).collect()
-                };
-                let terms: Vec<Vec<(u32, f32)>> = chunk.outputs.iter().map(terms).collect();
-                let outputs: Vec<Output<'_>> = terms.iter().map(|terms| Output { terms }).collect();
-                let mut sums = vec![0.0; outputs.len() * hidden];
-                GpuExperts { groups: &groups, x: &x.bf16(), outputs: &outputs }.run(workspace, &mut sums)?;
+                let mut terms = Vec::with_capacity(chunk.terms.len());
+                for target in &chunk.outputs {
+                    let own = chunk.terms[target.terms.clone()].iter();
+                    terms.extend(own.map(|term| (term.row, weight(target, term.weight))));
+                }
+                let outputs: Vec<Output<'_>> =
+                    chunk.outputs.iter().map(|target| Output { terms: &terms[target.terms.clone()] }).collect();
+                let sums = GpuExperts { groups: &groups, x: &x.bf16(), outputs: &outputs }.run(workspace)?;
                 for (target, sum) in chunk.outputs.iter().zip(sums.chunks_exact(hidden)) {
                     answers[target.frame][target.output * hidden..][..hidden].copy_from_slice(sum);
                 }

@@ -1,8 +1,8 @@
 //! Clusters whose workers compute on a GPU: on the emulator, or on the GPU that MOESAIC_TEST_DEVICE names.
 #![allow(clippy::unwrap_used)]
 
-use moesaic_kernels::Dtype;
-use moesaic_kernels::cuda::{Device, DeviceChoice};
+use moesaic_emulator::NAMED;
+use moesaic_kernels::cuda::Device;
 use moesaic_tests::cluster::{Cluster, Options, Transport};
 use moesaic_tests::fixtures::MODELS;
 use moesaic_tests::parity::bf16_is_near;
@@ -10,15 +10,8 @@ use moesaic_tests::requests::{Answer, greedy};
 
 /// More than any fixture takes.
 const ARENA_BYTES: usize = 1 << 30;
-/// Names the GPU.
-const NAMED: &str = "MOESAIC_TEST_DEVICE";
-
 fn device(seed: u64) -> Device {
-    let Ok(named) = std::env::var(NAMED) else {
-        return moesaic_emulator::device(ARENA_BYTES, seed);
-    };
-    let choice: DeviceChoice = named.parse().unwrap();
-    choice.open(Dtype::Bf16, Some(ARENA_BYTES)).unwrap().expect("a GPU by its name")
+    moesaic_emulator::test_device(ARENA_BYTES, seed)
 }
 
 /// Small buffers: the emulator's steps take time, not memory.

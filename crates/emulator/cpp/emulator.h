@@ -13,6 +13,17 @@ using u64 = std::uint64_t;
 
 #define DEVICE inline
 
+DEVICE float bits_as_float(u32 bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+DEVICE u32 float_as_bits(float x) {
+    u32 bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
 namespace emulator {
 
 /// What the running thread is, and what its block shares.
@@ -52,16 +63,10 @@ T take_from(T value, u32 (*source)(u32 lane)) {
     return result;
 }
 
-inline float bf16(u32 bits) {
-    u32 wide = bits << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
+inline float bf16(u32 bits) { return bits_as_float(bits << 16); }
 
 inline u16 to_bf16(float x) {
-    u32 bits;
-    std::memcpy(&bits, &x, 4);
+    u32 bits = float_as_bits(x);
     if (x != x) return static_cast<u16>(bits >> 16 | 0x40);
     return static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
@@ -166,17 +171,6 @@ DEVICE u32 multiply_bf16_pairs(u32 x, u32 y) {
     u32 low = bf16_of(emulator::bf16(x & 0xffff) * emulator::bf16(y & 0xffff));
     u32 high = bf16_of(emulator::bf16(x >> 16) * emulator::bf16(y >> 16));
     return low | high << 16;
-}
-
-DEVICE float bits_as_float(u32 bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-DEVICE u32 float_as_bits(float x) {
-    u32 bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
 }
 
 DEVICE float fused(float a, float b, float c) { return std::fma(a, b, c); }

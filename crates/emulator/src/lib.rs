@@ -8,7 +8,8 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use moesaic_kernels::cuda::{Address, Device, Gpu, GpuError, Kernel, Properties};
+use moesaic_kernels::Dtype;
+use moesaic_kernels::cuda::{Address, Device, DeviceChoice, Gpu, GpuError, Kernel, Properties};
 
 unsafe extern "C" {
     fn emulator_launch(
@@ -24,6 +25,17 @@ unsafe extern "C" {
 
 /// Sets of kernels by their shared memory, as `build.rs` makes them.
 const SUITES: [(&str, u32); 2] = [("large", 227 << 10), ("small", 99 << 10)];
+
+/// Names the GPU that tests run on, as `cuda:0`, instead of the emulator.
+pub const NAMED: &str = "MOESAIC_TEST_DEVICE";
+
+/// What tests run on: the emulator, or the GPU that is named.
+pub fn test_device(arena_bytes: usize, seed: u64) -> Device {
+    let Ok(named) = std::env::var(NAMED) else { return device(arena_bytes, seed) };
+    let choice: DeviceChoice = named.parse().unwrap_or_else(|unknown| panic!("{NAMED}: {unknown}"));
+    let opened = choice.open(Dtype::Bf16, Some(arena_bytes)).unwrap_or_else(|missing| panic!("{NAMED}: {missing}"));
+    opened.unwrap_or_else(|| panic!("{NAMED} is {named}: no GPU"))
+}
 
 /// A GPU with 3 multiprocessors and an arena of `arena_bytes`, full of NaNs; the seed says which kind of GPU it is, too.
 pub fn device(arena_bytes: usize, seed: u64) -> Device {

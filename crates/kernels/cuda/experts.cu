@@ -29,9 +29,8 @@ struct Down {
 
 template <class T>
 DEVICE void gate_up(const GateUp& call) {
-    WorkList list(shared() + T::STAGES * T::STAGE_BYTES, call.grouped.groups);
-    list.fill(call.grouped, T::ROWS, (call.grouped.strips + T::STRIPS - 1) / T::STRIPS);
-    T::run(call.grouped, list, shared(), [&](const typename T::Place& place, const T& tile) {
+    WorkList list = T::list(call.grouped);
+    T::run(call.grouped, list, [&](const typename T::Place& place, const T& tile) {
         tile.each(call.grouped, place, [&](u32 strip, u32 row, u32 i, float gate, float up) {
             u32 column = strip * 16 + i;
             if (column < call.width) {
@@ -59,18 +58,12 @@ DEVICE void add_up(const Down& call, u32 output_block) {
 
 template <class T>
 DEVICE void down(const Down& call) {
-    u8* after = shared() + T::STAGES * T::STAGE_BYTES;
-    WorkList list(after, call.grouped.groups);
-    u32 output_blocks = (call.grouped.strips + T::STRIPS - 1) / T::STRIPS;
-    list.fill(call.grouped, T::ROWS, output_blocks);
-    u32 chunks = list.tiles[call.grouped.groups] / output_blocks;
-    u32* is_last = reinterpret_cast<u32*>(after + WorkList::bytes(call.grouped.groups));
-    T::run(call.grouped, list, shared(), [&](const typename T::Place& place, const T& tile) {
-        tile.each(call.grouped, place, [&](u32 strip, u32 row, u32 i, float low, float high) {
-            u32 output = strip * STRIP + i;
-            float* y = call.y + static_cast<u64>(row) * call.out + output;
-            if (output < call.out) y[0] = low;
-            if (output + 16 < call.out) y[16] = high;
+    WorkList list = T::list(call.grouped);
+    u32 chunks = list.tiles[call.grouped.groups] / T::output_blocks(call.grouped);
+    u32* is_last = list.end(call.grouped.groups);
+    T::run(call.grouped, list, [&](const typename T::Place& place, const T& tile) {
+        tile.each_output(call.grouped, place, call.out, [&](u32 row, u32 output, float y) {
+            call.y[static_cast<u64>(row) * call.out + output] = y;
         });
         if (call.outputs == 0) return;
         publish();

@@ -21,28 +21,19 @@ struct PerHead {
 
 template <class T>
 DEVICE void linear(const Linear& call) {
-    WorkList list(shared() + T::STAGES * T::STAGE_BYTES, call.grouped.groups);
-    list.fill(call.grouped, T::ROWS, (call.grouped.strips + T::STRIPS - 1) / T::STRIPS);
-    T::run(call.grouped, list, shared(), [&](const typename T::Place& place, const T& tile) {
-        tile.each(call.grouped, place, [&](u32 strip, u32 row, u32 i, float low, float high) {
-            u32 output = strip * STRIP + i;
-            float* y = call.y + static_cast<u64>(row) * call.out + output;
-            if (output < call.out) y[0] = low;
-            if (output + 16 < call.out) y[16] = high;
+    T::run(call.grouped, T::list(call.grouped), [&](const typename T::Place& place, const T& tile) {
+        tile.each_output(call.grouped, place, call.out, [&](u32 row, u32 output, float y) {
+            call.y[static_cast<u64>(row) * call.out + output] = y;
         });
     });
 }
 
 template <class T>
 DEVICE void per_head(const PerHead& call) {
-    WorkList list(shared() + T::STAGES * T::STAGE_BYTES, call.grouped.groups);
-    list.fill(call.grouped, T::ROWS, (call.grouped.strips + T::STRIPS - 1) / T::STRIPS);
-    T::run(call.grouped, list, shared(), [&](const typename T::Place& place, const T& tile) {
-        tile.each(call.grouped, place, [&](u32 strip, u32 row, u32 i, float low, float high) {
-            u32 output = strip * STRIP + i, in_head = row - place.group * call.grouped.count;
-            u16* y = call.y + static_cast<u64>(in_head) * call.row_stride + place.group * call.head_stride + output;
-            if (output < call.out) y[0] = bf16_of(low);
-            if (output + 16 < call.out) y[16] = bf16_of(high);
+    T::run(call.grouped, T::list(call.grouped), [&](const typename T::Place& place, const T& tile) {
+        tile.each_output(call.grouped, place, call.out, [&](u32 row, u32 output, float y) {
+            u32 of_head = row - place.group * call.grouped.count;
+            call.y[static_cast<u64>(of_head) * call.row_stride + place.group * call.head_stride + output] = bf16_of(y);
         });
     });
 }

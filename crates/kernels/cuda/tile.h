@@ -66,6 +66,9 @@ struct WorkList {
 
     DEVICE explicit WorkList(u8* at, u32 groups) : rows(reinterpret_cast<u32*>(at)), tiles(rows + groups + 1) {}
 
+    /// The word behind it.
+    DEVICE u32* end(u32 groups) const { return tiles + groups + 1; }
+
     static constexpr u32 bytes(u32 groups) { return (groups + 1) * 2 * sizeof(u32); }
 
     /// By all threads of a block. `tiles` is chunks of rows times blocks of outputs.
@@ -114,7 +117,6 @@ template <class Weight, u32 WARPS_M, u32 WARPS_N, u32 TOKENS, u32 BYTES>
 struct Tile {
     static constexpr u32 THREADS = 32 * WARPS_M * WARPS_N;
     static constexpr u32 STRIPS = WARPS_M;
-    static constexpr u32 ROWS = TOKENS;
     static constexpr u32 STEP = Weight::STEP;
     /// Columns of eight rows that a warp has.
     static constexpr u32 COLUMNS = TOKENS / 8 / WARPS_N;
@@ -277,9 +279,19 @@ struct Tile {
         }
     }
 
+    /// The list of a call, behind the stages. By all threads of a block.
+    DEVICE static WorkList list(const Grouped& call) {
+        WorkList list(shared() + STAGES * STAGE_BYTES, call.groups);
+        list.fill(call, TOKENS, output_blocks(call));
+        return list;
+    }
+
+    DEVICE static u32 output_blocks(const Grouped& call) { return (call.strips + WARPS_M - 1) / WARPS_M; }
+
     /// Calls `done(place, tile)` for each tile of this block, whose sums each thread has a part of: see `each`.
     template <class Done>
-    DEVICE static void run(const Grouped& call, const WorkList& list, u8* stages, Done done) {
+    DEVICE static void run(const Grouped& call, const WorkList& list, Done done) {
+        u8* stages = shared();
         Loader loader(call, list);
         for (u32 i = 0; i < STAGES - 1; i++) loader.next(stages + i * STAGE_BYTES);
         u32 tiles = list.tiles[call.groups], steps = loader.steps, stage = 0;
@@ -313,6 +325,16 @@ struct Tile {
                     store(strip, place.first_row + token, lane / 4 + i / 2 * 8, acc[0][column][i], acc[1][column][i]);
                 }
             }
+    }
+
+    /// The same where a strip is 32 outputs in a row, of `out`: `store(row, output, value)`.
+    template <class Store>
+    DEVICE void each_output(const Grouped& call, const Place& place, u32 out, Store store) const {
+        each(call, place, [&](u32 strip, u32 row, u32 i, float low, float high) {
+            u32 output = strip * STRIP + i;
+            if (output < out) store(row, output, low);
+            if (output + 16 < out) store(row, output + 16, high);
+        });
     }
 };
 

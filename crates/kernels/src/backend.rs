@@ -42,7 +42,7 @@ impl Backend {
     /// For logs.
     pub fn device(&self) -> String {
         match self {
-            Self::Cpu(numerics, pool) => format!("{}, {} threads", numerics.isa(), pool.threads()),
+            Self::Cpu(numerics, _) => numerics.isa().to_owned(),
             Self::Gpu(device) => device.to_string(),
         }
     }

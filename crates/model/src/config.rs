@@ -122,9 +122,13 @@ impl Config {
 
     /// All that is wrong with it, never an empty list.
     pub(crate) fn read_all(dir: &Path) -> Result<Self, Vec<ModelError>> {
-        let file = dir.join(CONFIG_FILE);
-        let text = read_text(&file, CONFIG_BYTES_MAX).map_err(|e| vec![e])?;
-        Self::parse(&file, &text)
+        Self::read_file(&dir.join(CONFIG_FILE))
+    }
+
+    /// A config.json by itself. All that is wrong with it, never an empty list.
+    pub fn read_file(file: &Path) -> Result<Self, Vec<ModelError>> {
+        let text = read_text(file, CONFIG_BYTES_MAX).map_err(|e| vec![e])?;
+        Self::parse(file, &text)
     }
 
     /// `file` is for the words of the errors only.

@@ -48,7 +48,9 @@ impl Plan {
         let threads = args.threads.unwrap_or(cores);
         let dtype: Dtype = args.dtype.parse().map_err(|e: UnknownDtype| BadArguments(e.to_string()))?;
         let device: DeviceChoice = args.device.parse().map_err(|e: UnknownDevice| BadArguments(e.to_string()))?;
-        let backend = Backend::open(device, dtype, None, || Pool::new(threads))
+        // With a process for each node this one computes nothing.
+        let threads_here = if args.processes { 1 } else { threads };
+        let backend = Backend::open(device, dtype, None, || Pool::new(threads_here))
             .map_err(|missing| BadArguments(format!("--device is {}: {missing}", args.device)))?;
         Ok(Self { threads, args, checkpoint, cluster, backend })
     }
@@ -194,7 +196,11 @@ impl fmt::Display for Plan {
         };
         writeln!(f, "model     {} ({family}), {total} parameters, {active} active a token", self.checkpoint.name())?;
         writeln!(f, "          {}", self.model().display())?;
-        writeln!(f, "numerics  {} on {}", self.backend.numerics(), self.backend.device())?;
+        let threads = match &self.backend {
+            Backend::Cpu(..) => format!(", {} threads", self.threads),
+            Backend::Gpu(_) => String::new(),
+        };
+        writeln!(f, "numerics  {} on {}{threads}", self.backend.numerics(), self.backend.device())?;
         writeln!(f, "cluster   1 coordinator, {a} x attention worker, {e} x expert worker, {place}")?;
         writeln!(
             f,

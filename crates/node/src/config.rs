@@ -40,8 +40,19 @@ pub fn check_address(listen: SocketAddr, advertise: Option<&str>) -> Result<(), 
     }
 }
 
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{field} is {given:?}; expected a number of bytes such as 1073741824, 512MiB or 8GiB")]
+pub struct InvalidBytes {
+    field: &'static str,
+    given: String,
+}
+
 /// "8GiB", or bytes without a unit.
-pub fn read_bytes(text: &str) -> Option<u64> {
+pub fn read_bytes(field: &'static str, given: &str) -> Result<u64, InvalidBytes> {
+    bytes(given).ok_or_else(|| InvalidBytes { field, given: given.to_owned() })
+}
+
+fn bytes(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -96,7 +107,7 @@ mod tests {
             ("99999999999TiB", None),
         ];
         for (text, expected) in table {
-            assert_eq!(read_bytes(text), expected, "{text:?}");
+            assert_eq!(read_bytes("memory", text).ok(), expected, "{text:?}");
         }
     }
 

@@ -5,7 +5,9 @@ use moesaic_kernels::cuda::{Append, Attend, Device, Pages, Rotate, append, atten
 use moesaic_kernels::{PAGE_TOKENS, RopeParams, RopeTable};
 use proptest::prelude::*;
 
-use crate::support::{Random, device};
+use moesaic_emulator::test_device as device;
+
+use crate::support::Random;
 
 const LAYERS: usize = 2;
 const LAYER: usize = 1;
@@ -131,7 +133,7 @@ proptest! {
         row_count in 1..4usize,
         seed in any::<u64>(),
     ) {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let cache = Cache::fill(&mut random, seed, latent, rope, &lengths);
         let width = latent + rope;
         let row = |random: &mut Random| {
@@ -180,7 +182,7 @@ proptest! {
         rows in 1..6usize,
         seed in any::<u64>(),
     ) {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let (latent, positions_max) = (16, 50);
         let cache = Cache::fill(&mut random, seed, latent, rope, &[positions_max]);
         let device = &cache.device;

@@ -4,7 +4,9 @@ use half::bf16;
 use moesaic_kernels::cuda::{Device, Experts, GpuFfn, Output, Workspace};
 use proptest::prelude::*;
 
-use crate::support::{Random, Stored, device};
+use moesaic_emulator::test_device as device;
+
+use crate::support::{Random, Stored};
 
 struct Expert {
     gate: Stored,
@@ -57,9 +59,9 @@ impl Call {
     fn run(&self, workspace: &mut Workspace, experts: &[GpuFfn], out: usize) -> Vec<f32> {
         let groups: Vec<_> = experts.iter().zip(&self.rows).map(|(ffn, rows)| (ffn, &rows[..])).collect();
         let outputs: Vec<_> = self.outputs.iter().map(|terms| Output { terms }).collect();
-        let mut sums = vec![f32::NAN; outputs.len() * out];
-        Experts { groups: &groups, x: &self.x, outputs: &outputs }.run(workspace, &mut sums).unwrap();
-        sums
+        let sums = Experts { groups: &groups, x: &self.x, outputs: &outputs }.run(workspace).unwrap();
+        assert_eq!(sums.len(), outputs.len() * out);
+        sums.to_vec()
     }
 }
 
@@ -77,7 +79,7 @@ proptest! {
         seed in any::<u64>(),
     ) {
         prop_assume!(counts.iter().sum::<usize>() > 0);
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let plain: Vec<Expert> = counts.iter().map(|_| Expert::random(&mut random, [in_, width, out], is_fp8)).collect();
         let device = device(64 << 20, seed);
         let experts: Vec<GpuFfn> = plain.iter().map(|expert| expert.load(&device)).collect();
@@ -119,12 +121,12 @@ proptest! {
 /// What a call does not write stays as it was, and what it writes does not depend on what was there.
 #[test]
 fn a_second_call_in_the_same_workspace_gives_the_same() {
-    let mut random = Random(7);
+    let mut random = Random::new(7);
     let device = device(16 << 20, 7);
     let experts = [Expert::random(&mut random, [256, 160, 256], true).load(&device)];
     let mut workspace = Workspace::new(device);
     let calls: Vec<Call> =
-        [3, 70, 3].iter().map(|rows| Call::random(&mut Random(*rows as u64), 256, &[*rows])).collect();
+        [3, 70, 3].iter().map(|rows| Call::random(&mut Random::new(*rows as u64), 256, &[*rows])).collect();
     let results: Vec<Vec<f32>> = calls.iter().map(|call| call.run(&mut workspace, &experts, 256)).collect();
     assert_eq!(results[0], results[2]);
     assert!(results.iter().flatten().all(|x| x.is_finite()));
@@ -138,7 +140,7 @@ fn random_experts_give_numbers_and_a_recording_gives_the_same() {
         let make = |seed| GpuFfn::random(&device, [256, 128, 256], is_fp8, seed).unwrap();
         let (experts, again) = ([make(1), make(2)], [make(1), make(2)]);
         let mut workspace = Workspace::new(device.clone());
-        let call = Call::random(&mut Random(3), 256, &[5, 12]);
+        let call = Call::random(&mut Random::new(3), 256, &[5, 12]);
         let sums = call.run(&mut workspace, &experts, 256);
         assert!(
             sums.iter().all(|x| x.is_finite()) && sums.iter().any(|x| x.abs() > 0.01),
@@ -163,7 +165,7 @@ fn random_experts_give_numbers_and_a_recording_gives_the_same() {
 #[test]
 fn weights_that_kernels_cannot_read_are_refused_by_name() {
     let device = device(1 << 20, 1);
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     let refusal = |expert: &Expert| {
         let [gate, up, down] = [&expert.gate, &expert.up, &expert.down].map(Stored::matrix);
         GpuFfn::load(&device, &gate, &up, &down).unwrap_err().to_string()

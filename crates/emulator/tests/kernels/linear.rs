@@ -4,7 +4,9 @@ use half::bf16;
 use moesaic_kernels::cuda::{GpuLinear, GpuPerHead, Strides};
 use proptest::prelude::*;
 
-use crate::support::{Random, Stored, device};
+use moesaic_emulator::test_device as device;
+
+use crate::support::{Random, Stored};
 
 fn bits(x: &[bf16]) -> Vec<u16> {
     x.iter().map(|x| x.to_bits()).collect()
@@ -25,7 +27,7 @@ proptest! {
         is_fp8 in any::<bool>(),
         seed in any::<u64>(),
     ) {
-        let (mut random, device) = (Random(seed), device(32 << 20, seed));
+        let (mut random, device) = (Random::new(seed), device(32 << 20, seed));
         let weights = Stored::random(&mut random, out, in_, is_fp8);
         let linear = GpuLinear::load(&device, &weights.matrix()).unwrap();
         let forward = |x: &[bf16], rows: usize| {
@@ -58,7 +60,7 @@ proptest! {
         gap in 0..9usize,
         seed in any::<u64>(),
     ) {
-        let (mut random, device) = (Random(seed), device(32 << 20, seed));
+        let (mut random, device) = (Random::new(seed), device(32 << 20, seed));
         let w: Vec<f32> = f32s(&random.bf16s(heads * out * in_));
         let linears = GpuPerHead::load(&device, heads, out, in_, &w).unwrap();
         // [heads, rows, in]

@@ -4,7 +4,9 @@ use half::bf16;
 use moesaic_kernels::cuda::{Device, Normed, View, embed, gate, norm};
 use proptest::prelude::*;
 
-use crate::support::{Random, device};
+use moesaic_emulator::test_device as device;
+
+use crate::support::Random;
 
 fn read(device: &Device, from: View<'_, f32>) -> Vec<f32> {
     let mut returned = device.returned::<f32>(from.len()).unwrap();
@@ -18,7 +20,7 @@ proptest! {
 
     #[test]
     fn embedding_takes_rows_of_the_table(hidden in 1..600usize, rows in 1..20usize, seed in any::<u64>()) {
-        let (mut random, device) = (Random(seed), device(4 << 20, seed));
+        let (mut random, device) = (Random::new(seed), device(4 << 20, seed));
         let table = random.bf16s(30 * hidden);
         let tokens: Vec<u32> = (0..rows).map(|_| random.below(30) as u32).collect();
         let bits: Vec<u16> = table.iter().map(|x| x.to_bits()).collect();
@@ -37,7 +39,7 @@ proptest! {
         picks in any::<bool>(),
         seed in any::<u64>(),
     ) {
-        let (mut random, device) = (Random(seed), device(4 << 20, seed));
+        let (mut random, device) = (Random::new(seed), device(4 << 20, seed));
         let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| random.unit()).collect() };
         let [mut h, y, shared] = [(); 3].map(|()| values(rows * hidden));
         let weight = values(hidden);
@@ -86,7 +88,7 @@ proptest! {
         rows in 1..20usize,
         seed in any::<u64>(),
     ) {
-        let (mut random, device) = (Random(seed), device(4 << 20, seed));
+        let (mut random, device) = (Random::new(seed), device(4 << 20, seed));
         let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| random.unit()).collect() };
         let (x, weight) = (values(rows * hidden), values(experts * hidden));
         let weight_there = device.buffer_of(&weight).unwrap();

@@ -1,38 +1,24 @@
-//! Random inputs, and the device that they are computed on.
+//! Random inputs.
 
 use std::borrow::Cow;
 
 use half::bf16;
-use moesaic_kernels::cuda::{Device, DeviceChoice};
-use moesaic_kernels::{Dtype, Matrix, MatrixData};
+use moesaic_kernels::{Matrix, MatrixData};
 
-/// The emulator; or the GPU that MOESAIC_TEST_DEVICE names, as `cuda:0`.
-pub fn device(arena_bytes: usize, seed: u64) -> Device {
-    let Ok(named) = std::env::var("MOESAIC_TEST_DEVICE") else {
-        return moesaic_emulator::device(arena_bytes, seed);
-    };
-    let choice: DeviceChoice = named.parse().unwrap();
-    choice.open(Dtype::Bf16, Some(arena_bytes)).unwrap().expect("a GPU by its name")
-}
-
-/// splitmix64.
-pub struct Random(pub u64);
+pub struct Random(fastrand::Rng);
 
 impl Random {
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+    pub fn new(seed: u64) -> Self {
+        Self(fastrand::Rng::with_seed(seed))
     }
 
     pub fn below(&mut self, n: usize) -> usize {
-        (self.bits() % n as u64) as usize
+        self.0.usize(..n)
     }
 
     /// In -1..1.
     pub fn unit(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+        2.0 * self.0.f32() - 1.0
     }
 
     pub fn bf16s(&mut self, len: usize) -> Vec<bf16> {

@@ -6,8 +6,7 @@ use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
 use super::gpu::{Buffer, Device, GpuError, Kernel, Parcel, Returned, View};
-use super::grouped::{GROUPS_MAX, Grouped, Sizes, fit, sizes};
-use super::linear::Groups;
+use super::grouped::{GROUPS_MAX, Grouped, Groups, Sizes, fit, sizes};
 use super::pack::{Format, M_TILE, Unfit, pack};
 use crate::Matrix;
 
@@ -86,25 +85,14 @@ impl GpuFfn {
         y: View<'_, f32>,
     ) -> Result<(), GpuError> {
         let Shape { in_, width, out, format } = self.shape;
-        let grouped = |part: usize, strips: usize, in_: usize, x: u64| Grouped {
-            weights: self.weights.table(part),
-            scales: self.weights.table(part + 2),
-            counts: 0,
-            count: rows as u32,
-            groups: 1,
-            strips: strips as u32,
-            in_: in_ as u32,
-            x,
-            pick: 0,
-        };
         let gate_up = GateUp {
-            grouped: grouped(0, self.shape.gate_up_strips(), in_, x.of_len(rows * in_)),
+            grouped: self.weights.grouped(0, rows, self.shape.gate_up_strips(), in_, x.of_len(rows * in_)),
             width: width as u32,
             _pad: 0,
             h: h.of_len(rows * width),
         };
         let down = Down {
-            grouped: grouped(1, self.shape.down_strips(), width, gate_up.h),
+            grouped: self.weights.grouped(1, rows, self.shape.down_strips(), width, gate_up.h),
             out: out as u32,
             y: y.of_len(rows * out),
             ..Down::zeroed()
@@ -189,18 +177,16 @@ impl Sent<'_> {
 }
 
 impl Experts<'_> {
-    /// h = silu(x gateᵀ) * (x upᵀ) in bf16, y = h downᵀ in f32 for each group, and the outputs: `sums` is [outputs, out].
-    /// All experts have one shape.
-    pub fn run(&self, workspace: &mut Workspace, sums: &mut [f32]) -> Result<(), GpuError> {
-        let out = self.groups.first().map_or(0, |(model, _)| model.shape.out);
-        assert_eq!(sums.len(), self.outputs.len() * out, "sums are not [outputs, out]");
+    /// h = silu(x gateᵀ) * (x upᵀ) in bf16, y = h downᵀ in f32 for each group, and the outputs' sums [outputs, out]. All experts
+    /// have one shape.
+    pub fn run<'w>(&self, workspace: &'w mut Workspace) -> Result<&'w [f32], GpuError> {
         if self.outputs.is_empty() {
-            return Ok(());
+            return Ok(&[]);
         }
+        let (model, _) = self.groups.first().expect("outputs of at least one expert");
         let Workspace { device, sent, buffers, .. } = workspace;
         self.send_by(device, sent, buffers)?.queue(device)?;
-        sums.copy_from_slice(workspace.sums(sums.len())?);
-        Ok(())
+        workspace.sums(self.outputs.len() * model.shape.out)
     }
 
     /// Queues everything but the kernels. `parcel` holds what is sent, as long as the call may be queued; calls that have the

@@ -3,10 +3,9 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::experts::NotLoaded;
-use super::gpu::{Buffer, Device, GpuError, Kernel, View};
-use super::grouped::{GROUPS_MAX, Grouped, Sizes, fit, sizes};
+use super::gpu::{Device, GpuError, Kernel, View};
+use super::grouped::{GROUPS_MAX, Grouped, Groups, Sizes, fit, sizes};
 use super::pack::{Format, M_TILE, Packed, Unfit, pack};
-use super::rows::fill;
 use crate::Matrix;
 
 /// Weights of y = x Wᵀ in a GPU's memory.
@@ -43,17 +42,7 @@ impl GpuLinear {
             Format::Bf16 => &LINEAR_BF16,
         };
         let call = LinearCall {
-            grouped: Grouped {
-                weights: self.weights.table(0),
-                scales: self.weights.table(1),
-                counts: 0,
-                count: rows as u32,
-                groups: 1,
-                strips: strips(self.out) as u32,
-                in_: self.in_ as u32,
-                x: x.of_len(rows * self.in_),
-                pick: 0,
-            },
+            grouped: self.weights.grouped(0, rows, strips(self.out), self.in_, x.of_len(rows * self.in_)),
             out: self.out as u32,
             _pad: 0,
             y: y.of_len(rows * self.out),
@@ -104,18 +93,10 @@ impl GpuPerHead {
         strides: Strides,
     ) -> Result<(), GpuError> {
         let last = rows.saturating_sub(1) * strides.row + (self.heads - 1) * strides.head + self.out;
+        let x = x.of_len(self.heads * rows * self.in_);
+        let one_head = self.weights.grouped(0, rows, strips(self.out), self.in_, x);
         let call = PerHeadCall {
-            grouped: Grouped {
-                weights: self.weights.table(0),
-                scales: 0,
-                counts: 0,
-                count: rows as u32,
-                groups: self.heads as u32,
-                strips: strips(self.out) as u32,
-                in_: self.in_ as u32,
-                x: x.of_len(self.heads * rows * self.in_),
-                pick: 0,
-            },
+            grouped: Grouped { groups: self.heads as u32, ..one_head },
             out: self.out as u32,
             row_stride: strides.row as u32,
             head_stride: strides.head as u32,
@@ -134,86 +115,6 @@ fn strips(out: usize) -> usize {
 fn packed(m: &Matrix<'_>) -> Result<Packed, Unfit> {
     let tiles: Vec<_> = (0..strips(m.rows) * 2).map(|i| (m, i * M_TILE)).collect();
     pack(&tiles)
-}
-
-/// Weights of some groups in a GPU's memory: the weights of all, the scales of all, then where each group's weights begin, then
-/// where its scales do.
-#[derive(Debug)]
-pub(super) struct Groups {
-    memory: Buffer<u8>,
-    /// Of each group's weights, then of its scales.
-    begins: Vec<u64>,
-    /// Where these numbers are in the memory.
-    table: usize,
-}
-
-impl Groups {
-    /// Room for groups of so many bytes of weights and of scales, with the numbers of where they begin.
-    fn with_room(device: &Device, sizes: &[(usize, usize)]) -> Result<Self, GpuError> {
-        let all = sizes.iter().map(|(weights, _)| weights).chain(sizes.iter().map(|(_, scales)| scales));
-        let table = all.clone().sum::<usize>().next_multiple_of(8);
-        let memory = device.buffer::<u8>(table + sizes.len() * 16)?;
-        let mut next = memory.address().0;
-        let begin = |bytes: &usize| {
-            next += *bytes as u64;
-            next - *bytes as u64
-        };
-        let begins: Vec<u64> = all.map(begin).collect();
-        device.write(&memory, table, bytemuck::cast_slice(&begins))?;
-        Ok(Self { memory, begins, table })
-    }
-
-    pub fn load(device: &Device, groups: &[Packed]) -> Result<Self, GpuError> {
-        let sizes: Vec<(usize, usize)> =
-            groups.iter().map(|group| (group.weights.len(), size_of_val(&group.scales[..]))).collect();
-        let loaded = Self::with_room(device, &sizes)?;
-        let weights = groups.iter().map(|group| &group.weights[..]);
-        let scales = groups.iter().map(|group| bytemuck::cast_slice(&group.scales));
-        for (bytes, begin) in weights.chain(scales).zip(&loaded.begins) {
-            device.write(&loaded.memory, (begin - loaded.memory.address().0) as usize, bytes)?;
-        }
-        Ok(loaded)
-    }
-
-    /// Random weights of groups of so many strips and inputs, whose sums are about as large as the inputs.
-    pub fn random(device: &Device, format: Format, groups: &[(usize, usize)], seed: u64) -> Result<Self, GpuError> {
-        let scale_count = |strips: usize, in_: usize| match format {
-            Format::Fp8 => strips * format.steps(in_) * 2,
-            Format::Bf16 => 0,
-        };
-        let sizes: Vec<(usize, usize)> =
-            groups.iter().map(|(strips, in_)| (format.bytes(*strips, *in_), scale_count(*strips, *in_) * 4)).collect();
-        let made = Self::with_room(device, &sizes)?;
-        for (i, (strips, in_)) in groups.iter().enumerate() {
-            let (weights_at, scales_at) = (made.offset(i), made.offset(groups.len() + i));
-            let size = (3.0 / *in_ as f32).sqrt();
-            let bf16_size = (format == Format::Bf16).then_some(size);
-            let weights = made.memory.view().from(weights_at);
-            fill(device, weights, sizes[i].0, bf16_size, seed.wrapping_add((i as u64) << 40))?;
-            // The codes' root mean square is about 100.
-            let scales = vec![size / 170.0; scale_count(*strips, *in_)];
-            device.write(&made.memory, scales_at, bytemuck::cast_slice(&scales))?;
-        }
-        Ok(made)
-    }
-
-    fn offset(&self, begin: usize) -> usize {
-        (self.begins[begin] - self.memory.address().0) as usize
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.memory.len()
-    }
-
-    /// Where a group's weights begin, or (from the number of groups on) its scales.
-    pub fn begin(&self, number: usize) -> u64 {
-        self.begins[number]
-    }
-
-    /// Where the number of where they begin is.
-    pub fn table(&self, number: usize) -> u64 {
-        self.memory.address().0 + (self.table + number * 8) as u64
-    }
 }
 
 #[repr(C)]

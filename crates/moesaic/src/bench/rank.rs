@@ -2,7 +2,6 @@
 //! layer takes, and a whole decode step of all layers as one recording.
 
 use std::fmt::Write as _;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -51,7 +50,7 @@ struct Measured {
 
 pub fn run(args: &Args) -> Result<()> {
     let file = args.config.as_deref().context("--rank needs --config, a model's config.json")?;
-    let rank = Rank::of(&read(file)?, args.ep)?;
+    let rank = Rank::of(&Config::read_file(file).map_err(|mut problems| problems.swap_remove(0))?, args.ep)?;
     let device: DeviceChoice = args.device.parse()?;
     let device = device.open(Dtype::Bf16, None).map_err(|missing| anyhow!("--device {}: {missing}", args.device))?;
     let device = device.with_context(|| format!("--device is {}; --rank measures a GPU", args.device))?;
@@ -75,11 +74,6 @@ pub fn run(args: &Args) -> Result<()> {
         table(&device, &rank, copy, bytes, &measured)
     });
     Ok(())
-}
-
-fn read(file: &Path) -> Result<Config> {
-    let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
-    Config::parse(file, &text).map_err(|mut problems| problems.swap_remove(0).into())
 }
 
 fn table(device: &Device, rank: &Rank, copy: f64, bytes: usize, measured: &[Measured]) -> String {
