@@ -1,10 +1,11 @@
 //! Clusters whose workers compute on a GPU: on the emulator, or on the GPU that MOESAIC_TEST_DEVICE names.
 #![allow(clippy::unwrap_used)]
 
+use moesaic::bench::rank::{attention, experts};
 use moesaic_emulator::NAMED;
-use moesaic_kernels::cuda::Device;
+use moesaic_kernels::cuda::{Device, GpuRoof};
 use moesaic_tests::cluster::{Cluster, Options, Transport};
-use moesaic_tests::fixtures::MODELS;
+use moesaic_tests::fixtures::{MODELS, folder};
 use moesaic_tests::parity::bf16_is_near;
 use moesaic_tests::requests::{Answer, greedy};
 
@@ -41,6 +42,24 @@ async fn a_gpu_serves_a_processor_and_the_reverse() {
         };
         bf16_is_near(&["v2-lite"], on_both).await;
     }
+}
+
+/// `moesaic bench --rank`, of a small model.
+#[test]
+fn a_rank_of_random_weights_is_measured() {
+    let device = device(4);
+    let config = moesaic_model::Config::read(&folder("v3-fp8")).unwrap();
+    let experts = experts::Rank::of(&config, 4).unwrap().measure(&device, &[3, 20], 1).unwrap();
+    assert_eq!(experts.rows().iter().map(|row| row.rows).collect::<Vec<_>>(), [3, 20]);
+    assert!(experts.rows().iter().all(|row| row.step > row.layer && !row.layer.is_zero()), "{experts:?}");
+    let attention = attention::measure(&device, &config, &[1, 5], 70, 1).unwrap();
+    for row in attention.rows() {
+        assert!(row.step > row.attention && row.attention > row.head && !row.head.is_zero(), "{row:?}");
+    }
+    let roof = GpuRoof { copy: 1e9, fma: 1e9 };
+    let tables = [experts.table(&roof), attention.table(&roof)];
+    assert!(tables.iter().all(|table| table.lines().count() == 5), "{tables:?}");
+    assert!(attention::measure(&device, &config, &[1], 1 << 30, 1).is_err());
 }
 
 /// Rule 1, on a GPU: the same tokens and log-probabilities, whatever else runs and however it is cut.

@@ -4,14 +4,13 @@
 mod weights;
 
 use std::cell::RefCell;
-use std::sync::Arc;
 
 use moesaic_dispatch::Rows;
 use moesaic_kernels::cuda::{
-    self, Append, Attend, Buffer, Device, GpuError, Normed, Pages, Parcel, Part as Place, Returned, Rotate, Strides,
-    View,
+    self, Append, Attend, Buffer, Device, GpuError, Normed, Pages, Parcel, Part as Place, Returned, Rotate, Routed,
+    Strides, View,
 };
-use moesaic_kernels::{Choice, GateParams, PAGE_TOKENS, bf16, route};
+use moesaic_kernels::{Choice, GateParams, PAGE_TOKENS, bf16};
 use moesaic_model::{Checkpoint, Config, ModelError};
 
 use super::arithmetic::{Arithmetic, positions, tokens};
@@ -69,7 +68,8 @@ pub struct Buffers {
     /// Of the widest network.
     wide: Buffer<u16>,
     gate: Buffer<f32>,
-    logits: Returned<f32>,
+    routed: Buffer<Routed>,
+    choices: Returned<Routed>,
     rows: Returned<u16>,
     experts: Parcel,
     step: Option<Step>,
@@ -143,30 +143,48 @@ impl Step {
 }
 
 impl Gpu {
-    pub fn new(checkpoint: Arc<Checkpoint>, device: Device, limits: Limits) -> Result<Self, ModelError> {
-        let dir = checkpoint.dir().to_owned();
-        let failed = move |error: GpuError| ModelError::file(&dir, error.to_string());
+    pub fn new(checkpoint: &Checkpoint, device: Device, limits: Limits) -> Result<Self, ModelError> {
         let weights = Weights::load(checkpoint, &device)?;
-        let memory = || -> Result<_, GpuError> {
-            let c = weights.config();
-            let (layers, latent) = (c.num_hidden_layers, c.kv_lora_rank);
-            let pages = Pages::new(&device, layers, limits.pages as usize, latent, c.qk_rope_head_dim)?;
-            let [sums, sum_weights] = cuda::room(c.num_attention_heads, latent, c.max_position_embeddings);
-            let logits = (LOGITS_MAX / c.vocab_size).clamp(1, limits.rows) * c.vocab_size;
-            let head = Head {
-                picks: Parcel::new(&device, Parcel::room(&[limits.rows * 4]))?,
-                logits: device.buffer(logits)?,
-                returned: device.returned(logits)?,
-            };
-            Ok((pages, device.buffer(sums)?, device.buffer(sum_weights)?, RefCell::new(head)))
+        let made = Self::with(weights, device, limits);
+        made.map_err(|error| ModelError::file(checkpoint.dir(), error.to_string()))
+    }
+
+    /// With random weights and latents of a model's shape, made on the GPU: to measure with.
+    pub fn random(config: &Config, device: Device, limits: Limits, seed: u64) -> Result<Self, GpuError> {
+        let made = Self::with(Weights::random(config, &device, seed)?, device, limits)?;
+        made.pages.fill_random(&made.device, seed)?;
+        Ok(made)
+    }
+
+    fn with(weights: Weights, device: Device, limits: Limits) -> Result<Self, GpuError> {
+        let c = weights.config();
+        let (layers, latent) = (c.num_hidden_layers, c.kv_lora_rank);
+        let [sums, sum_weights] = cuda::room(c.num_attention_heads, latent, c.max_position_embeddings);
+        let logits = (LOGITS_MAX / c.vocab_size).clamp(1, limits.rows) * c.vocab_size;
+        let head = Head {
+            picks: Parcel::new(&device, Parcel::room(&[limits.rows * 4]))?,
+            logits: device.buffer(logits)?,
+            returned: device.returned(logits)?,
         };
-        let (pages, sums, sum_weights, head) = memory().map_err(failed)?;
-        Ok(Self { device, weights, pages, limits, sums, sum_weights, head })
+        Ok(Self {
+            pages: Pages::new(&device, layers, limits.pages as usize, latent, c.qk_rope_head_dim)?,
+            sums: device.buffer(sums)?,
+            sum_weights: device.buffer(sum_weights)?,
+            head: RefCell::new(head),
+            device,
+            weights,
+            limits,
+        })
     }
 
     /// Bytes of weights and of the latent cache.
     pub fn bytes(&self) -> (usize, usize) {
         (self.weights.bytes(), self.pages.bytes())
+    }
+
+    /// Rows whose logits can be asked for at a time.
+    pub fn logit_rows(&self) -> usize {
+        self.head.borrow().logits.len() / self.config().vocab_size
     }
 
     /// h = h + what is pending; of the rows, with a weight, x = norm(h) and, if it is wanted, that before rounding.
@@ -254,7 +272,8 @@ impl Arithmetic for Gpu {
             o: device.buffer(heads * c.v_head_dim)?,
             wide: device.buffer(rows * wide)?,
             gate: device.buffer(rows * c.n_routed_experts)?,
-            logits: device.returned(rows * c.n_routed_experts)?,
+            routed: device.buffer(rows * self.weights.choices_of_row())?,
+            choices: device.returned(rows * self.weights.choices_of_row())?,
             rows: device.returned(hidden)?,
             experts: Parcel::new(device, Parcel::room(&[hidden * 4]))?,
             step: None,
@@ -332,12 +351,13 @@ impl Arithmetic for Gpu {
         let (c, device, rows) = (self.config(), &self.device, b.row_count());
         let experts = c.n_routed_experts;
         cuda::gate(device, rows, b.exact.view(), gate.view(), c.hidden_size, b.gate.view())?;
-        device.queue_return(b.gate.view(), &mut b.logits, rows * experts)?;
+        let (gate, of_row) = (&self.weights.gate_params, self.weights.choices_of_row());
+        let bias = bias.as_ref().map(Buffer::view);
+        cuda::route(device, rows, b.gate.view(), bias, (gate, experts), b.routed.view())?;
+        device.queue_return(b.routed.view(), &mut b.choices, rows * of_row)?;
         device.queue_return(b.x.view(), &mut b.rows, rows * c.hidden_size)?;
         device.finish()?;
-        for logits in b.logits.values()[..rows * experts].chunks_exact(experts) {
-            route(logits, bias.as_deref(), &self.weights.gate_params, choices);
-        }
+        choices.extend(b.choices.values()[..rows * of_row].iter().map(|routed| Choice::from(*routed)));
         Ok(())
     }
 

@@ -206,7 +206,7 @@ async fn start_engine(
         }
         Backend::Gpu(device) => {
             let sizes = gpu::Limits { pages: limits.pages, rows: limits.token_budget };
-            let load = tokio::task::spawn_blocking(move || Gpu::new(checkpoint, device, sizes));
+            let load = tokio::task::spawn_blocking(move || Gpu::new(&checkpoint, device, sizes));
             let gpu = load.await.context("loading the weights")??;
             let (weights, cache) = gpu.bytes();
             tracing::info!(weights, cache, "loaded to the GPU");

@@ -4,12 +4,13 @@
 //! matrix instruction, or of its memory's order.
 #![allow(unsafe_code)]
 
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use moesaic_kernels::Dtype;
-use moesaic_kernels::cuda::{Address, Device, DeviceChoice, Gpu, GpuError, Kernel, Properties};
+use moesaic_kernels::cuda::{Address, Device, DeviceChoice, Gpu, GpuError, Kernel, Launch, Properties};
 
 unsafe extern "C" {
     fn emulator_launch(
@@ -48,6 +49,7 @@ pub fn device(arena_bytes: usize, seed: u64) -> Device {
         seed: AtomicU64::new(seed),
         memory: Mutex::default(),
         recordings: Mutex::default(),
+        next_recording: AtomicU64::new(0),
     };
     Device::new(Arc::new(gpu), arena_bytes).expect("the processor has so much memory")
 }
@@ -59,21 +61,8 @@ struct Emulator {
     seed: AtomicU64,
     /// Lines of a cache, so that all is aligned.
     memory: Mutex<Vec<Box<[Line]>>>,
-    recordings: Mutex<Recordings>,
-}
-
-#[derive(Debug, Default)]
-struct Recordings {
-    /// What is being recorded, if anything is.
-    open: Option<Vec<Launch>>,
-    done: Vec<Vec<Launch>>,
-}
-
-#[derive(Clone, Debug)]
-struct Launch {
-    kernel: Kernel,
-    blocks: u32,
-    call: Vec<u8>,
+    recordings: Mutex<HashMap<u64, Vec<Launch>>>,
+    next_recording: AtomicU64,
 }
 
 #[repr(align(256))]
@@ -94,7 +83,7 @@ impl Emulator {
         at
     }
 
-    fn recordings(&self) -> MutexGuard<'_, Recordings> {
+    fn recordings(&self) -> MutexGuard<'_, HashMap<u64, Vec<Launch>>> {
         self.recordings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -153,10 +142,6 @@ unsafe impl Gpu for Emulator {
     }
 
     unsafe fn queue_launch(&self, kernel: Kernel, blocks: u32, call: &[u8]) -> Result<(), GpuError> {
-        if let Some(open) = &mut self.recordings().open {
-            open.push(Launch { kernel, blocks, call: call.to_vec() });
-            return Ok(());
-        }
         let (suite, shared_bytes) = self.suite;
         let name = CString::new(format!("{suite} {}", kernel.name)).expect("a kernel's name has no zero");
         let shared_bytes = kernel.shared_bytes(shared_bytes as usize) as u32;
@@ -175,28 +160,30 @@ unsafe impl Gpu for Emulator {
         error.map_or(Ok(()), |reason| Err(GpuError::Failed { what: kernel.name, reason }))
     }
 
-    fn begin_recording(&self) -> Result<(), GpuError> {
-        self.recordings().open = Some(Vec::new());
-        Ok(())
+    fn record(&self, launches: &[Launch]) -> Result<u64, GpuError> {
+        let number = self.next_recording.fetch_add(1, Ordering::Relaxed);
+        self.recordings().insert(number, launches.to_vec());
+        Ok(number)
     }
 
-    fn end_recording(&self) -> Result<usize, GpuError> {
-        let mut recordings = self.recordings();
-        let launches = recordings.open.take().unwrap_or_default();
-        recordings.done.push(launches);
-        Ok(recordings.done.len() - 1)
-    }
-
-    unsafe fn queue_recording(&self, number: usize) -> Result<(), GpuError> {
-        let launches = self.recordings().done[number].clone();
+    unsafe fn queue_recording(&self, number: u64) -> Result<(), GpuError> {
+        let launches = self.recordings()[&number].clone();
         // SAFETY: the caller's promise.
         launches.iter().try_for_each(|launch| unsafe { self.queue_launch(launch.kernel, launch.blocks, &launch.call) })
+    }
+
+    fn forget_recording(&self, number: u64) {
+        self.recordings().remove(&number);
     }
 
     unsafe fn queue_copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy(from.0 as *const u8, to.0 as *mut u8, bytes) };
         Ok(())
+    }
+
+    unsafe fn queue_vendor_product(&self, _: usize, _: Address, _: Address, _: Address) -> Result<(), GpuError> {
+        Err(GpuError::Failed { what: "the vendor's matrix product", reason: "an emulator has none".into() })
     }
 
     fn finish(&self) -> Result<(), GpuError> {

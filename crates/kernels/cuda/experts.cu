@@ -15,8 +15,8 @@ struct Down {
     u32 out;
     /// [rows, out]
     float* y;
-    /// Output i adds up terms firsts[i]..firsts[i + 1]: w * y of the first, then fused multiply-adds, in order. None are
-    /// asked for: y is all.
+    /// Output i adds up terms firsts[i]..firsts[i + 1]: w * y of the first, then fused multiply-adds, in order. One without
+    /// terms is not written. No outputs are asked for: y is all.
     u32 outputs;
     const u32* firsts;
     const u32* rows;
@@ -48,6 +48,7 @@ DEVICE void add_up(const Down& call, u32 output_block) {
         u32 output = at / WIDTH, column = output_block * WIDTH + at % WIDTH;
         if (column >= call.out) continue;
         u32 first = call.firsts[output], last = call.firsts[output + 1];
+        if (first == last) continue;
         float sum = call.weights[first] * load_fresh(call.y + static_cast<u64>(call.rows[first]) * call.out + column);
         for (u32 term = first + 1; term < last; term++) {
             sum = fused(call.weights[term], load_fresh(call.y + static_cast<u64>(call.rows[term]) * call.out + column), sum);

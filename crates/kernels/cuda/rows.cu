@@ -1,4 +1,4 @@
-// The residual stream: embedding, norms, sums, and the gate's logits. A block has a row.
+// The residual stream: embedding, norms, sums, and the gate. A block has a row, or a warp has.
 #include "rows.h"
 
 constexpr u32 THREADS = 256;
@@ -89,6 +89,151 @@ KERNEL(gate_rows, 256, 4, Gate) {
             for (u32 mask = 16; mask > 0; mask /= 2) sum[r] = sum[r] + from_lane(sum[r], mask);
             if (lane == 0 && first + r < call.rows) call.logits[static_cast<u64>(first + r) * call.experts + expert] = sum[r];
         }
+    }
+}
+
+/// What a lane has of a row's experts: lane, lane + 32, ...
+constexpr u32 ROUTE_SLOTS = 8, EXPERTS_MAX = 32 * ROUTE_SLOTS;
+
+struct Choice {
+    u32 expert;
+    float weight;
+};
+
+/// `gate.rs` has the formula, and what the parameters are.
+struct Route {
+    /// [rows, experts]
+    const float* logits;
+    /// [experts] or none
+    const float* bias;
+    u32 rows, experts;
+    u32 groups, groups_kept, top_k;
+    u32 is_softmax, is_top_two, normalize;
+    float mask, scale;
+    /// [rows, top_k], ascending by expert
+    Choice* choices;
+};
+
+/// What a warp shares of a row.
+struct Routed {
+    float scores[EXPERTS_MAX], keys[EXPERTS_MAX];
+    float groups[32];
+    Choice chosen[32];
+};
+
+DEVICE float number_or_least(float x) { return x == x ? x : minus_infinity(); }
+
+/// logits become scores.
+DEVICE void scores_of(const Route& call, float (&x)[ROUTE_SLOTS]) {
+    u32 lane = thread() % 32;
+    if (!call.is_softmax) {
+#pragma unroll
+        for (u32 i = 0; i < ROUTE_SLOTS; i++) x[i] = fast_divide(1, 1 + fast_exp(-x[i]));
+        return;
+    }
+    float most = minus_infinity(), sum = 0;
+#pragma unroll
+    for (u32 i = 0; i < ROUTE_SLOTS; i++) most = lane + i * 32 < call.experts ? larger(most, x[i]) : most;
+    for (u32 mask = 16; mask > 0; mask /= 2) most = larger(most, from_lane(most, mask));
+#pragma unroll
+    for (u32 i = 0; i < ROUTE_SLOTS; i++) {
+        x[i] = fast_exp(x[i] - most);
+        sum = lane + i * 32 < call.experts ? sum + x[i] : sum;
+    }
+    for (u32 mask = 16; mask > 0; mask /= 2) sum = sum + from_lane(sum, mask);
+#pragma unroll
+    for (u32 i = 0; i < ROUTE_SLOTS; i++) x[i] = fast_divide(x[i], sum);
+}
+
+/// Keys of groups that are not among the best become the mask.
+DEVICE void mask_groups(const Route& call, float (&key)[ROUTE_SLOTS], Routed* row) {
+    u32 lane = thread() % 32, members = call.experts / call.groups;
+#pragma unroll
+    for (u32 i = 0; i < ROUTE_SLOTS; i++) row->keys[lane + i * 32] = key[i];
+    warp_sync();
+    float first = minus_infinity(), second = minus_infinity();
+    if (lane < call.groups) {
+        for (u32 i = 0; i < members; i++) {
+            float other = row->keys[lane * members + i];
+            second = larger(second, other > first ? first : other);
+            first = larger(first, other);
+        }
+        row->groups[lane] = call.is_top_two && members > 1 ? number_or_least(first + second) : first;
+    }
+    warp_sync();
+#pragma unroll
+    for (u32 i = 0; i < ROUTE_SLOTS; i++) {
+        u32 own = (lane + i * 32) / members, better = 0;
+        if (own >= call.groups) continue;
+        for (u32 g = 0; g < call.groups; g++) {
+            better += row->groups[g] > row->groups[own] || (row->groups[g] == row->groups[own] && g < own);
+        }
+        if (better >= call.groups_kept) key[i] = call.mask;
+    }
+}
+
+KERNEL(route_rows, 256, 2, Route) {
+    u32 lane = thread() % 32, warp = thread() / 32;
+    Routed* shared_row = reinterpret_cast<Routed*>(shared()) + warp;
+    for (u32 row = block() * 8 + warp; row < call.rows; row += blocks() * 8) {
+        float score[ROUTE_SLOTS], key[ROUTE_SLOTS];
+        u32 free = 0;
+#pragma unroll
+        for (u32 i = 0; i < ROUTE_SLOTS; i++) {
+            u32 expert = lane + i * 32;
+            bool is_one = expert < call.experts;
+            score[i] = is_one ? call.logits[static_cast<u64>(row) * call.experts + expert] : 0;
+            free |= is_one ? 1u << i : 0;
+        }
+        scores_of(call, score);
+#pragma unroll
+        for (u32 i = 0; i < ROUTE_SLOTS; i++) {
+            shared_row->scores[lane + i * 32] = score[i];
+            bool has_bias = call.bias && (free >> i & 1);
+            key[i] = number_or_least(score[i] + (has_bias ? call.bias[lane + i * 32] : 0));
+        }
+        if (call.groups_kept < call.groups) mask_groups(call, key, shared_row);
+        for (u32 choice = 0; choice < call.top_k; choice++) {
+            float best = minus_infinity();
+            u32 expert = ~0u;
+#pragma unroll
+            for (u32 i = 0; i < ROUTE_SLOTS; i++) {
+                // Of equals the lower one: it came first.
+                bool is_better = (free >> i & 1) && (key[i] > best || expert == ~0u);
+                best = is_better ? key[i] : best;
+                expert = is_better ? lane + i * 32 : expert;
+            }
+            for (u32 mask = 16; mask > 0; mask /= 2) {
+                float other = from_lane(best, mask);
+                u32 other_expert = from_lane(expert, mask);
+                bool is_better = other > best || (other == best && other_expert < expert);
+                best = is_better ? other : best;
+                expert = is_better ? other_expert : expert;
+            }
+            if (expert % 32 == lane) {
+                free &= ~(1u << expert / 32);
+                shared_row->chosen[choice] = {expert, shared_row->scores[expert]};
+            }
+        }
+        warp_sync();
+        if (lane < call.top_k) {
+            Choice own = shared_row->chosen[lane];
+            u32 place = 0;
+            for (u32 i = 0; i < call.top_k; i++) place += shared_row->chosen[i].expert < own.expert;
+            call.choices[static_cast<u64>(row) * call.top_k + place] = own;
+        }
+        warp_sync();
+        // The sum goes by expert.
+        if (lane == 0) {
+            Choice* chosen = call.choices + static_cast<u64>(row) * call.top_k;
+            float sum = 0;
+            for (u32 i = 0; i < call.top_k; i++) sum = sum + chosen[i].weight;
+            for (u32 i = 0; i < call.top_k; i++) {
+                float weight = call.normalize ? fast_divide(chosen[i].weight, sum + 1e-20f) : chosen[i].weight;
+                chosen[i].weight = weight * call.scale;
+            }
+        }
+        warp_sync();
     }
 }
 

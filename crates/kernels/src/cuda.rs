@@ -16,17 +16,21 @@ mod gpu;
 mod grouped;
 mod linear;
 mod pack;
+mod recording;
+mod roof;
 mod rows;
+mod vendor;
 
 pub use attention::{Append, Attend, Pages, Rotate, append, attend, room, rotate};
 pub use choice::{DeviceChoice, UnknownDevice};
 pub use compile::{ARCHITECTURES, Compiled, Source, compile};
 pub use device::{Missing, is_present};
-pub use experts::{Experts, GpuFfn, NotLoaded, Output, Sent, Workspace};
-pub use gpu::{Address, Buffer, Device, Gpu, GpuError, Kernel, Parcel, Part, Properties, Recording, Returned, View};
+pub use experts::{Experts, GpuFfn, NotLoaded, Output, Recorded, Sent, Workspace};
+pub use gpu::{Address, Buffer, Device, Gpu, GpuError, Kernel, Launch, Parcel, Part, Properties, Returned, View};
 pub use linear::{GpuLinear, GpuPerHead, Strides};
 pub use pack::Unfit;
-pub use rows::{Normed, embed, gate, norm};
+pub use roof::{GpuRoof, time_of};
+pub use rows::{Normed, Routed, can_route, embed, gate, norm, random_bf16, route};
 
 /// All kernels, by the file that they are in.
 pub fn kernels() -> [(Source, Vec<Kernel>); 4] {

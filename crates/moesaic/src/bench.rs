@@ -6,7 +6,7 @@
 //! for one machine.
 
 mod load;
-mod rank;
+pub mod rank;
 mod report;
 mod roofline;
 
@@ -14,7 +14,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use moesaic_attention_worker::engine::profile::Counts;
-use moesaic_kernels::{Pool, Roof};
+use moesaic_kernels::cuda::GpuRoof;
+use moesaic_kernels::{Backend, Pool, Roof};
 use moesaic_proto::v1::Role;
 
 use crate::here::{self, Profiles};
@@ -75,26 +76,26 @@ pub struct Args {
     /// Print JSON instead of tables
     #[arg(long)]
     json: bool,
-    /// Measure one rank's share of a model on a GPU, with random weights: expert
-    #[arg(long, value_name = "ROLE", value_parser = ["expert"], requires = "config")]
+    /// Measure one rank's share of a model on a GPU, with random weights: expert or attention (with --batch and --ctx)
+    #[arg(long, value_name = "ROLE", value_parser = ["expert", "attention"], requires = "config")]
     rank: Option<String>,
     /// Of --rank: the model's config.json
     #[arg(long, value_name = "FILE")]
     config: Option<std::path::PathBuf>,
-    /// Of --rank: ranks that share the experts
+    /// Of --rank expert: ranks that share the experts
     #[arg(long, value_name = "N", default_value_t = 16)]
     ep: usize,
-    /// Of --rank: rows of each expert
+    /// Of --rank expert: rows of each expert
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "8,16,32,64")]
     rows: Vec<usize>,
-    /// Of --rank: the GPU
-    #[arg(long, value_name = "cuda:N", default_value = "cuda:0")]
-    device: String,
+    /// What is measured: auto, cpu or cuda:N; cpu if not given, and cuda:0 with --rank
+    #[arg(long, value_name = "NAME")]
+    device: Option<String>,
 }
 
 pub async fn run(mut args: Args) -> Result<()> {
-    if args.rank.is_some() {
-        return tokio::task::spawn_blocking(move || rank::run(&args)).await?;
+    if let Some(role) = args.rank.clone() {
+        return tokio::task::spawn_blocking(move || rank::run(&args, &role)).await?;
     }
     if args.pp.is_empty() && args.tg.is_none() && args.streams.is_empty() {
         (args.pp, args.tg, args.batch) = (vec![512], Some(64), vec![1, 4, 16]);
@@ -110,7 +111,8 @@ pub async fn run(mut args: Args) -> Result<()> {
     let worker = membership.registry.view().borrow().of_role(Role::AttentionWorker).next().cloned();
     let load = Load::connect(&worker.context("the attention worker has left")?, &plan, address).await?;
 
-    let roof = tokio::task::spawn_blocking(move || Roof::measure(&Pool::new(plan.threads))).await?;
+    let backend = plan.backend.clone();
+    let roof = tokio::task::spawn_blocking(move || roof(&backend, plan.threads)).await??;
     let mut report = Report::new(&plan, &args.transport, args.expert_workers, roof, ready);
     let roofline = Roofline::new(&plan.checkpoint, plan.numerics(), roof)?;
     for test in tests(&args) {
@@ -130,6 +132,17 @@ pub async fn run(mut args: Args) -> Result<()> {
     crate::cli::say(&if args.json { report.json() } else { report.table(args.layers) });
     drop((load, membership));
     node::stop_all(nodes).await
+}
+
+/// Of what computes.
+fn roof(backend: &Backend, threads: usize) -> Result<Roof> {
+    Ok(match backend {
+        Backend::Cpu(..) => Roof::measure(&Pool::new(threads)),
+        Backend::Gpu(device) => {
+            let GpuRoof { copy, fma } = GpuRoof::measure(device)?;
+            Roof { threads, read: copy, fma, pairs: fma }
+        }
+    })
 }
 
 /// A test of the list.
@@ -190,7 +203,7 @@ fn cluster(args: &Args) -> up::Args {
         model: args.model.clone(),
         listen: ([127, 0, 0, 1], 0).into(),
         dtype: args.dtype.clone(),
-        device: "cpu".into(),
+        device: args.device.clone().unwrap_or_else(|| "cpu".into()),
         attention_workers: 1,
         expert_workers: args.expert_workers,
         replicas: 1,

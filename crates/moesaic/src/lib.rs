@@ -7,7 +7,7 @@
 
 #![forbid(unsafe_code)]
 
-mod bench;
+pub mod bench;
 pub mod certs;
 mod chat;
 mod checkpoint;

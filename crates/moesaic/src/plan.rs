@@ -116,6 +116,14 @@ impl Plan {
     }
 
     /// The processor's.
+    /// What computes, for people.
+    pub fn device(&self) -> String {
+        match &self.backend {
+            Backend::Cpu(..) => format!("{}, {} threads", self.backend.device(), self.threads),
+            Backend::Gpu(_) => self.backend.device(),
+        }
+    }
+
     pub fn numerics(&self) -> Numerics {
         match &self.backend {
             Backend::Cpu(numerics, _) => *numerics,
@@ -196,11 +204,7 @@ impl fmt::Display for Plan {
         };
         writeln!(f, "model     {} ({family}), {total} parameters, {active} active a token", self.checkpoint.name())?;
         writeln!(f, "          {}", self.model().display())?;
-        let threads = match &self.backend {
-            Backend::Cpu(..) => format!(", {} threads", self.threads),
-            Backend::Gpu(_) => String::new(),
-        };
-        writeln!(f, "numerics  {} on {}{threads}", self.backend.numerics(), self.backend.device())?;
+        writeln!(f, "numerics  {} on {}", self.backend.numerics(), self.device())?;
         writeln!(f, "cluster   1 coordinator, {a} x attention worker, {e} x expert worker, {place}")?;
         writeln!(
             f,

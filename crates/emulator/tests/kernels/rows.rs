@@ -1,7 +1,8 @@
-//! The residual stream: embedding, norm, the gate's logits.
+//! The residual stream: embedding, norm, the gate.
 
 use half::bf16;
-use moesaic_kernels::cuda::{Device, Normed, View, embed, gate, norm};
+use moesaic_kernels::cuda::{self, Buffer, Device, Normed, Routed, View, embed, gate, norm};
+use moesaic_kernels::{Choice, GateParams, GroupScore, Scoring, route};
 use proptest::prelude::*;
 
 use moesaic_emulator::test_device as device;
@@ -105,6 +106,44 @@ proptest! {
                 prop_assert!((f64::from(*got) - expected).abs() < 1e-4, "{got}, expected {expected}");
             }
             prop_assert_eq!(&logits(x)[..], got);
+        }
+    }
+
+    /// The processor's choices, ties and all: logits are of a few values, and whoever has equal ones is a tie.
+    #[test]
+    fn rows_go_to_the_experts_that_the_processor_chooses(
+        (groups, members) in (1..9usize, 1..33usize),
+        groups_kept in 1..9usize,
+        top_k in 1..11usize,
+        rows in 1..40usize,
+        has_bias in any::<bool>(),
+        scoring in prop_oneof![Just(Scoring::Softmax), Just(Scoring::Sigmoid)],
+        group_score in prop_oneof![Just(GroupScore::Max), Just(GroupScore::TopTwoSum)],
+        mask in prop_oneof![Just(0.0), Just(f32::NEG_INFINITY)],
+        normalize in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let (mut random, device) = (Random::new(seed), device(4 << 20, seed));
+        let experts = groups * members;
+        let params = GateParams { scoring, groups, groups_kept, top_k, group_score, mask, normalize, scale: 2.5 };
+        let mut values = |len: usize, step: f32| -> Vec<f32> { (0..len).map(|_| random.below(9) as f32 * step).collect() };
+        let (logits, bias) = (values(rows * experts, 0.75), has_bias.then(|| values(experts, 0.25)));
+        let there = bias.as_ref().map(|bias| device.buffer_of(bias).unwrap());
+        let of_row = top_k.min(experts);
+        let choices = device.buffer::<Routed>(rows * of_row).unwrap();
+        let logits_there = device.buffer_of(&logits).unwrap();
+        let bias_there = there.as_ref().map(Buffer::view);
+        cuda::route(&device, rows, logits_there.view(), bias_there, (&params, experts), choices.view()).unwrap();
+        let mut got = device.returned::<Routed>(rows * of_row).unwrap();
+        device.queue_return(choices.view(), &mut got, rows * of_row).unwrap();
+        device.finish().unwrap();
+        for (logits, got) in logits.chunks_exact(experts).zip(got.values().chunks_exact(of_row)) {
+            let mut expected = Vec::new();
+            route(logits, bias.as_deref(), &params, &mut expected);
+            for (got, expected) in got.iter().map(|got| Choice::from(*got)).zip(&expected) {
+                prop_assert_eq!(got.expert, expected.expert);
+                prop_assert!((got.weight - expected.weight).abs() <= 1e-5 * expected.weight.abs(), "{got:?}, {expected:?}");
+            }
         }
     }
 }

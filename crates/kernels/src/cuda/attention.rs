@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::gpu::{Buffer, Device, GpuError, Kernel, View};
+use super::rows::fill;
 use crate::PAGE_TOKENS;
 
 /// Of a context, what is attended to before parts are merged; `cuda/attention.cu` has the same.
@@ -35,6 +36,11 @@ impl Pages {
 
     pub fn bytes(&self) -> usize {
         self.values.len() * 2
+    }
+
+    /// Queues random latents for all positions: to measure with.
+    pub fn fill_random(&self, device: &Device, seed: u64) -> Result<(), GpuError> {
+        fill(device, self.values.view().bytes(), self.bytes(), Some(1.0), seed)
     }
 
     pub fn latent(&self) -> usize {

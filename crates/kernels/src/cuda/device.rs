@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{DriverError, result, sys};
 
 use super::compile::{cache_folder, compile, failed, shared_bytes};
-use super::gpu::{Address, Gpu, GpuError, Kernel, Properties};
+use super::gpu::{Address, Gpu, GpuError, Kernel, Launch, Properties};
+use super::vendor::Product;
 
 /// Why there is no GPU.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +69,15 @@ pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
         let queue = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(check("making a queue"))?;
         let (cache, shared_bytes) = (cache_folder(), shared_bytes(architecture));
         let properties = Properties { name, architecture, multiprocessors, memory_free };
-        let mut gpu = CudaGpu { properties, context, queue, functions: HashMap::new(), recordings: Mutex::default() };
+        let mut gpu = CudaGpu {
+            properties,
+            context,
+            queue,
+            functions: HashMap::new(),
+            recordings: Mutex::default(),
+            next_recording: AtomicU64::new(0),
+            product: Mutex::default(),
+        };
         for (source, kernels) in super::kernels() {
             let image = compile(source, architecture, cache.as_deref())?.image;
             let module = result::module::load_data(image.as_ptr().cast()).map_err(check("loading the kernels"))?;
@@ -86,7 +96,10 @@ struct CudaGpu {
     queue: sys::CUstream,
     functions: HashMap<&'static str, Function>,
     /// Graphs, ready to be launched.
-    recordings: Mutex<Vec<sys::CUgraphExec>>,
+    recordings: Mutex<HashMap<u64, sys::CUgraphExec>>,
+    next_recording: AtomicU64,
+    /// The one that was asked for last, by its size.
+    product: Mutex<Option<(usize, Product)>>,
 }
 
 #[derive(Debug)]
@@ -118,11 +131,52 @@ impl CudaGpu {
         Ok(())
     }
 
+    fn function(&self, kernel: Kernel) -> Result<&Function, GpuError> {
+        let function = self.functions.get(kernel.name);
+        function.ok_or_else(|| failed("launching a kernel", format!("{} is not loaded", kernel.name)))
+    }
+
+    fn recordings(&self) -> MutexGuard<'_, HashMap<u64, sys::CUgraphExec>> {
+        self.recordings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Does something with the context current.
     fn with<T>(&self, what: &'static str, call: impl FnOnce() -> Result<T, DriverError>) -> Result<T, GpuError> {
         // SAFETY: the context is kept to the end of the process.
         unsafe { result::ctx::set_current(self.context) }.and_then(|()| call()).map_err(|e| driver_failed(what, e))
     }
+}
+
+/// Each after the one before it.
+///
+/// # Safety
+///
+/// The graph is one, and the functions are the launches'.
+unsafe fn add_nodes(graph: sys::CUgraph, launches: &[Launch], functions: &[&Function]) -> Result<(), DriverError> {
+    let mut before: Option<sys::CUgraphNode> = None;
+    for (launch, function) in launches.iter().zip(functions) {
+        let mut arguments = [launch.call.as_ptr().cast_mut().cast::<c_void>()];
+        let parameters = sys::CUDA_KERNEL_NODE_PARAMS {
+            func: function.handle,
+            gridDimX: launch.blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: launch.kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: function.shared_bytes as u32,
+            kernelParams: arguments.as_mut_ptr(),
+            extra: std::ptr::null_mut(),
+            kern: std::ptr::null_mut(),
+            ctx: std::ptr::null_mut(),
+        };
+        let mut node = std::ptr::null_mut();
+        let (after, count) = before.as_ref().map_or((std::ptr::null(), 0), |node| (&raw const *node, 1));
+        // SAFETY: all pointers are to what lives here, and the driver copies what they point to.
+        unsafe { sys::cuGraphAddKernelNode_v2(&mut node, graph, after, count, &parameters).result()? };
+        before = Some(node);
+    }
+    Ok(())
 }
 
 // SAFETY: all memory is the driver's, and the queue is one stream.
@@ -171,9 +225,7 @@ unsafe impl Gpu for CudaGpu {
     }
 
     unsafe fn queue_launch(&self, kernel: Kernel, blocks: u32, call: &[u8]) -> Result<(), GpuError> {
-        let function = self.functions.get(kernel.name);
-        let Function { handle, shared_bytes } =
-            function.ok_or_else(|| failed("launching a kernel", format!("{} is not loaded", kernel.name)))?;
+        let Function { handle, shared_bytes } = self.function(kernel)?;
         let mut arguments = [call.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: the caller's promise; the driver copies the argument before it returns.
         self.with(kernel.name, || unsafe {
@@ -182,37 +234,53 @@ unsafe impl Gpu for CudaGpu {
         })
     }
 
-    fn begin_recording(&self) -> Result<(), GpuError> {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the queue is alive.
-        self.with("recording", || unsafe { result::stream::begin_capture(self.queue, mode) })
-    }
-
-    fn end_recording(&self) -> Result<usize, GpuError> {
-        // SAFETY: the queue is alive; the graph is not needed once it is made ready, which is kept.
+    fn record(&self, launches: &[Launch]) -> Result<u64, GpuError> {
+        let functions = launches.iter().map(|launch| self.function(launch.kernel)).collect::<Result<Vec<_>, _>>()?;
+        // SAFETY: the driver copies arguments when they are added; the graph is not needed once it is made ready.
         let ready = self.with("recording", || unsafe {
-            let graph = result::stream::end_capture(self.queue)?;
+            let mut graph = std::ptr::null_mut();
+            sys::cuGraphCreate(&mut graph, 0).result()?;
+            let added = add_nodes(graph, launches, &functions);
             let mut ready = std::ptr::null_mut();
-            let made = sys::cuGraphInstantiateWithFlags(&mut ready, graph, 0).result();
+            let made = added.and_then(|()| sys::cuGraphInstantiateWithFlags(&mut ready, graph, 0).result());
             result::graph::destroy(graph)?;
             made.map(|()| ready)
         })?;
-        let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
-        recordings.push(ready);
-        Ok(recordings.len() - 1)
+        let number = self.next_recording.fetch_add(1, Ordering::Relaxed);
+        self.recordings().insert(number, ready);
+        Ok(number)
     }
 
-    unsafe fn queue_recording(&self, number: usize) -> Result<(), GpuError> {
-        let recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
-        let ready = recordings.get(number).copied();
+    unsafe fn queue_recording(&self, number: u64) -> Result<(), GpuError> {
+        let ready = self.recordings().get(&number).copied();
         let ready = ready.ok_or_else(|| failed("replaying", format!("there is no recording {number}")))?;
-        // SAFETY: it is kept as long as this is; the rest is the caller's promise.
+        // SAFETY: it is kept until it is forgotten; the rest is the caller's promise.
         self.with("replaying", || unsafe { result::graph::launch(ready, self.queue) })
+    }
+
+    fn forget_recording(&self, number: u64) {
+        if let Some(ready) = self.recordings().remove(&number) {
+            // SAFETY: nobody has it any more; where it is queued, the driver keeps it until it is through. Where this fails, the
+            // context is lost, and all graphs with it.
+            let _ = self.with("forgetting a recording", || unsafe { result::graph::exec_destroy(ready) });
+        }
     }
 
     unsafe fn queue_copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
         self.with("copying", || unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.queue) })
+    }
+
+    unsafe fn queue_vendor_product(&self, n: usize, x: Address, y: Address, z: Address) -> Result<(), GpuError> {
+        self.with("opening the GPU", || Ok(()))?;
+        let mut kept = self.product.lock().unwrap_or_else(PoisonError::into_inner);
+        let product = match kept.take() {
+            Some((size, product)) if size == n => product,
+            _ => Product::new(n)?,
+        };
+        let (_, product) = kept.insert((n, product));
+        // SAFETY: the caller's promise.
+        unsafe { product.queue(self.queue, x, y, z) }
     }
 
     fn finish(&self) -> Result<(), GpuError> {

@@ -8,6 +8,7 @@ use half::bf16;
 use super::gpu::{Buffer, Device, GpuError, Kernel, Parcel, Returned, View};
 use super::grouped::{GROUPS_MAX, Grouped, Groups, Sizes, fit, sizes};
 use super::pack::{Format, M_TILE, Unfit, pack};
+use super::recording::{Recording, Replays};
 use crate::Matrix;
 
 /// One expert's weights in a GPU's memory.
@@ -130,6 +131,7 @@ pub struct Workspace {
     sent: Option<Parcel>,
     returned: Option<Returned<f32>>,
     buffers: Buffers,
+    replays: Replays,
 }
 
 #[derive(Debug, Default)]
@@ -142,7 +144,7 @@ struct Buffers {
 
 impl Workspace {
     pub fn new(device: Device) -> Self {
-        Self { device, sent: None, returned: None, buffers: Buffers::default() }
+        Self { device, sent: None, returned: None, buffers: Buffers::default(), replays: Replays::default() }
     }
 
     /// The first `len` sums of the last call, once it is through.
@@ -176,6 +178,26 @@ impl Sent<'_> {
     }
 }
 
+/// Calls that are queued as one.
+#[derive(Debug)]
+pub struct Recorded<'a> {
+    recording: Recording,
+    calls: PhantomData<&'a ()>,
+}
+
+impl<'a> Recorded<'a> {
+    /// Of calls that follow each other.
+    pub fn new(device: &Device, calls: &'a [Sent<'a>]) -> Result<Self, GpuError> {
+        let recording = device.record(|device| calls.iter().try_for_each(|call| call.queue(device)))?;
+        Ok(Self { recording, calls: PhantomData })
+    }
+
+    pub fn queue(&self) -> Result<(), GpuError> {
+        // SAFETY: the calls are borrowed, so that what they work on lasts.
+        unsafe { self.recording.queue() }
+    }
+}
+
 impl Experts<'_> {
     /// h = silu(x gateᵀ) * (x upᵀ) in bf16, y = h downᵀ in f32 for each group, and the outputs' sums [outputs, out]. All experts
     /// have one shape.
@@ -184,8 +206,9 @@ impl Experts<'_> {
             return Ok(&[]);
         }
         let (model, _) = self.groups.first().expect("outputs of at least one expert");
-        let Workspace { device, sent, buffers, .. } = workspace;
-        self.send_by(device, sent, buffers)?.queue(device)?;
+        let Workspace { device, sent, buffers, replays, .. } = workspace;
+        let sent = self.send_by(device, sent, buffers)?;
+        replays.queue(device, |device| sent.queue(device))?;
         workspace.sums(self.outputs.len() * model.shape.out)
     }
 
@@ -206,6 +229,8 @@ impl Experts<'_> {
         let (model, _) = self.groups.first().expect("a call of at least one expert");
         let shape = model.shape;
         assert!(self.groups.iter().all(|(ffn, _)| ffn.shape == shape), "experts of one call differ in shape");
+        // A power of two, so that room for one is never more.
+        const _: () = assert!(GROUPS_MAX.is_power_of_two());
         assert!(self.groups.len() <= GROUPS_MAX, "{} experts in one call", self.groups.len());
         let rows: usize = self.groups.iter().map(|(_, rows)| rows.len()).sum();
         let x_rows = self.x.len() / shape.in_;
@@ -216,39 +241,39 @@ impl Experts<'_> {
         assert!(terms().all(|(row, _)| (*row as usize) < rows), "a term that y does not have");
         assert!(self.outputs.iter().all(|output| !output.terms.is_empty()), "an output without terms");
 
-        let (groups, outputs, term_count) = (self.groups.len(), self.outputs.len(), terms().count());
-        let room = Parcel::room(&[
-            size_of_val(self.x),
-            groups * 4,
-            groups * 8,
-            groups * 8,
-            groups * 8,
-            groups * 8,
-            rows * 4,
+        // Calls of about the same size have equal arguments, so that they are replays: lists have room for a power of two, and
+        // experts without rows and outputs without terms fill it.
+        let term_count = terms().count();
+        let [groups, row_room, outputs, term_room] =
+            [self.groups.len(), rows, self.outputs.len(), term_count].map(usize::next_power_of_two);
+        let lists = [groups * 4, groups * 8, groups * 8, groups * 8, groups * 8, row_room * 4].into_iter().chain([
             (outputs + 1) * 4,
-            term_count * 4,
-            term_count * 4,
+            term_room * 4,
+            term_room * 4,
         ]);
+        let room = Parcel::room(&lists.chain([size_of_val(self.x)]).collect::<Vec<_>>());
         let sent = at_least(parcel, |sent| sent.has_room(room), || Parcel::new(device, room.next_power_of_two()))?;
-        let h = room_for(&mut buffers.h, rows * shape.width, |len| device.buffer(len))?;
-        let y = room_for(&mut buffers.y, rows * shape.out, |len| device.buffer(len))?;
+        let h = room_for(&mut buffers.h, row_room * shape.width, |len| device.buffer(len))?;
+        let y = room_for(&mut buffers.y, row_room * shape.out, |len| device.buffer(len))?;
         let sums = room_for(&mut buffers.sums, outputs * shape.out, |len| device.buffer(len))?;
         // Every launch leaves it as zeros.
         let done = room_for(&mut buffers.done, shape.down_strips(), |len| device.zeros(len))?;
 
         sent.open();
-        let x = sent.put(self.x);
-        let counts = sent.put_all(self.groups.iter().map(|(_, rows)| rows.len() as u32));
-        let begins = [0, 1, 2, 3].map(|part| sent.put_all(self.groups.iter().map(|(ffn, _)| ffn.weights.begin(part))));
-        let pick = sent.put_all(picks());
+        let counts = sent.put_in(groups, self.groups.iter().map(|(_, rows)| rows.len() as u32));
+        let begins =
+            [0, 1, 2, 3].map(|part| sent.put_in(groups, self.groups.iter().map(|(ffn, _)| ffn.weights.begin(part))));
+        let pick = sent.put_in(row_room, picks());
         let mut next = 0;
         let firsts = self.outputs.iter().map(|output| {
             next += output.terms.len() as u32;
             next - output.terms.len() as u32
         });
-        let firsts = sent.put_all(firsts.chain([term_count as u32]));
-        let term_rows = sent.put_all(terms().map(|(row, _)| *row));
-        let weights = sent.put_all(terms().map(|(_, weight)| *weight));
+        let ends = std::iter::repeat_n(term_count as u32, outputs + 1 - self.outputs.len());
+        let firsts = sent.put_in(outputs + 1, firsts.chain(ends));
+        let term_rows = sent.put_in(term_room, terms().map(|(row, _)| *row));
+        let weights = sent.put_in(term_room, terms().map(|(_, weight)| *weight));
+        let x = sent.put(self.x);
         sent.send(device)?;
         let [gate_up, down, gate_up_scales, down_scales] = begins.map(|begins| sent.view(begins).of_len(groups));
 
@@ -270,7 +295,7 @@ impl Experts<'_> {
                 shape.gate_up_strips(),
                 shape.in_,
                 sent.view(x).of_len(self.x.len()),
-                sent.view(pick).of_len(rows),
+                sent.view(pick).of_len(row_room),
             ),
             width: shape.width as u32,
             _pad: 0,
@@ -284,8 +309,8 @@ impl Experts<'_> {
             outputs: outputs as u32,
             _pad2: 0,
             firsts: sent.view(firsts).of_len(outputs + 1),
-            rows: sent.view(term_rows).of_len(term_count),
-            weights: sent.view(weights).of_len(term_count),
+            rows: sent.view(term_rows).of_len(term_room),
+            weights: sent.view(weights).of_len(term_room),
             sums: sums.address().0,
             done: done.address().0,
         };

@@ -34,7 +34,7 @@ pub struct Properties {
 }
 
 /// A kernel and the blocks that it runs on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Kernel {
     pub name: &'static str,
     /// Of a block.
@@ -49,6 +49,14 @@ impl Kernel {
     pub fn shared_bytes(&self, most: usize) -> usize {
         if self.blocks_each == 1 { most } else { most / self.blocks_each as usize - 1024 }
     }
+}
+
+/// A kernel on so many blocks, and its argument.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Launch {
+    pub kernel: Kernel,
+    pub blocks: u32,
+    pub call: Vec<u8>,
 }
 
 /// A GPU with one queue, or what tests put in its place. `Device` is the safe way to it.
@@ -73,12 +81,13 @@ pub unsafe trait Gpu: Send + Sync + fmt::Debug {
     unsafe fn queue_read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError>;
     unsafe fn queue_fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), GpuError>;
     unsafe fn queue_launch(&self, kernel: Kernel, blocks: u32, call: &[u8]) -> Result<(), GpuError>;
-    /// Launches from now on are kept instead of queued, until `end_recording`, which says their number.
-    fn begin_recording(&self) -> Result<(), GpuError>;
-    fn end_recording(&self) -> Result<usize, GpuError>;
-    /// Queues all launches of a recording at once.
-    unsafe fn queue_recording(&self, number: usize) -> Result<(), GpuError>;
+    /// Keeps launches that follow each other, and says by which number they are queued at once.
+    fn record(&self, launches: &[Launch]) -> Result<u64, GpuError>;
+    unsafe fn queue_recording(&self, number: u64) -> Result<(), GpuError>;
+    fn forget_recording(&self, number: u64);
     unsafe fn queue_copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), GpuError>;
+    /// z = x yᵀ of bf16 [n, n], by the vendor's library.
+    unsafe fn queue_vendor_product(&self, n: usize, x: Address, y: Address, z: Address) -> Result<(), GpuError>;
     fn finish(&self) -> Result<(), GpuError>;
 }
 
@@ -87,6 +96,8 @@ pub unsafe trait Gpu: Send + Sync + fmt::Debug {
 pub struct Device {
     gpu: Arc<dyn Gpu>,
     arena: Arc<Arena>,
+    /// Where launches are kept instead of being queued.
+    kept: Option<Arc<Mutex<Vec<Launch>>>>,
 }
 
 impl Device {
@@ -94,11 +105,21 @@ impl Device {
     pub fn new(gpu: Arc<dyn Gpu>, arena_bytes: usize) -> Result<Self, GpuError> {
         let arena_bytes = arena_bytes / ALIGNMENT * ALIGNMENT;
         let start = gpu.allocate(arena_bytes)?;
-        Ok(Self { arena: Arc::new(Arena { start, bytes: arena_bytes, free: Mutex::new(Free::of(arena_bytes)) }), gpu })
+        let arena = Arena { start, bytes: arena_bytes, free: Mutex::new(Free::of(arena_bytes)) };
+        Ok(Self { arena: Arc::new(arena), gpu, kept: None })
     }
 
     pub fn properties(&self) -> &Properties {
         self.gpu.properties()
+    }
+
+    pub(super) fn gpu(&self) -> &Arc<dyn Gpu> {
+        &self.gpu
+    }
+
+    /// The same, but launches go to `kept` instead of the queue.
+    pub(super) fn keeping(&self, kept: Arc<Mutex<Vec<Launch>>>) -> Self {
+        Self { kept: Some(kept), ..self.clone() }
     }
 
     /// Peers compare this: equal names, equal bits. Matrix units of different generations round sums differently.
@@ -176,23 +197,13 @@ impl Device {
     /// `call` is the kernel's argument, and every address in it holds what the kernel expects until the queue is through.
     pub(crate) unsafe fn queue_launch<C: Pod>(&self, kernel: Kernel, call: &C) -> Result<(), GpuError> {
         let blocks = self.properties().multiprocessors * kernel.blocks_each;
+        let call = bytemuck::bytes_of(call);
+        if let Some(kept) = &self.kept {
+            kept.lock().unwrap_or_else(PoisonError::into_inner).push(Launch { kernel, blocks, call: call.to_vec() });
+            return Ok(());
+        }
         // SAFETY: the caller's promise.
-        unsafe { self.gpu.queue_launch(kernel, blocks, bytemuck::bytes_of(call)) }
-    }
-
-    /// Keeps the launches that `queue` makes, so that they can be queued as one. Nobody else queues meanwhile; what they work on
-    /// has to last as long as the recording.
-    pub fn record(&self, queue: impl FnOnce() -> Result<(), GpuError>) -> Result<Recording, GpuError> {
-        self.gpu.begin_recording()?;
-        let queued = queue();
-        let number = self.gpu.end_recording()?;
-        queued.map(|()| Recording(number))
-    }
-
-    /// Queues all launches of a recording of this device.
-    pub fn queue_recording(&self, recording: &Recording) -> Result<(), GpuError> {
-        // SAFETY: what the launches work on lasts, says `record`.
-        unsafe { self.gpu.queue_recording(recording.0) }
+        unsafe { self.gpu.queue_launch(kernel, blocks, call) }
     }
 
     /// Queues a copy of all of one buffer to another of its size.
@@ -202,15 +213,24 @@ impl Device {
         unsafe { self.gpu.queue_copy(to.address(), from.address(), from.len * size_of::<T>()) }
     }
 
+    /// Queues z = x yᵀ of bf16 [n, n], as the vendor's library computes it.
+    pub(super) fn queue_vendor_product(
+        &self,
+        n: usize,
+        x: &Buffer<u16>,
+        y: &Buffer<u16>,
+        z: &Buffer<u16>,
+    ) -> Result<(), GpuError> {
+        assert!([x, y, z].iter().all(|m| m.len == n * n), "matrices that are not [{n}, {n}]");
+        // SAFETY: all are so large.
+        unsafe { self.gpu.queue_vendor_product(n, x.address(), y.address(), z.address()) }
+    }
+
     /// Waits for everything that is queued.
     pub fn finish(&self) -> Result<(), GpuError> {
         self.gpu.finish()
     }
 }
-
-/// Launches that are queued as one.
-#[derive(Debug)]
-pub struct Recording(usize);
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -260,6 +280,10 @@ impl<'a, T> View<'a, T> {
 
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    pub(super) fn bytes(self) -> View<'a, u8> {
+        View { at: self.at, len: self.len * size_of::<T>(), buffer: PhantomData }
     }
 
     /// From value `first` on.
@@ -336,6 +360,14 @@ impl Parcel {
         self.staging.bytes_mut()[start..start + bytes].copy_from_slice(bytemuck::cast_slice(values));
         self.len = (start + bytes).next_multiple_of(PART_ALIGNMENT);
         Part { start, len: values.len(), values: PhantomData }
+    }
+
+    /// The same for at most `room` values; zeros are behind them.
+    pub fn put_in<T: Pod>(&mut self, room: usize, values: impl Iterator<Item = T>) -> Part<T> {
+        let mut padded: Vec<T> = values.collect();
+        assert!(padded.len() <= room, "{} values in room for {room}", padded.len());
+        padded.resize(room, T::zeroed());
+        self.put(&padded)
     }
 
     pub fn put_all<T: Pod>(&mut self, values: impl Iterator<Item = T>) -> Part<T> {

@@ -23,6 +23,12 @@ impl GpuLinear {
         Ok(Self { weights: Groups::load(device, &[packed(m)?])?, in_: m.cols, out: m.rows, format: Format::of(m) })
     }
 
+    /// Random weights, made on the GPU: to measure with.
+    pub fn random(device: &Device, [in_, out]: [usize; 2], is_fp8: bool, seed: u64) -> Result<Self, GpuError> {
+        let format = if is_fp8 { Format::Fp8 } else { Format::Bf16 };
+        Ok(Self { weights: Groups::random(device, format, &[(strips(out), in_)], seed)?, in_, out, format })
+    }
+
     pub fn in_features(&self) -> usize {
         self.in_
     }
@@ -77,6 +83,12 @@ impl GpuPerHead {
             |w: &[f32]| packed(&Matrix { rows: out, cols: in_, data: crate::MatrixData::F32(bytemuck::cast_slice(w)) });
         let groups: Vec<Packed> = w.chunks_exact(out * in_).map(head).collect::<Result<_, Unfit>>()?;
         Ok(Self { weights: Groups::load(device, &groups)?, heads, in_, out })
+    }
+
+    /// Random weights, made on the GPU: to measure with.
+    pub fn random(device: &Device, heads: usize, [in_, out]: [usize; 2], seed: u64) -> Result<Self, GpuError> {
+        let groups = vec![(strips(out), in_); heads];
+        Ok(Self { weights: Groups::random(device, Format::Bf16, &groups, seed)?, heads, in_, out })
     }
 
     pub fn bytes(&self) -> usize {

@@ -2,7 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::gpu::{Device, GpuError, Kernel, View};
+use super::gpu::{Buffer, Device, GpuError, Kernel, View};
+use crate::{Choice, GateParams, GroupScore, Scoring};
 
 /// Queues h = the tokens' rows of the table: bf16 [vocabulary, hidden] to [rows, hidden]. Tokens are of the vocabulary.
 pub fn embed(
@@ -87,6 +88,84 @@ pub fn gate(
     unsafe { device.queue_launch(GATE, &call) }
 }
 
+/// An expert of a row and its weight, as a GPU has them.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Debug, Pod, Zeroable)]
+pub struct Routed {
+    pub expert: u32,
+    pub weight: f32,
+}
+
+impl From<Routed> for Choice {
+    fn from(Routed { expert, weight }: Routed) -> Self {
+        Self { expert: expert as u16, weight }
+    }
+}
+
+/// The most that `route` knows, of a layer, of its groups and of a row's choices.
+const EXPERTS_MAX: usize = 256;
+const LANES: usize = 32;
+
+/// Whether the gate's sizes are within what [`route`] takes, with `experts` in a layer.
+pub fn can_route(p: &GateParams, experts: usize) -> bool {
+    experts <= EXPERTS_MAX && p.groups <= LANES && p.top_k <= LANES
+}
+
+/// Queues the choices [rows, top_k] (all experts if there are fewer), of logits [rows, experts], as [`crate::route`] makes them.
+pub fn route(
+    device: &Device,
+    rows: usize,
+    logits: View<'_, f32>,
+    bias: Option<View<'_, f32>>,
+    (p, experts): (&GateParams, usize),
+    choices: View<'_, Routed>,
+) -> Result<(), GpuError> {
+    assert!(can_route(p, experts) && experts.is_multiple_of(p.groups), "{experts} experts by {p:?}");
+    let top_k = p.top_k.min(experts);
+    let call = RouteCall {
+        logits: logits.of_len(rows * experts),
+        bias: bias.map_or(0, |bias| bias.of_len(experts)),
+        rows: rows as u32,
+        experts: experts as u32,
+        groups: p.groups as u32,
+        groups_kept: p.groups_kept as u32,
+        top_k: top_k as u32,
+        is_softmax: u32::from(p.scoring == Scoring::Softmax),
+        is_top_two: u32::from(p.group_score == GroupScore::TopTwoSum),
+        normalize: u32::from(p.normalize),
+        mask: p.mask,
+        scale: p.scale,
+        choices: choices.of_len(rows * top_k),
+    };
+    // SAFETY: the views are as large as the kernel takes them to be.
+    unsafe { device.queue_launch(ROUTE, &call) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct RouteCall {
+    logits: u64,
+    bias: u64,
+    rows: u32,
+    experts: u32,
+    groups: u32,
+    groups_kept: u32,
+    top_k: u32,
+    is_softmax: u32,
+    is_top_two: u32,
+    normalize: u32,
+    mask: f32,
+    scale: f32,
+    choices: u64,
+}
+
+/// Random values below `size` in magnitude, the same for the same seed: to measure with.
+pub fn random_bf16(device: &Device, len: usize, size: f32, seed: u64) -> Result<Buffer<u16>, GpuError> {
+    let buffer = device.buffer::<u16>(len.next_multiple_of(2))?;
+    fill(device, buffer.view().bytes(), buffer.len() * 2, Some(size), seed)?;
+    Ok(buffer)
+}
+
 /// Queues random weights: e4m3 codes that are numbers, or bf16 below `size` in magnitude. The same for the same seed.
 pub(super) fn fill(
     device: &Device,
@@ -153,5 +232,6 @@ struct GateCall {
 const EMBED: Kernel = Kernel { name: "embed_rows", threads: 256, blocks_each: 4 };
 const NORM: Kernel = Kernel { name: "norm_rows", threads: 256, blocks_each: 4 };
 const GATE: Kernel = Kernel { name: "gate_rows", threads: 256, blocks_each: 4 };
+const ROUTE: Kernel = Kernel { name: "route_rows", threads: 256, blocks_each: 2 };
 const FILL: Kernel = Kernel { name: "fill_random", threads: 256, blocks_each: 4 };
-pub(super) const KERNELS: [Kernel; 4] = [EMBED, NORM, GATE, FILL];
+pub(super) const KERNELS: [Kernel; 5] = [EMBED, NORM, GATE, ROUTE, FILL];

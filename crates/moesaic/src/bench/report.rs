@@ -36,7 +36,7 @@ impl Report {
     pub fn new(plan: &Plan, transport: &str, expert_workers: usize, roof: Roof, ready: Duration) -> Self {
         Self {
             model: plan.checkpoint.name().to_owned(),
-            numerics: format!("{} on {}", plan.numerics().name(), plan.numerics().isa()),
+            numerics: format!("{} on {}", plan.backend.numerics(), plan.device()),
             experts: format!("{expert_workers} expert workers, {transport}"),
             roof,
             ready,
@@ -57,10 +57,9 @@ impl Report {
     pub fn table(&self, layers: bool) -> String {
         let roof = &self.roof;
         let mut text = format!(
-            "{}, {}, {} threads, {}\nroof: reads {:.1} GB/s, {:.0} GFLOP/s ({:.0} in f32); ready after {:.2} s; peak memory {}\n\n",
+            "{}, {}, {}\nroof: reads {:.1} GB/s, {:.0} GFLOP/s ({:.0} in f32); ready after {:.2} s; peak memory {}\n\n",
             self.model,
             self.numerics,
-            roof.threads,
             self.experts,
             roof.read / 1e9,
             2.0 * roof.pairs / 1e9,
