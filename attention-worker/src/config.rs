@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread;
 
+use moesaic_dispatch::nccl::{Fabric, NoFabric, Transport, UnknownTransport};
 use moesaic_kernels::cuda::{DeviceChoice, Missing, UnknownDevice};
 use moesaic_kernels::{Backend, Dtype, Pool, UnknownDtype};
 use moesaic_node::config::{InvalidAddress, InvalidBytes, check_address, read_bytes};
@@ -39,6 +41,8 @@ pub struct Config {
     /// Bytes of a GPU's memory that the worker takes at its start: a number, with or without KiB, MiB, GiB or TiB.
     /// Nine tenths of what is free if unset.
     pub device_memory: Option<String>,
+    /// How rows travel between workers: "grpc"; "nccl", from GPU to GPU where both have one; "auto": that if it is there.
+    pub transport: String,
     /// What expert workers say that they compute, if it is not what this worker does: "bf16-sm_90a".
     pub expert_numerics: Option<String>,
     /// Threads of the kernels.
@@ -90,6 +94,7 @@ impl Default for Config {
             dtype: "bf16".into(),
             device: "cpu".into(),
             device_memory: None,
+            transport: "auto".into(),
             expert_numerics: None,
             threads: thread::available_parallelism().map_or(1, usize::from),
             // Two workers on one machine would share their first cores.
@@ -155,6 +160,10 @@ pub struct Flags {
     #[arg(long, value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_memory: Option<String>,
+    /// How rows travel between workers: grpc; nccl, from GPU to GPU where both have one; auto: that if it is there
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transport: Option<String>,
     /// What expert workers compute, if it is not what this worker does: as bf16-sm_90a
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -249,6 +258,10 @@ pub enum InvalidConfig {
     Device(#[from] UnknownDevice),
     #[error(transparent)]
     Bytes(#[from] InvalidBytes),
+    #[error(transparent)]
+    Transport(#[from] UnknownTransport),
+    #[error(transparent)]
+    NoFabric(#[from] NoFabric),
     #[error("device is {device:?}: {missing}")]
     NoDevice { device: String, missing: Missing },
 }
@@ -259,6 +272,12 @@ impl Config {
         let pool = || if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) };
         Backend::open(self.device()?, self.dtype()?, self.device_memory()?, pool)
             .map_err(|missing| InvalidConfig::NoDevice { device: self.device.clone(), missing })
+    }
+
+    /// Opens what moves rows from GPU to GPU, if there is to be any.
+    pub fn fabric(&self, backend: &Backend) -> Result<Option<Arc<dyn Fabric>>, InvalidConfig> {
+        let gpu = matches!(backend, Backend::Gpu(_)).then(|| self.device().map(DeviceChoice::number)).transpose()?;
+        Ok(self.transport()?.open(gpu)?)
     }
 
     /// What makes it a member of its cluster.
@@ -291,11 +310,16 @@ impl Config {
         self.dtype()?;
         self.device()?;
         self.device_memory()?;
+        self.transport()?;
         self.cache_size().map(drop)
     }
 
     fn device(&self) -> Result<DeviceChoice, InvalidConfig> {
         Ok(self.device.parse()?)
+    }
+
+    fn transport(&self) -> Result<Transport, InvalidConfig> {
+        Ok(self.transport.parse()?)
     }
 
     fn device_memory(&self) -> Result<Option<usize>, InvalidConfig> {
@@ -323,7 +347,8 @@ mod tests {
     #[test]
     fn a_wrong_value_is_named_with_its_bounds() {
         type Change = fn(&mut Config);
-        let table: [(Change, &str); 9] = [
+        let table: [(Change, &str); 10] = [
+            (|c| c.transport = "rdma".into(), "transport `rdma` is none of `auto`, `grpc` and `nccl`"),
             (|c| c.micro_batches = 17, "micro_batches is 17; expected 1 to 16"),
             (|c| c.micro_batch_rows = 0, "micro_batch_rows is 0; expected 1 to 4096"),
             (|c| c.token_budget = 0, "token_budget is 0; expected 1 to 4096"),

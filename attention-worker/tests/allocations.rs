@@ -59,6 +59,7 @@ fn decoder() -> Decoder<Cpu> {
             layer_deadline: Duration::from_secs(10),
             hello: v1::Hello::default(),
             connector: Connector::default(),
+            fabric: None,
             ops: CombineOps { first: combine_first, next: combine_next, add },
         },
         Some(hub),

@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread;
 
+use moesaic_dispatch::nccl::{Fabric, NoFabric, Transport, UnknownTransport};
 use moesaic_kernels::cuda::{DeviceChoice, Missing, UnknownDevice};
 use moesaic_kernels::{Backend, Dtype, Pool, UnknownDtype};
 use moesaic_node::config::{InvalidAddress, InvalidBytes, check_address, read_bytes};
@@ -31,6 +33,8 @@ pub struct Config {
     /// Bytes of a GPU's memory that the worker takes at its start: a number, with or without KiB, MiB, GiB or TiB.
     /// Nine tenths of what is free if unset.
     pub device_memory: Option<String>,
+    /// How rows travel between workers: "grpc"; "nccl", from GPU to GPU where both have one; "auto": that if it is there.
+    pub transport: String,
     /// Threads of the kernels.
     pub threads: usize,
     /// Whether each of them keeps to a core of its own.
@@ -69,6 +73,7 @@ impl Default for Config {
             dtype: "bf16".into(),
             device: "cpu".into(),
             device_memory: None,
+            transport: "auto".into(),
             threads: thread::available_parallelism().map_or(1, usize::from),
             // Two workers on one machine would share their first cores.
             pin: false,
@@ -123,6 +128,10 @@ pub struct Flags {
     #[arg(long, value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_memory: Option<String>,
+    /// How rows travel between workers: grpc; nccl, from GPU to GPU where both have one; auto: that if it is there
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transport: Option<String>,
     /// Threads of the kernels; all cores if not given
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -187,6 +196,10 @@ pub enum InvalidConfig {
     Device(#[from] UnknownDevice),
     #[error(transparent)]
     Bytes(#[from] InvalidBytes),
+    #[error(transparent)]
+    Transport(#[from] UnknownTransport),
+    #[error(transparent)]
+    NoFabric(#[from] NoFabric),
     #[error("device is {device:?}: {missing}")]
     NoDevice { device: String, missing: Missing },
 }
@@ -197,6 +210,12 @@ impl Config {
         let pool = || if self.pin { Pool::pinned(self.threads) } else { Pool::new(self.threads) };
         Backend::open(self.device()?, self.dtype()?, self.device_memory()?, pool)
             .map_err(|missing| InvalidConfig::NoDevice { device: self.device.clone(), missing })
+    }
+
+    /// Opens what moves rows from GPU to GPU, if there is to be any.
+    pub fn fabric(&self, backend: &Backend) -> Result<Option<Arc<dyn Fabric>>, InvalidConfig> {
+        let gpu = matches!(backend, Backend::Gpu(_)).then(|| self.device().map(DeviceChoice::number)).transpose()?;
+        Ok(self.transport()?.open(gpu)?)
     }
 
     /// What makes it a member of its cluster.
@@ -219,12 +238,17 @@ impl Config {
         }
         check_address(self.listen, self.advertise.as_deref())?;
         self.device_memory()?;
+        self.transport()?;
         self.device()?;
         self.dtype().map(drop)
     }
 
     fn device(&self) -> Result<DeviceChoice, InvalidConfig> {
         Ok(self.device.parse()?)
+    }
+
+    fn transport(&self) -> Result<Transport, InvalidConfig> {
+        Ok(self.transport.parse()?)
     }
 
     fn device_memory(&self) -> Result<Option<usize>, InvalidConfig> {
@@ -244,7 +268,8 @@ mod tests {
     #[test]
     fn a_wrong_value_is_named_with_its_bounds() {
         type Change = fn(&mut Config);
-        let table: [(Change, &str); 7] = [
+        let table: [(Change, &str); 8] = [
+            (|c| c.transport = "rdma".into(), "transport `rdma` is none of `auto`, `grpc` and `nccl`"),
             (|c| c.threads = 0, "threads is 0; expected 1 to 1024"),
             (|c| c.inbox_frames = 0, "inbox_frames is 0; expected 1 to 1048576"),
             (|c| c.dtype = "f8".into(), "dtype `f8`"),

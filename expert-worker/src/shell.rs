@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use moesaic_dispatch::nccl::Fabric;
 use moesaic_dispatch::{Hub, Shape, grpc};
 use moesaic_kernels::Backend;
 use moesaic_model::{Checkpoint, ModelError, load};
@@ -44,6 +45,8 @@ pub struct Context {
     /// Where attention workers of this process find it.
     pub hub: Option<Hub>,
     pub backend: Backend,
+    /// From GPU to GPU, if there is such a way.
+    pub fabric: Option<Arc<dyn Fabric>>,
     pub checkpoint: Arc<Checkpoint>,
     /// Where the worker counts what it computes.
     pub profile: Arc<Profile>,
@@ -54,11 +57,13 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
     config.validate()?;
     anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
     let traces = Traces::start(config.traces.as_deref(), "moesaic-expert-worker", config.id.as_deref(), 1.0)?;
+    let backend = config.backend()?;
     let context = Context {
         checkpoint: Arc::new(Checkpoint::open(&config.model)?),
         membership: config.membership().open().await?,
         hub: None,
-        backend: config.backend()?,
+        fabric: config.fabric(&backend)?,
+        backend,
         profile: Arc::default(),
     };
     let membership = context.membership.clone();
@@ -71,11 +76,12 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
 /// the bound, and ends.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let Context { membership, hub, backend, checkpoint, profile } = context;
+    let Context { membership, hub, backend, fabric, checkpoint, profile } = context;
     let registry = &membership.registry;
     let id = membership.id(config.id.as_deref(), "experts")?;
     let (numerics, device) = (backend.numerics(), backend.device());
-    let hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), &numerics);
+    let mut hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), &numerics);
+    hello.nccl = fabric.as_ref().map_or_else(String::new, |fabric| fabric.version());
     let model = checkpoint.config();
     let shape = Shape { hidden: model.hidden_size, experts: model.n_routed_experts };
     let (engine, ended) =
@@ -85,7 +91,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let watched = vitals::bind(config.metrics_listen).await?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let closing = CancellationToken::new();
-    let service = grpc::service(engine.clone(), hello.clone(), closing.clone());
+    let service = grpc::service(engine.clone(), fabric, hello.clone(), closing.clone());
     let (routes, reporter) = with_health_and_reflection(Routes::new(service), NAME).await;
     let serve = bound.serve(routes, membership.tls.clone(), closing.clone(), Duration::from_secs(config.drain_seconds));
     if let Some(hub) = &hub {

@@ -8,6 +8,8 @@ use std::time::Duration;
 use moesaic_attention_worker as attention_worker;
 use moesaic_coordinator as coordinator;
 use moesaic_dispatch::Hub;
+use moesaic_dispatch::nccl::Fabric;
+use moesaic_dispatch::nccl::fake::FakeFabric;
 use moesaic_expert_worker as expert_worker;
 use moesaic_kernels::cuda::Device;
 use moesaic_kernels::{Backend, Numerics, Pool};
@@ -50,6 +52,8 @@ pub struct Options {
     /// A GPU that attention workers compute on, and one for expert workers; none: the processor.
     pub attention_gpu: Option<Device>,
     pub experts_gpu: Option<Device>,
+    /// Rows travel over it, where they do not stay in the process.
+    pub fabric: Option<FakeFabric>,
 }
 
 impl Options {
@@ -69,6 +73,7 @@ impl Options {
             replicas: 1,
             attention_gpu: None,
             experts_gpu: None,
+            fabric: None,
         }
     }
 }
@@ -97,6 +102,7 @@ impl Cluster {
             None => Backend::Cpu(Numerics::detect(options.dtype.parse().unwrap()), pool.clone()),
         };
         let (attention, experts) = (backend(&options.attention_gpu), backend(&options.experts_gpu));
+        let fabric = options.fabric.clone().map(|fabric| Arc::new(fabric) as Arc<dyn Fabric>);
         let expert_numerics = (attention.numerics() != experts.numerics()).then(|| experts.numerics());
         let stop = CancellationToken::new();
         let mut nodes = Vec::new();
@@ -111,6 +117,7 @@ impl Cluster {
                 membership: registry.clone().into(),
                 hub: hub.clone(),
                 backend: experts.clone(),
+                fabric: fabric.clone(),
                 checkpoint: checkpoint.clone(),
                 profile: Arc::default(),
             };
@@ -134,6 +141,7 @@ impl Cluster {
                 membership: registry.clone().into(),
                 hub: hub.clone(),
                 backend: attention.clone(),
+                fabric: fabric.clone(),
                 checkpoint: checkpoint.clone(),
                 profile: Arc::default(),
             };

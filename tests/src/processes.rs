@@ -1,6 +1,6 @@
 //! `moesaic up` as a process, with its children if it has any. Built by the same `cargo test --workspace`.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -39,6 +39,30 @@ impl Up {
 
     pub async fn client(&self) -> InferenceClient<Channel> {
         InferenceClient::connect(self.url.clone()).await.unwrap()
+    }
+
+    /// What `moesaic status --edges` says.
+    pub fn status(&self) -> String {
+        let said = Command::new(program()).args(["status", "--edges", "--server", &self.url]).output().unwrap();
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+        String::from_utf8(said.stdout).unwrap()
+    }
+
+    /// The process of a node, such as ("expert-worker", "e0"), if it lives.
+    pub fn node(&self, role: &str, id: &str) -> Option<u32> {
+        let is_it = |pid: &u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            // Behind the name, which may have anything in it, and the state.
+            let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1));
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line.split(|byte| *byte == 0).skip(1);
+            let own = format!("--id={id}");
+            parent == Some(&self.child.id().to_string())
+                && words.next() == Some(role.as_bytes())
+                && words.any(|word| word == own.as_bytes())
+        };
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(is_it)
     }
 
     /// SIGTERM must end it well.

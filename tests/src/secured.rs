@@ -93,6 +93,7 @@ impl Secured {
             membership: membership(Role::ExpertWorker, "e0"),
             hub: None,
             backend: Backend::Cpu(Numerics::detect(config.dtype().unwrap()), pool.clone()),
+            fabric: None,
             checkpoint: checkpoint.clone(),
             profile: Arc::default(),
         };
@@ -107,6 +108,7 @@ impl Secured {
             membership: membership(Role::AttentionWorker, "a0"),
             hub: None,
             backend: Backend::Cpu(Numerics::detect(config.dtype().unwrap()), pool),
+            fabric: None,
             checkpoint,
             profile: Arc::default(),
         };

@@ -6,7 +6,7 @@
 //! heals, and within a bounded time every request must have ended well and the cluster must be whole again.
 //!
 //! Reading order: `model` (tokens that are hashes), `net` (processes, streams, links), `etcd` and `registry`, the roles
-//! (`client`, `coordinator`, `attention` with `dispatch`, `expert`), `faults`.
+//! (`client`, `coordinator`, `attention` with `dispatch`, `expert`, and the `lane` between those), `faults`.
 
 mod attention;
 mod client;
@@ -15,6 +15,7 @@ mod dispatch;
 mod etcd;
 mod expert;
 pub mod faults;
+mod lane;
 mod messages;
 mod model;
 mod net;
@@ -74,6 +75,9 @@ pub struct Outcome {
     pub events: u64,
     pub faults: usize,
     pub placements: usize,
+    /// Slots and failures of lanes that were sent.
+    pub slots: u64,
+    pub lane_failures: u64,
     /// Of all that happened, in order.
     pub hash: u64,
 }
@@ -177,6 +181,8 @@ pub fn run(plan: Plan, trace: bool) -> Result<Outcome, Failure> {
         events: world.events,
         faults: world.plan.faults.len(),
         placements: world.etcd.published.len(),
+        slots: world.net.slots,
+        lane_failures: world.net.lane_failures,
         hash: world.hash,
     })
 }

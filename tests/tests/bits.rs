@@ -1,7 +1,10 @@
 //! Rule 1: a request's answer has the same bits however the work is cut and whoever does it.
 #![allow(clippy::unwrap_used)]
 
-use moesaic_tests::cluster::{Cluster, Options, Transport};
+use std::time::Duration;
+
+use moesaic_dispatch::nccl::fake::FakeFabric;
+use moesaic_tests::cluster::{Cluster, Options, PATIENCE, Transport};
 use moesaic_tests::processes::Up;
 use moesaic_tests::requests::{Answer, forty, reasons};
 
@@ -18,6 +21,8 @@ fn ways(base: &Options) -> Vec<Options> {
     }
     for micro_batches in 1..=3 {
         ways.push(Options { micro_batches, transport: Transport::Grpc, ..base.clone() });
+        let fabric = Some(FakeFabric::default());
+        ways.push(Options { micro_batches, fabric, transport: Transport::Grpc, ..base.clone() });
     }
     ways.push(Options { token_budget: 5, ..base.clone() });
     ways.push(Options { attention_workers: 3, ..base.clone() });
@@ -55,6 +60,42 @@ async fn tiny_r1_fp8_in_bf16() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn v2_lite_in_f32() {
     check("v2-lite", "f32", 512).await;
+}
+
+/// Rows go from GPU to GPU, as far as this machine has any, and over streams whenever that fails.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lanes_that_fail_change_no_token() {
+    let fabric = FakeFabric::default();
+    let base = Options::new("tiny-r1", "bf16");
+    let requests = forty(259);
+    let cluster = Cluster::start(&base).await;
+    let expected = cluster.alone(&requests).await;
+    cluster.stop().await;
+    let cluster = Cluster::start(&Options { fabric: Some(fabric.clone()), transport: Transport::Grpc, ..base }).await;
+    let edges = async || cluster.loads().await.into_iter().flat_map(|load| load.edges).collect::<Vec<_>>();
+    for _ in 0..3 {
+        let all_up = async || edges().await.iter().all(|edge| edge.transport == "nccl");
+        tokio::time::timeout(PATIENCE, async {
+            while !all_up().await {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await
+        .expect("lanes come up");
+        let before = fabric.message_count();
+        let break_off = async {
+            while fabric.message_count() < before + 100 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            fabric.fail_all("a cable is pulled");
+        };
+        let (answers, ()) = tokio::join!(cluster.at_once(&requests), break_off);
+        assert!(answers == expected);
+    }
+    let edges = edges().await;
+    assert!(edges.len() == 2 && edges.iter().all(|edge| edge.lane_failures == 3), "{edges:?}");
+    assert!(edges.iter().all(|edge| edge.resent == 0), "no lane is a worker's loss: {edges:?}");
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,12 +2,16 @@
 #![allow(clippy::unwrap_used)]
 
 use moesaic::bench::rank::{attention, experts};
+use std::process::Command;
+use std::time::Duration;
+
 use moesaic_emulator::NAMED;
 use moesaic_kernels::cuda::{Device, GpuRoof};
-use moesaic_tests::cluster::{Cluster, Options, Transport};
+use moesaic_tests::cluster::{Cluster, Options, PATIENCE, Transport};
 use moesaic_tests::fixtures::{MODELS, folder};
 use moesaic_tests::parity::bf16_is_near;
-use moesaic_tests::requests::{Answer, greedy};
+use moesaic_tests::processes::Up;
+use moesaic_tests::requests::{Answer, forty, greedy};
 
 /// More than any fixture takes.
 const ARENA_BYTES: usize = 1 << 30;
@@ -60,6 +64,53 @@ fn a_rank_of_random_weights_is_measured() {
     let tables = [experts.table(&roof), attention.table(&roof)];
     assert!(tables.iter().all(|table| table.lines().count() == 5), "{tables:?}");
     assert!(attention::measure(&device, &config, &[1], 1 << 30, 1).is_err());
+}
+
+/// Workers as processes that share a GPU: by NCCL and over streams they answer alike, also while an expert worker is killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_on_one_gpu_answer_alike_over_lanes_and_streams() {
+    let Ok(device) = std::env::var(NAMED) else {
+        println!("SKIPPED: {NAMED} names no GPU");
+        return;
+    };
+    let requests = forty(259);
+    let mut all = Vec::new();
+    for transport in ["grpc", "nccl"] {
+        let memory = ["--device-memory", "2GiB", "--replicas", "2"];
+        let up = Up::start(&[&["--processes", "--device", &device, "--transport", transport], &memory[..]].concat());
+        let lanes = if transport == "nccl" { 2 } else { 0 };
+        until(|| up.status().matches(&format!(" by {transport}: live")).count() == 2).await;
+        assert_eq!(up.status().matches("lane up").count(), lanes, "{}", up.status());
+        let ask = async || {
+            let (client, requests) = (up.client().await, requests.iter().cloned());
+            let one = |request| {
+                let mut client = client.clone();
+                async move { Answer::read(client.generate(request).await.unwrap().into_inner()).await.unwrap() }
+            };
+            futures::future::join_all(requests.map(one)).await
+        };
+        all.push(ask().await);
+        let killed = up.node("expert-worker", "e0").unwrap();
+        let kill = async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            assert!(Command::new("kill").args(["-KILL", &killed.to_string()]).status().unwrap().success());
+        };
+        all.push(tokio::join!(ask(), kill).0);
+        // It is started again, and so is its lane.
+        until(|| up.status().matches(&format!(" by {transport}: live")).count() == 2).await;
+        all.push(ask().await);
+        up.stop();
+    }
+    assert!(all.iter().all(|answers| *answers == all[0]));
+}
+
+async fn until(is_so: impl Fn() -> bool) {
+    let look = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(2 * PATIENCE, look).await.expect("it becomes so");
 }
 
 /// Rule 1, on a GPU: the same tokens and log-probabilities, whatever else runs and however it is cut.

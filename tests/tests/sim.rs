@@ -13,6 +13,7 @@ fn no_request_is_lost_and_no_token_is_wrong_whatever_fails() {
     let outcome = report.outcome;
     // Else it would have shown nothing.
     assert!(outcome.tokens > 500_000 && outcome.faults > 3_000 && outcome.resumed > 10_000, "{outcome:?}");
+    assert!(outcome.slots > 1_000_000 && outcome.lane_failures > 3_000, "{outcome:?}");
     assert!(outcome.placements > SEEDS.end as usize, "{outcome:?}");
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::FutureExt;
+use moesaic_dispatch::nccl::Fabric;
 use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Backend, Dtype, Numerics, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
@@ -50,6 +51,8 @@ pub struct Context {
     /// The expert workers of this process, if any.
     pub hub: Option<Hub>,
     pub backend: Backend,
+    /// From GPU to GPU, if there is such a way.
+    pub fabric: Option<Arc<dyn Fabric>>,
     pub checkpoint: Arc<Checkpoint>,
     /// Where the worker counts what it does.
     pub profile: Arc<Profile>,
@@ -60,11 +63,13 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
     config.validate()?;
     anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
     let traces = Traces::start(config.traces.as_deref(), "moesaic-attention-worker", config.id.as_deref(), 1.0)?;
+    let backend = config.backend()?;
     let context = Context {
         checkpoint: Arc::new(Checkpoint::open(&config.model)?),
         membership: config.membership().open().await?,
         hub: None,
-        backend: config.backend()?,
+        fabric: config.fabric(&backend)?,
+        backend,
         profile: Arc::default(),
     };
     let membership = context.membership.clone();
@@ -76,7 +81,7 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
 /// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let Context { membership, hub, backend, checkpoint, profile } = context;
+    let Context { membership, hub, backend, fabric, checkpoint, profile } = context;
     let registry = &membership.registry;
     // Dropped, and so ended, with this function.
     let mut tasks = JoinSet::new();
@@ -86,8 +91,10 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     }
     let id = membership.id(config.id.as_deref(), "attention")?;
     let (numerics, device) = (backend.numerics(), backend.device());
-    let hello = own_hello(&config, &checkpoint, &numerics, &id);
-    let dispatcher = Dispatcher::new(dispatch_config(&config, &checkpoint, hello.clone(), membership.connector()), hub);
+    let mut hello = own_hello(&config, &checkpoint, &numerics, &id);
+    hello.nccl = fabric.as_ref().map_or_else(String::new, |fabric| fabric.version());
+    let dispatch = dispatch_config(&config, &checkpoint, hello.clone(), membership.connector());
+    let dispatcher = Dispatcher::new(DispatchConfig { fabric, ..dispatch }, hub);
     let counted = profile.clone();
     let (engine, ended) = start_engine(&config, &checkpoint, backend.clone(), dispatcher.clone(), profile).await?;
     let ended = ended.shared();
@@ -170,6 +177,7 @@ fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello, conne
         layer_deadline: Duration::from_millis(config.layer_deadline_ms),
         hello,
         connector,
+        fabric: None,
         ops: CombineOps { first: combine_first, next: combine_next, add },
     }
 }

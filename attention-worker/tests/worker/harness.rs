@@ -74,6 +74,7 @@ impl Model {
             layer_deadline: Duration::from_secs(10),
             hello: v1::Hello::default(),
             connector: Connector::default(),
+            fabric: None,
             ops: CombineOps { first: combine_first, next: combine_next, add },
         };
         Dispatcher::new(config, Some(self.hub.clone()))

@@ -68,6 +68,7 @@ impl Worker {
             membership: registry.clone().into(),
             hub: Some(model.hub()),
             backend: Backend::Cpu(model.weights.numerics, Pool::new(2)),
+            fabric: None,
             checkpoint: checkpoint.clone(),
             profile: Arc::default(),
         };

@@ -20,6 +20,7 @@ use crate::error::{Cause, DispatchError};
 use crate::frame::{Activations, AnswerFrame, Header, RequestFrame, Rows};
 use crate::grpc::{Edge, EdgeConfig, EdgeOwner};
 use crate::local::{ExpertHost, Hub, ReplySender};
+use crate::nccl::Fabric;
 use crate::plan::{self, Layout, Plan, Recipe};
 use crate::tracker::{
     Action, Answer, CallId, Counts, Destination, EdgeId, Event, Figures, FrameKey, Rank, Tracker, Ways,
@@ -47,6 +48,8 @@ pub struct DispatchConfig {
     pub hello: v1::Hello,
     /// How expert workers are reached.
     pub connector: Connector,
+    /// From GPU to GPU, beside that: `hello` names its version.
+    pub fabric: Option<Arc<dyn Fabric>>,
     pub ops: CombineOps,
 }
 
@@ -209,7 +212,10 @@ impl Dispatcher {
         let views = self.inner.views();
         let status = |(worker, rank): (&WorkerId, &Rank)| {
             let known = views.workers.get(worker);
-            let Figures { terms, answer, detours } = self.inner.core().tracker.health().figures(worker);
+            let edge = known.and_then(|known| known.edge.as_ref());
+            let (sent_bytes, received_bytes) = edge.map_or((0, 0), Edge::traffic);
+            let Figures { terms, answer, detours, recent } = self.inner.core().tracker.health().figures(worker);
+            let quantile = |share: f64| recent.get((recent.len() as f64 * share) as usize).copied().unwrap_or_default();
             let state = match rank {
                 Rank::Good => v1::EdgeState::Live,
                 Rank::Slow => v1::EdgeState::Slow,
@@ -220,12 +226,17 @@ impl Dispatcher {
                 worker: worker.as_str().to_owned(),
                 state: state.into(),
                 detail: self.inner.describe(ways.epoch(), worker, known),
-                transport: if known.is_some_and(|known| known.edge.is_none()) { "local".into() } else { "grpc".into() },
+                transport: known.map_or("grpc", |known| known.edge.as_ref().map_or("local", Edge::transport)).into(),
                 terms,
                 answer_us: answer.as_micros() as u32,
                 hedged: detours.hedged,
                 resent: detours.resent,
                 steered: detours.steered,
+                sent_bytes,
+                received_bytes,
+                lane_failures: edge.map_or(0, Edge::lane_failures),
+                answer_p50_us: quantile(0.5).as_micros() as u32,
+                answer_p99_us: quantile(0.99).as_micros() as u32,
             }
         };
         let mut edges: Vec<_> = ways.placement().workers().iter().zip(&ranks).map(status).collect();
@@ -386,10 +397,11 @@ impl Inner {
             core.next_edge += 1;
             EdgeId(core.next_edge)
         };
-        let DispatchConfig { hello, hidden, connector, .. } = self.config.clone();
-        let config = EdgeConfig { id, worker: worker.clone(), address: address.to_owned(), hello, hidden, connector };
+        let DispatchConfig { hello, hidden, connector, fabric, .. } = self.config.clone();
+        let (worker, address) = (worker.clone(), address.to_owned());
+        let config = EdgeConfig { id, worker: worker.clone(), address, hello, hidden, connector, fabric };
         // Before anything can be heard over it.
-        self.core().tracker.set_way(&Destination { worker: worker.clone(), edge: Some(id) });
+        self.core().tracker.set_way(&Destination { worker, edge: Some(id) });
         Edge::connect(&self.runtime, config, self.this.clone(), self.stop.clone())
     }
 

@@ -315,6 +315,12 @@ impl RequestFrame {
         })
     }
 
+    /// Bytes of its rows and tables, as they are sent.
+    pub fn encoded_len(&self, hidden: usize) -> usize {
+        let rows = self.rows * hidden * self.activations.value_bytes();
+        rows + size_of_val(&self.outputs[..]) + size_of_val(&self.terms[..])
+    }
+
     pub fn output_count(&self) -> usize {
         self.outputs.len()
     }

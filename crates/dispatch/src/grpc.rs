@@ -8,6 +8,7 @@ mod server;
 
 use std::time::Duration;
 
+pub(crate) use edge::Outbound;
 pub use edge::{Edge, EdgeConfig, EdgeOwner};
 pub use server::{ExpertsService, service};
 

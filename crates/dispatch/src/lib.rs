@@ -5,7 +5,7 @@
 //!
 //! Reading order: `dispatcher` (the attention worker's side, the main path), `plan` (which row goes where and how the
 //! answers are added up), `tracker` (what is outstanding), `frame` and `shared` (what travels), `local` and `grpc`
-//! (the ways there and back). `combine` and `error` are a few words that the others share.
+//! (the ways there and back), `nccl` (a second way beside `grpc`'s). `combine` and `error` are a few words that the others share.
 
 pub mod dispatcher;
 pub mod plan;
@@ -17,6 +17,7 @@ pub mod shared;
 pub mod local;
 
 pub mod grpc;
+pub mod nccl;
 
 pub mod combine;
 pub mod error;

@@ -3,12 +3,13 @@
 //! It starts the same cluster as `up`, in this process, sends it work as a coordinator or a client would, and measures
 //! the machine's roofs (read bandwidth, rate of multiply-adds) in the same run. Reading order: `load` (the work),
 //! `roofline` (what it takes at least), `report` (the tables). `rank` measures one GPU's share of a model that is too large
-//! for one machine.
+//! for one machine, `ways` what frames take between workers.
 
 mod load;
 pub mod rank;
 mod report;
 mod roofline;
+mod ways;
 
 use std::time::Instant;
 
@@ -43,9 +44,13 @@ pub struct Args {
     /// Expert workers
     #[arg(long, value_name = "M", default_value_t = 1)]
     expert_workers: usize,
-    /// How rows reach the experts: local (called) or grpc (over loopback sockets)
-    #[arg(long, default_value = "local", value_parser = ["local", "grpc"])]
+    /// How rows reach the experts: local (called) or grpc (over loopback sockets). all: measure the ways themselves, by the
+    /// rows of a frame
+    #[arg(long, default_value = "local", value_parser = ["local", "grpc", "all"])]
     transport: String,
+    /// Be the other end of what `--transport all` measures, for rows of so many values
+    #[arg(long, hide = true)]
+    echo: Option<usize>,
     /// Prefill: lengths of prompts
     #[arg(long, value_name = "N,..", value_delimiter = ',')]
     pp: Vec<usize>,
@@ -79,14 +84,14 @@ pub struct Args {
     /// Measure one rank's share of a model on a GPU, with random weights: expert or attention (with --batch and --ctx)
     #[arg(long, value_name = "ROLE", value_parser = ["expert", "attention"], requires = "config")]
     rank: Option<String>,
-    /// Of --rank: the model's config.json
+    /// Of --rank and of --transport all: the model's config.json
     #[arg(long, value_name = "FILE")]
     config: Option<std::path::PathBuf>,
     /// Of --rank expert: ranks that share the experts
     #[arg(long, value_name = "N", default_value_t = 16)]
     ep: usize,
-    /// Of --rank expert: rows of each expert
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "8,16,32,64")]
+    /// Of --rank expert: rows of each expert; of --transport all: of a frame
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
     rows: Vec<usize>,
     /// What is measured: auto, cpu or cuda:N; cpu if not given, and cuda:0 with --rank
     #[arg(long, value_name = "NAME")]
@@ -96,6 +101,12 @@ pub struct Args {
 pub async fn run(mut args: Args) -> Result<()> {
     if let Some(role) = args.rank.clone() {
         return tokio::task::spawn_blocking(move || rank::run(&args, &role)).await?;
+    }
+    if let Some(hidden) = args.echo {
+        return ways::echo(&args, hidden).await;
+    }
+    if args.transport == "all" {
+        return ways::run(&args).await;
     }
     if args.pp.is_empty() && args.tg.is_none() && args.streams.is_empty() {
         (args.pp, args.tg, args.batch) = (vec![512], Some(64), vec![1, 4, 16]);
@@ -204,6 +215,8 @@ fn cluster(args: &Args) -> up::Args {
         listen: ([127, 0, 0, 1], 0).into(),
         dtype: args.dtype.clone(),
         device: args.device.clone().unwrap_or_else(|| "cpu".into()),
+        device_memory: None,
+        transport: "auto".into(),
         attention_workers: 1,
         expert_workers: args.expert_workers,
         replicas: 1,

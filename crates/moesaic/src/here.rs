@@ -61,6 +61,7 @@ fn expert_worker(plan: &Plan, flags: &moesaic_expert_worker::Flags, shared: &Sha
         membership: shared.registry.clone().into(),
         hub: shared.hub.clone(),
         backend: plan.backend.clone(),
+        fabric: None,
         checkpoint: plan.checkpoint.clone(),
         profile: shared.profiles.experts.clone(),
     };
@@ -74,6 +75,7 @@ fn attention_worker(plan: &Plan, flags: &moesaic_attention_worker::Flags, shared
         membership: shared.registry.clone().into(),
         hub: shared.hub.clone(),
         backend: plan.backend.clone(),
+        fabric: None,
         checkpoint: plan.checkpoint.clone(),
         profile: shared.profiles.attention.clone(),
     };

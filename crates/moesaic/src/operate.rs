@@ -197,6 +197,7 @@ fn attention(worker: &AttentionStatus) -> String {
 }
 
 fn edges(load: &LoadResponse, text: &mut String) {
+    let ms = |microseconds: u32| f64::from(microseconds) / 1000.0;
     for edge in &load.edges {
         let state = match edge.state() {
             EdgeState::Live => "live",
@@ -204,17 +205,27 @@ fn edges(load: &LoadResponse, text: &mut String) {
             EdgeState::Silent => "silent",
             EdgeState::Down | EdgeState::Unspecified => "down",
         };
-        let detours = [(edge.hedged, "hedged"), (edge.resent, "sent again"), (edge.steered, "rows steered around it")];
+        let detours = [
+            (edge.hedged, "hedged"),
+            (edge.resent, "sent again"),
+            (edge.steered, "rows steered around it"),
+            (edge.lane_failures, "lanes failed"),
+        ];
         let detours = detours.into_iter().filter(|(count, _)| *count > 0);
         let detours: String = detours.map(|(count, what)| format!(", {count} {what}")).collect();
         let _ = writeln!(
             text,
-            "            -> {} by {}: {state} ({}), {} rows answered, {:.2} ms a frame{detours}",
+            "            -> {} by {}: {state} ({}), {} rows answered, {:.2} ms a frame (p50 {:.2}, p99 {:.2}), {:.1} MB out, {:.1} MB \
+             back{detours}",
             edge.worker,
             edge.transport,
             edge.detail,
             edge.terms,
-            f64::from(edge.answer_us) / 1000.0
+            ms(edge.answer_us),
+            ms(edge.answer_p50_us),
+            ms(edge.answer_p99_us),
+            edge.sent_bytes as f64 / 1e6,
+            edge.received_bytes as f64 / 1e6,
         );
     }
 }

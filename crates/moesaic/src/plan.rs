@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
+use moesaic_dispatch::nccl::Transport;
 use moesaic_kernels::cuda::{DeviceChoice, UnknownDevice};
 use moesaic_kernels::{Backend, Dtype, Numerics, Pool, UnknownDtype};
 use moesaic_model::inspect::Parameters;
@@ -49,8 +50,8 @@ impl Plan {
         let dtype: Dtype = args.dtype.parse().map_err(|e: UnknownDtype| BadArguments(e.to_string()))?;
         let device: DeviceChoice = args.device.parse().map_err(|e: UnknownDevice| BadArguments(e.to_string()))?;
         // With a process for each node this one computes nothing.
-        let threads_here = if args.processes { 1 } else { threads };
-        let backend = Backend::open(device, dtype, None, || Pool::new(threads_here))
+        let (device_here, threads_here) = if args.processes { (DeviceChoice::Cpu, 1) } else { (device, threads) };
+        let backend = Backend::open(device_here, dtype, None, || Pool::new(threads_here))
             .map_err(|missing| BadArguments(format!("--device is {}: {missing}", args.device)))?;
         Ok(Self { threads, args, checkpoint, cluster, backend })
     }
@@ -83,6 +84,9 @@ impl Plan {
             cluster: Some(self.cluster.clone()),
             listen: Some(ANY_LOOPBACK_PORT),
             dtype: Some(self.args.dtype.clone()),
+            device: self.of_child(&self.args.device),
+            device_memory: self.args.device_memory.clone(),
+            transport: self.of_child(&self.args.transport),
             threads: Some(self.threads),
             registry: Some(registry.to_owned()),
             traces: self.args.traces.clone(),
@@ -101,6 +105,9 @@ impl Plan {
             cluster: Some(self.cluster.clone()),
             listen: Some(ANY_LOOPBACK_PORT),
             dtype: Some(self.args.dtype.clone()),
+            device: self.of_child(&self.args.device),
+            device_memory: self.args.device_memory.clone(),
+            transport: self.of_child(&self.args.transport),
             threads: Some(self.threads),
             registry: Some(registry.to_owned()),
             traces: self.args.traces.clone(),
@@ -110,12 +117,21 @@ impl Plan {
         (0..self.args.expert_workers).map(worker).collect()
     }
 
+    /// Whether worker processes compute on one GPU.
+    pub fn shares_gpu(&self) -> bool {
+        self.args.processes && self.args.device != "cpu"
+    }
+
+    /// Workers of this process are given their device, and call each other.
+    fn of_child(&self, flag: &str) -> Option<String> {
+        self.args.processes.then(|| flag.to_owned())
+    }
+
     /// A node's certificate.
     fn folder(&self, role: Role, id: &str) -> Option<PathBuf> {
         self.args.tls.as_ref().map(|dir| certs::folder(dir, role, id))
     }
 
-    /// The processor's.
     /// What computes, for people.
     pub fn device(&self) -> String {
         match &self.backend {
@@ -124,6 +140,7 @@ impl Plan {
         }
     }
 
+    /// The processor's.
     pub fn numerics(&self) -> Numerics {
         match &self.backend {
             Backend::Cpu(numerics, _) => *numerics,
@@ -156,10 +173,10 @@ fn check(args: &Args) -> Result<(), BadArguments> {
             return refuse(format!("{name} is {value}; expected 1 to {NODES_MAX}"));
         }
     }
-    if args.processes && args.device != "cpu" {
-        let text = "--device with --processes: run the workers by themselves, with --device-memory for each";
-        return refuse(text.into());
+    if args.processes && args.device != "cpu" && args.device_memory.is_none() {
+        return refuse("--device with --processes: set --device-memory, which each worker takes of it".into());
     }
+    args.transport.parse::<Transport>().map_err(|unknown| BadArguments(unknown.to_string()))?;
     if args.threads == Some(0) {
         return refuse("--threads is 0; expected at least 1".into());
     }
@@ -204,7 +221,10 @@ impl fmt::Display for Plan {
         };
         writeln!(f, "model     {} ({family}), {total} parameters, {active} active a token", self.checkpoint.name())?;
         writeln!(f, "          {}", self.model().display())?;
-        writeln!(f, "numerics  {} on {}", self.backend.numerics(), self.device())?;
+        match self.shares_gpu() {
+            true => writeln!(f, "numerics  {} on {}, which the workers share", self.args.dtype, self.args.device)?,
+            false => writeln!(f, "numerics  {} on {}", self.backend.numerics(), self.device())?,
+        }
         writeln!(f, "cluster   1 coordinator, {a} x attention worker, {e} x expert worker, {place}")?;
         writeln!(
             f,

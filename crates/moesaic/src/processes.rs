@@ -40,17 +40,17 @@ pub async fn start(plan: &Plan) -> Result<Cluster> {
         }
     };
     for flags in plan.expert_workers(&spec) {
-        nodes.push(child("expert-worker", flags.id.as_deref(), &flags)?);
+        nodes.push(child(plan, "expert-worker", flags.id.as_deref(), &flags)?);
     }
     for flags in plan.attention_workers(&spec) {
-        nodes.push(child("attention-worker", flags.id.as_deref(), &flags)?);
+        nodes.push(child(plan, "attention-worker", flags.id.as_deref(), &flags)?);
     }
     let address = match plan.args.listen {
         listen if listen.port() == 0 => SocketAddr::new(listen.ip(), etcd::free_port()?.port()),
         listen => listen,
     };
     let flags = plan.coordinator(&spec, address);
-    nodes.push(child("coordinator", flags.id.as_deref(), &flags)?);
+    nodes.push(child(plan, "coordinator", flags.id.as_deref(), &flags)?);
     Ok(Cluster { nodes, membership, address })
 }
 
@@ -64,9 +64,13 @@ fn own_etcd(plan: &Plan, nodes: &mut Vec<Node>) -> Result<String> {
 }
 
 /// A role in a process of its own. Workers that die are started again; without its coordinator `up` has nothing to serve.
-fn child(role: &str, id: Option<&str>, flags: &impl Serialize) -> Result<Node> {
+fn child(plan: &Plan, role: &str, id: Option<&str>, flags: &impl Serialize) -> Result<Node> {
     let name = format!("{} {}", role.replace('-', " "), id.unwrap_or_default());
     let mut command = own_program()?;
+    if plan.shares_gpu() {
+        // NCCL connects two ranks of one GPU only if it takes them for ranks of different hosts.
+        command.env("NCCL_HOSTID", &name).env("NCCL_SOCKET_IFNAME", "lo");
+    }
     command.arg(role).args(arguments(flags)?).arg(roles::STOP_WITH_STDIN);
     if role == "coordinator" { Node::child(name, command) } else { Node::supervised(name, command) }
 }

@@ -37,6 +37,12 @@ pub struct Args {
     /// What computes: cpu, cuda:N, or auto for the first GPU if there is one
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
+    /// Of --processes on a GPU, which they share: what each worker takes of its memory, as 8GiB
+    #[arg(long, value_name = "SIZE", requires = "processes")]
+    pub device_memory: Option<String>,
+    /// Of --processes: how rows travel between workers: auto, grpc or nccl
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub transport: String,
     /// Attention workers: each owns sequences and their latent cache
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub attention_workers: usize,

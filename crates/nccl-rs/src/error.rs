@@ -27,6 +27,9 @@ pub enum Error {
     /// `detail` is NCCL's last error text. It is one for the whole process, and may tell of an earlier failure.
     #[error("{function}: {code}: {detail}")]
     Nccl { function: &'static str, code: Code, detail: String },
+    /// The GPU or its driver failed, in the driver's words, or is not there.
+    #[error("{what}: {detail}")]
+    Gpu { what: &'static str, detail: String },
     /// The communicator is aborted, except where it was aborting that took so long: that goes on in the background.
     #[error("rank {rank} of {size}: {action} took longer than {after:?}; the communicator is lost")]
     Timeout { action: &'static str, rank: usize, size: usize, after: Duration },
@@ -103,6 +106,7 @@ mod tests {
                 Error::Nccl { function: "ncclSend", code: Code::of(6), detail: "peer left".into() },
                 "ncclSend: ncclRemoteError: peer left",
             ),
+            (Error::Gpu { what: "counting GPUs", detail: "no device".into() }, "counting GPUs: no device"),
             (
                 Error::Timeout { action: "connecting", rank: 3, size: 16, after },
                 "rank 3 of 16: connecting took longer than 10s",

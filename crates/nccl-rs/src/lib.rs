@@ -1,5 +1,8 @@
 //! NCCL for Rust: communicators that cannot keep their owner for ever.
 //!
+//! A [`Channel`] takes messages from the host memory of one process to that of another, and is safe. A [`Communicator`]
+//! and a [`group`] are for all else; their memory and streams are the caller's.
+//!
 //! No usable crate of this name is published. cudarc has bindings and a thin layer over them, but does not look for
 //! `libnccl.so.2`, panics where the library or a function is missing, and has no configuration, deadlines, state,
 //! abort, split or shrink. This crate takes cudarc's types and adds these; it knows nothing of what is sent.
@@ -45,12 +48,18 @@
 //! | [`Communicator::finalize`] | all that is queued has run | `timeout`, then aborts |
 //! | [`Communicator::abort`], [`Monitor::abort`], dropping | NCCL has let go of everything | `close_timeout`, then leaves it behind |
 //! | [`Communicator::state`], [`Monitor::state`] | no other rank | |
+//! | [`Channel::connect`] | the other side is connected | `timeout`, then aborts |
+//! | [`Channel::send`] | the message has left the GPU | `timeout`, then aborts |
+//! | [`Channel::receive`] | the message is there | `timeout`, then aborts; without one, for ever |
+//! | dropping a [`Channel`] | NCCL has let go of everything | `close_timeout`, then leaves it behind |
+//! | [`available`] | nobody | |
 //!
-//! Where one aborts, `close_timeout` comes on top. NCCL's own calls come on top of all of them; they are short, but for
-//! what is said at [`Communicator::begin`], and for [`Outstanding::Abort`], which waits for kernels to notice. Nothing
-//! else here waits for a stream: an operation whose peer is gone hangs on it until the communicator is aborted. Watch
-//! the stream, and [`Monitor::state`]. An async caller polls [`Connecting`], and does the rest on a thread that may
-//! block.
+//! Where one aborts, `close_timeout` comes on top; in a channel, `queue_timeout` too, for its group. Calls of NCCL's and
+//! of the driver's come on top of all of them. They are short, but for what is said at [`Communicator::begin`], for
+//! [`Outstanding::Abort`], which waits for kernels to notice, and for memory that a channel takes for a message that is
+//! larger than all before: the driver may wait for what runs on the GPU. But for a channel, nothing here waits for a
+//! stream: an operation whose peer is gone hangs on it until the communicator is aborted. Watch the stream, and
+//! [`Monitor::state`]. An async caller polls [`Connecting`], and does the rest on a thread that may block.
 //!
 //! # Threads
 //!
@@ -61,6 +70,7 @@
 
 #![allow(unsafe_code)]
 
+mod channel;
 mod communicator;
 mod group;
 mod memory;
@@ -76,6 +86,7 @@ mod library;
 #[cfg(test)]
 mod fake;
 
+pub use channel::{Channel, available};
 pub use communicator::{Communicator, Connecting, Monitor, Outstanding, Progress};
 pub use config::Config;
 pub use error::{Code, Error};

@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use nccl_rs::{Communicator, Config, Error, UniqueId, version};
+use nccl_rs::{Channel, Communicator, Config, Error, UniqueId, available, version};
 
 /// What `ask` says in a process of its own, where the library is searched for so.
 fn ask_with(library: Option<&str>) -> String {
@@ -24,6 +24,12 @@ fn ask() {
     let id = UniqueId::from_bytes([0; UniqueId::BYTES]);
     let connected = Communicator::connect(&id, 0, 1, &Config::default(), Duration::from_secs(1));
     assert_eq!(connected.expect_err("there is no library"), error);
+    // Without a driver, that is what is said first.
+    let unavailable = available(0).expect_err("there is no library");
+    assert!(unavailable == error || matches!(unavailable, Error::Gpu { .. }), "{unavailable}");
+    let connected = Channel::connect(0, &id, 0, &Config::default(), Duration::from_secs(1));
+    assert_eq!(connected.expect_err("there is no library"), unavailable);
+    println!("{unavailable}");
     println!("{error}");
 }
 

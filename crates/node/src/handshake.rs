@@ -28,6 +28,7 @@ pub fn hello(cluster: &str, role: Role, id: &WorkerId, fingerprint: &str, numeri
         numerics: numerics.to_owned(),
         source: 0,
         expert_numerics: String::new(),
+        nccl: String::new(),
     }
 }
 

@@ -57,6 +57,7 @@ impl Workers {
                 membership: registry.clone().into(),
                 hub: Some(hub.clone()),
                 backend: Backend::Cpu(f32_numerics(), Pool::new(2)),
+                fabric: None,
                 checkpoint: checkpoint.clone(),
                 profile: Arc::default(),
             };
@@ -100,6 +101,7 @@ impl Workers {
             layer_deadline: DEADLINE,
             hello: handshake::hello("test", Role::AttentionWorker, &id, self.checkpoint.fingerprint(), "f32"),
             connector: Connector::default(),
+            fabric: None,
             ops: CombineOps { first: combine_first, next: combine_next, add },
         };
         let dispatcher = Dispatcher::new(config, local.then(|| self.hub.clone()));

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use moesaic_dispatch::frame::Header;
+use moesaic_dispatch::nccl::lane::Offer;
 use moesaic_dispatch::{AnswerFrame, ExpertHost, Refusal, ReplySender, RequestFrame, Shape};
 use moesaic_expert_worker::engine::{Engine, Profile};
 use moesaic_expert_worker::experts::Expert;
@@ -14,7 +15,8 @@ use moesaic_kernels::{Backend, Dtype, Ffn, Numerics, Pool};
 use moesaic_node::handshake;
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 use moesaic_proto::v1::exchange_message::Kind;
-use moesaic_proto::v1::{ExchangeMessage, Frame, Hello, Role};
+use moesaic_proto::v1::lane::What;
+use moesaic_proto::v1::{ExchangeMessage, Frame, Hello, Lane, Role};
 use moesaic_proto::{Epoch, ExpertId, LayerId, PROTOCOL_VERSION};
 use prost::Message;
 
@@ -93,7 +95,11 @@ pub fn exchange(data: &[u8]) {
             AnswerFrame::decode(frame.clone()).map_err(check_error).ok();
             drop(decoded(frame));
         }
-        Some(Kind::Ping(_)) | None => {}
+        Some(Kind::Lane(Lane { what: Some(What::Offer(offer)), .. })) => match Offer::decode(&offer) {
+            Ok(taken) => assert_eq!(taken.encode(), offer),
+            Err(invalid) => drop(invalid.to_string()),
+        },
+        Some(Kind::Lane(_) | Kind::Ping(_)) | None => {}
     }
 }
 

@@ -10,6 +10,7 @@ use moesaic_node::Member;
 use moesaic_node::registry::records::{cordon_key, member_key};
 use moesaic_proto::v1::exchange_message::Kind;
 use moesaic_proto::v1::generate_request::Prompt;
+use moesaic_proto::v1::lane::What;
 use moesaic_proto::v1::tokenize_request::Input;
 use moesaic_proto::v1::{
     self, ChatMessage, Conversation, ExchangeMessage, FinishReason, GenerateRequest, Hello, Ping, RefusalReason, Role,
@@ -49,6 +50,9 @@ fn frames() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         (answer(Ok(values.to_vec().into())), answer(Err(Refusal::new(RefusalReason::Busy, "the inbox is full"))));
     let message = |kind| ExchangeMessage { kind: Some(kind) }.encode_to_vec();
     let hello = Hello { role: Role::AttentionWorker.into(), id: "a0".into(), source: 3, incarnation: 9, ..own_hello() };
+    let lane = |what| v1::Lane { generation: 1, what: Some(what) };
+    let (requests, answers) = (vec![1; 128], vec![2; 128]);
+    let offer = v1::LaneOffer { requests, answers, request_slot_bytes: 8192, answer_slot_bytes: 12_288 };
     vec![
         ("request_frame", "f32", f32_frame.encode_to_vec()),
         ("request_frame", "bf16", bf16_frame.encode_to_vec()),
@@ -58,6 +62,8 @@ fn frames() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("answer_frame", "refusal", refusal.encode_to_vec()),
         ("exchange", "hello", message(Kind::Hello(hello))),
         ("exchange", "ping", message(Kind::Ping(Ping { number: 7 }))),
+        ("exchange", "lane", message(Kind::Lane(lane(What::Offer(offer))))),
+        ("exchange", "wake", message(Kind::Lane(lane(What::Wake(3))))),
         ("exchange", "request", message(Kind::Frame(bf16_frame))),
         ("exchange", "answer", message(Kind::Frame(rows))),
         ("exchange", "empty-header", message(Kind::Frame(v1::Frame { header: Bytes::new(), ..refusal }))),

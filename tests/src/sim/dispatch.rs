@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moesaic_dispatch::frame::Header;
+use moesaic_dispatch::nccl::core::{Carrier, Kind};
 use moesaic_dispatch::plan::{self, Layout, Plan, Recipe};
 use moesaic_dispatch::tracker::{Action, Answer, CallId, Destination, EdgeId, Event, FrameKey, Rank, Tracker, Ways};
 use moesaic_dispatch::{Activations, AnswerFrame, Cause, DispatchError, RequestFrame, Rows};
@@ -13,6 +14,7 @@ use moesaic_node::View;
 use moesaic_proto::v1::{EdgeState, EdgeStatus, Role};
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
 
+use super::lane::{Lane, Load};
 use super::messages::Message;
 use super::model::{EXPERTS, GROUPS, HIDDEN, OPS, TOP_K, gate};
 use super::net::{Context, StreamId};
@@ -21,6 +23,8 @@ use super::node_of;
 const PING_INTERVAL: Duration = Duration::from_millis(100);
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Between two lanes of an edge.
+const LANE_BACKOFF: Duration = Duration::from_millis(500);
 pub const LAYER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// See the module.
@@ -35,6 +39,8 @@ pub struct Dispatch {
     next_edge: u64,
     is_ticking: bool,
     layout: Layout,
+    /// Drawn by the first edge that is up.
+    uses_lanes: Option<bool>,
 }
 
 struct Known {
@@ -48,6 +54,62 @@ struct Edge {
     stream: Option<StreamId>,
     is_live: bool,
     backoff: Duration,
+    lane: Option<Lane>,
+    carrier: Carrier<RequestFrame>,
+}
+
+impl Edge {
+    /// Frames go over it once a slot has come back.
+    fn offer_lane(&mut self, context: &mut Context<'_>) {
+        let Some(beside) = self.stream.filter(|_| self.is_live && self.lane.is_none()) else { return };
+        let generation = self.carrier.offer();
+        let (node, incarnation) = node_of(&self.address);
+        let stream = context.open_to(node, incarnation, Message::LaneHello { generation, beside });
+        let mut lane = Lane::new(context, generation, stream, beside);
+        lane.send(context, Load::Nothing);
+        self.lane = Some(lane);
+        // Some are aborted for no reason that anybody else knows.
+        let lasts = context.rng.u64(100..20_000);
+        context.wake(Duration::from_millis(lasts), "lane abort", stream.0);
+    }
+
+    /// The lane is of no use any more: what it carried goes over the edge's stream.
+    fn fail_lane(&mut self, context: &mut Context<'_>) {
+        let Some(lane) = self.lane.take() else { return };
+        context.close(lane.stream);
+        let left = self.carrier.fail(lane.generation).unwrap_or_default();
+        context.send(lane.beside, Message::LaneFailed { generation: lane.generation });
+        left.into_iter().for_each(|frame| context.send(lane.beside, Message::Frame(frame)));
+        context.wake(LANE_BACKOFF, "lane", self.id.0);
+    }
+
+    /// Sends a frame by the lane or the stream.
+    fn send(&mut self, context: &mut Context<'_>, stream: StreamId, frame: RequestFrame) {
+        match self.lane.as_mut().filter(|_| self.carrier.has_room()) {
+            Some(lane) => {
+                self.carrier.carry(&frame.header, frame.clone());
+                lane.send(context, Load::Frame(frame));
+            }
+            None => context.send(stream, Message::Frame(frame)),
+        }
+    }
+
+    /// What its lane has received.
+    fn answers(&mut self, context: &mut Context<'_>) -> Vec<AnswerFrame> {
+        let mut answers = Vec::new();
+        while let Some(lane) = &mut self.lane {
+            match lane.receive() {
+                Ok(Some((Kind::Warm, _))) => self.carrier.up(lane.generation),
+                Ok(Some((_, Load::Answer(answer)))) => {
+                    self.carrier.answered(&answer.header);
+                    answers.push(answer);
+                }
+                Ok(None) => break,
+                other => context.violated(format!("a lane brings {other:?}")),
+            }
+        }
+        answers
+    }
 }
 
 /// A call that is over: its rows' sums, or why there are none.
@@ -66,6 +128,7 @@ impl Default for Dispatch {
             next_edge: 0,
             is_ticking: false,
             layout: Layout::new(HIDDEN, size_of::<f32>(), group_size, TOP_K),
+            uses_lanes: None,
         }
     }
 }
@@ -142,8 +205,9 @@ impl Dispatch {
             } else {
                 tracker.forget(&way)
             }
-            if let Some(stream) = known.edge.stream.filter(|_| !is_kept) {
-                context.close(stream);
+            if !is_kept {
+                known.edge.stream.into_iter().for_each(|stream| context.close(stream));
+                known.edge.lane.iter().for_each(|lane| context.close(lane.stream));
             }
             is_kept
         });
@@ -154,7 +218,8 @@ impl Dispatch {
         let id = EdgeId(self.next_edge);
         self.tracker.set_way(&Destination { worker: worker.clone(), edge: Some(id) });
         let stream = Some(open(context, to));
-        Edge { id, address: to.to_owned(), stream, is_live: false, backoff: BACKOFF_MIN }
+        let (address, lane, carrier) = (to.to_owned(), None, Carrier::default());
+        Edge { id, address, stream, is_live: false, backoff: BACKOFF_MIN, lane, carrier }
     }
 
     fn edge(&mut self, which: impl Fn(&Edge) -> bool) -> Option<(&WorkerId, &mut Edge)> {
@@ -162,11 +227,31 @@ impl Dispatch {
     }
 
     pub fn on_message(&mut self, context: &mut Context<'_>, stream: StreamId, message: Message) -> Vec<Landed> {
-        let Some((worker, edge)) = self.edge(|edge| edge.stream == Some(stream)) else { return Vec::new() };
+        let is_of = |edge: &Edge| edge.stream == Some(stream) || edge.lane.as_ref().is_some_and(|l| l.stream == stream);
+        let uses_lanes = *self.uses_lanes.get_or_insert_with(|| context.rng.bool());
+        let Some((worker, edge)) = self.edge(is_of) else { return Vec::new() };
         let (worker, id) = (worker.clone(), edge.id);
         match message {
+            Message::Slot(slot) => {
+                edge.lane.iter_mut().for_each(|lane| lane.arrive((*slot).clone()));
+                self.land_lane(context, id)
+            }
+            Message::LaneWake { generation, sequence } => {
+                let lane = edge.lane.iter_mut().filter(|lane| lane.generation == generation);
+                lane.for_each(|lane| lane.wake(sequence));
+                self.land_lane(context, id)
+            }
+            Message::LaneFailed { generation } => {
+                if edge.lane.as_ref().is_some_and(|lane| lane.generation == generation) {
+                    edge.fail_lane(context);
+                }
+                Vec::new()
+            }
             Message::Hello => {
                 (edge.is_live, edge.backoff) = (true, BACKOFF_MIN);
+                if uses_lanes {
+                    edge.offer_lane(context);
+                }
                 context.wake(PING_INTERVAL, "ping", stream.0);
                 let mut landed = self.on(context, Event::Heard { edge: id });
                 let is_complete = |next: &Arc<Ways>| next.is_complete(&self.tracker.ranks(context.now, next));
@@ -187,10 +272,31 @@ impl Dispatch {
         }
     }
 
+    /// Hands on what an edge's lane has received.
+    fn land_lane(&mut self, context: &mut Context<'_>, id: EdgeId) -> Vec<Landed> {
+        let Some((worker, edge)) = self.edge(|edge| edge.id == id) else { return Vec::new() };
+        let (worker, answers) = (worker.clone(), edge.answers(context));
+        let event = |answer| Event::Answer { worker: worker.clone(), answer: through_the_wire(answer) };
+        let mut landed = Vec::new();
+        for event in answers.into_iter().map(event) {
+            landed.extend(self.on(context, event));
+        }
+        landed
+    }
+
     /// `None`: the stream is no edge's.
     pub fn on_broken(&mut self, context: &mut Context<'_>, stream: StreamId) -> Option<Vec<Landed>> {
+        if let Some((_, edge)) = self.edge(|edge| edge.lane.as_ref().is_some_and(|lane| lane.stream == stream)) {
+            edge.fail_lane(context);
+            return Some(Vec::new());
+        }
         let (_, edge) = self.edge(|edge| edge.stream == Some(stream))?;
         (edge.stream, edge.is_live) = (None, false);
+        // What it carried is the tracker's to ask again.
+        if let Some(lane) = edge.lane.take() {
+            context.close(lane.stream);
+            edge.carrier.fail(lane.generation);
+        }
         let (id, backoff) = (edge.id, edge.backoff);
         edge.backoff = (backoff * 2).min(BACKOFF_MAX);
         context.wake(backoff, "reconnect", id.0);
@@ -210,6 +316,20 @@ impl Dispatch {
             "reconnect" => {
                 if let Some((_, edge)) = self.edge(|edge| edge.id == EdgeId(number) && edge.stream.is_none()) {
                     edge.stream = Some(open(context, &edge.address));
+                }
+                Some(Vec::new())
+            }
+            "lane" => {
+                self.edge(|edge| edge.id == EdgeId(number)).into_iter().for_each(|(_, edge)| edge.offer_lane(context));
+                Some(Vec::new())
+            }
+            "lane idle" | "lane abort" => {
+                let has_it = |edge: &Edge| edge.lane.as_ref().is_some_and(|lane| lane.stream == StreamId(number));
+                if let Some((_, edge)) = self.edge(has_it) {
+                    match task {
+                        "lane abort" => edge.fail_lane(context),
+                        _ => edge.lane.iter_mut().for_each(|lane| lane.look(context)),
+                    }
                 }
                 Some(Vec::new())
             }
@@ -257,10 +377,10 @@ impl Dispatch {
                 match action {
                     Action::Send { to, frame } => {
                         let key = FrameKey::of(&frame.header);
-                        let edge = self.workers.get(&to.worker).map(|known| &known.edge);
+                        let edge = self.workers.get_mut(&to.worker).map(|known| &mut known.edge);
                         let live = edge.filter(|edge| to.edge == Some(edge.id) && edge.is_live);
-                        match live.and_then(|edge| edge.stream) {
-                            Some(stream) => context.send(stream, Message::Frame(frame)),
+                        match live.and_then(|edge| Some((edge.stream?, edge))) {
+                            Some((stream, edge)) => edge.send(context, stream, frame),
                             None => {
                                 let cause = Cause::EdgeDown { reason: "it is down".into() };
                                 events.push(Event::NotSent { key, cause });

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use moesaic_dispatch::nccl::core::Kind;
 use moesaic_dispatch::{Activations, AnswerFrame, Refusal, ReplySender, RequestFrame, Shared};
 use moesaic_expert_worker::core::batch;
 use moesaic_expert_worker::core::epochs::Epochs;
@@ -14,6 +15,7 @@ use moesaic_node::Member;
 use moesaic_proto::v1::RefusalReason;
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId};
 
+use super::lane::{Lane, Load};
 use super::messages::Message;
 use super::model::{self, HIDDEN, LAYERS};
 use super::net::{Context, Input, StreamId, Timer};
@@ -45,6 +47,8 @@ pub struct Expert {
     computing: Vec<Job>,
     outbox: Outbox,
     streams: BTreeSet<StreamId>,
+    /// By their own streams.
+    lanes: BTreeMap<StreamId, Lane>,
     /// How many times slower than usual it computes.
     pub slowness: u32,
     stop: Stop,
@@ -72,6 +76,7 @@ impl Expert {
             computing: Vec::new(),
             outbox: Outbox::default(),
             streams: BTreeSet::new(),
+            lanes: BTreeMap::new(),
             slowness: 1,
             stop: Stop::No,
         }
@@ -109,6 +114,9 @@ impl Expert {
             Input::Started => None,
             Input::Broken { stream } => {
                 self.streams.remove(&stream);
+                self.end_lane(context, stream);
+                let beside: Vec<_> = self.lanes.values().filter(|l| l.beside == stream).map(|l| l.stream).collect();
+                beside.into_iter().for_each(|lane| self.end_lane(context, lane));
                 self.registry.on_broken(context, stream)
             }
             Input::Timer(Timer(task, number)) => self.on_timer(context, task, number),
@@ -131,6 +139,27 @@ impl Expert {
             }
             Message::Ping => context.send(stream, Message::Ping),
             Message::Frame(frame) => self.take(context, stream, frame),
+            // Its edge was up when it was offered, and may be gone by now.
+            Message::LaneHello { beside, .. } if !self.streams.contains(&beside) => context.close(stream),
+            Message::LaneHello { generation, beside } => {
+                let lane = Lane::new(context, generation, stream, beside);
+                self.lanes.insert(stream, lane);
+            }
+            Message::Slot(slot) => {
+                self.lanes.get_mut(&stream).into_iter().for_each(|lane| lane.arrive((*slot).clone()));
+                self.receive(context, stream);
+            }
+            Message::LaneWake { generation, sequence } => {
+                if let Some(lane) = self.lane_beside(stream, generation) {
+                    lane.wake(sequence);
+                    let lane = lane.stream;
+                    self.receive(context, lane);
+                }
+            }
+            Message::LaneFailed { generation } => {
+                let lane = self.lane_beside(stream, generation).map(|lane| lane.stream);
+                lane.into_iter().for_each(|lane| self.end_lane(context, lane));
+            }
             Message::Told(told) => return self.registry.on_told(context, stream, told),
             other => context.violated(format!("an expert worker was told {other:?}")),
         }
@@ -153,9 +182,35 @@ impl Expert {
             }
             "moved on" => {}
             "exit" => context.exit(),
+            "lane idle" => {
+                self.lanes.get_mut(&StreamId(number)).into_iter().for_each(|lane| lane.look(context));
+            }
             _ => return self.registry.on_timer(context, task, number),
         }
         None
+    }
+
+    fn lane_beside(&mut self, beside: StreamId, generation: u32) -> Option<&mut Lane> {
+        self.lanes.values_mut().find(|lane| lane.beside == beside && lane.generation == generation)
+    }
+
+    fn end_lane(&mut self, context: &mut Context<'_>, stream: StreamId) {
+        if let Some(lane) = self.lanes.remove(&stream) {
+            context.close(stream);
+            context.send(lane.beside, Message::LaneFailed { generation: lane.generation });
+        }
+    }
+
+    /// What a lane has received.
+    fn receive(&mut self, context: &mut Context<'_>, stream: StreamId) {
+        while let Some(lane) = self.lanes.get_mut(&stream) {
+            match lane.receive() {
+                Ok(Some((Kind::Warm, _))) => lane.send(context, Load::Nothing),
+                Ok(Some((_, Load::Frame(frame)))) => self.take(context, stream, frame),
+                Ok(None) => break,
+                other => context.violated(format!("a lane brings {other:?}")),
+            }
+        }
     }
 
     /// What the view asks of it.
@@ -271,7 +326,11 @@ impl Expert {
     fn send_answers(&mut self, context: &mut Context<'_>) {
         let answers = std::mem::take(&mut *self.outbox.lock().unwrap_or_else(PoisonError::into_inner));
         for (stream, answer) in answers {
-            context.send(stream, Message::Answer(answer));
+            match self.lanes.get_mut(&stream) {
+                Some(lane) => lane.send(context, Load::Answer(answer)),
+                // Where the lane is gone, it is asked again over the edge's stream.
+                None => context.send(stream, Message::Answer(answer)),
+            }
         }
     }
 }

@@ -7,6 +7,9 @@ use moesaic_proto::v1::{Cordon, ExpertLoadResponse, LoadResponse, Role, RunEvent
 use moesaic_proto::{Placement, WorkerId};
 use tonic::Code;
 
+use super::lane::Slot;
+use super::net::StreamId;
+
 #[derive(Clone, Debug)]
 pub enum Message {
     // Attention worker and expert worker, on one stream.
@@ -14,6 +17,21 @@ pub enum Message {
     Frame(RequestFrame),
     Answer(AnswerFrame),
     Ping,
+
+    // The same, of a lane: its first message on a stream of its own beside that of the edge, its slots there; and what is
+    // said of it over the edge's.
+    LaneHello {
+        generation: u32,
+        beside: StreamId,
+    },
+    Slot(Box<Slot>),
+    LaneWake {
+        generation: u32,
+        sequence: u32,
+    },
+    LaneFailed {
+        generation: u32,
+    },
 
     // Coordinator and attention worker, a stream for each call.
     Run(Box<RunRequest>),

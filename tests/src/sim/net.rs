@@ -200,6 +200,8 @@ pub struct Net {
     pub rng: fastrand::Rng,
     pub weather: Weather,
     pub violations: Vec<String>,
+    pub slots: u64,
+    pub lane_failures: u64,
     queue: BTreeMap<(Duration, u64), Happening>,
     next: u64,
     next_stream: u64,
@@ -221,6 +223,8 @@ impl Net {
             rng: fastrand::Rng::with_seed(seed),
             weather,
             violations: Vec::new(),
+            slots: 0,
+            lane_failures: 0,
             queue: BTreeMap::new(),
             next: 0,
             next_stream: 0,
@@ -356,6 +360,8 @@ impl Net {
         if message.is_none() {
             stream.ends[from].is_open = false;
         }
+        self.slots += u64::from(matches!(message, Some(Message::Slot(_))));
+        self.lane_failures += u64::from(matches!(message, Some(Message::LaneFailed { .. })));
         let (is_cut, end) = (self.cut.contains(&(stream.ends[from].node, stream.ends[1 - from].node)), 1 - from);
         let is_lost = !stream.is_jammed && self.rng.u32(0..10_000) < self.weather.lost;
         stream.is_jammed |= is_lost;

@@ -62,6 +62,8 @@ impl Report {
                 sum.events += outcome.events;
                 sum.faults += outcome.faults;
                 sum.placements += outcome.placements;
+                sum.slots += outcome.slots;
+                sum.lane_failures += outcome.lane_failures;
                 sum.hash ^= outcome.hash;
             }
             Err(failure) => self.failures.push(failure),
@@ -74,9 +76,11 @@ impl fmt::Display for Report {
         for failure in &self.failures {
             writeln!(f, "{failure}")?;
         }
-        let Outcome { requests, tokens, resumed, events, faults, placements, hash } = self.outcome;
+        let Outcome { requests, tokens, resumed, events, faults, placements, slots, lane_failures, hash } =
+            self.outcome;
         write!(f, "{} seeds, {} failed; {faults} faults, {placements} placements, ", self.seeds, self.failures.len())?;
-        write!(f, "{requests} requests, {tokens} tokens, {resumed} streams resumed; ")?;
+        write!(f, "{requests} requests, {tokens} tokens, {resumed} streams resumed, ")?;
+        write!(f, "{slots} slots and {lane_failures} failures of lanes; ")?;
         write!(f, "{events} events in {:.1} s (history {hash:016x})", self.took.as_secs_f64())
     }
 }

@@ -65,6 +65,7 @@ pub fn dispatcher(hello: Hello, layer_deadline: Duration) -> Dispatcher {
         layer_deadline,
         hello,
         connector: net::connector(),
+        fabric: None,
         ops: OPS,
     };
     Dispatcher::new(config, None)

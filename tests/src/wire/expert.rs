@@ -27,7 +27,7 @@ pub async fn run(site: Site, id: String) -> turmoil::Result {
     let hello = site.hello(Role::ExpertWorker, &id);
     let member = site.register(hello.clone()).await;
     let host = Arc::new(Host { id: member.id.clone(), placements: Mutex::default(), started: Instant::now() });
-    let service = grpc::service(host.clone(), hello, CancellationToken::new());
+    let service = grpc::service(host.clone(), None, hello, CancellationToken::new());
     tokio::select! {
         served = net::serve(Routes::new(service)) => served,
         () = follow(&site, member, &host) => Ok(()),

@@ -1,5 +1,7 @@
 //! The attention worker's end: keeps one connection to one expert worker, again and again until it is dropped.
 
+use std::future;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use futures::{StreamExt, stream};
@@ -19,6 +21,7 @@ use tonic::{Status, Streaming};
 use super::*;
 use crate::error::Cause;
 use crate::frame::{AnswerFrame, RequestFrame};
+use crate::nccl::{Fabric, Lanes};
 use crate::tracker::EdgeId;
 
 /// Who hears from an edge. Called on the runtime: must not block.
@@ -33,7 +36,7 @@ pub trait EdgeOwner: Send + Sync + 'static {
 }
 
 /// What an edge is made of.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct EdgeConfig {
     pub id: EdgeId,
     pub worker: WorkerId,
@@ -43,6 +46,8 @@ pub struct EdgeConfig {
     pub hello: v1::Hello,
     pub hidden: usize,
     pub connector: Connector,
+    /// Where the worker has one of the same version, frames go over it.
+    pub fabric: Option<Arc<dyn Fabric>>,
 }
 
 /// A connection to one expert worker, made in the background and made anew when it breaks. Clones share it; the last
@@ -56,6 +61,22 @@ pub struct Edge {
 struct State {
     config: EdgeConfig,
     connection: Mutex<Connection>,
+    lanes: Option<Arc<Lanes>>,
+    traffic: Arc<Traffic>,
+}
+
+/// Bytes of requests, with their tables, and of answers.
+#[derive(Debug, Default)]
+struct Traffic {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Traffic {
+    fn count_answer(&self, answer: &AnswerFrame) {
+        let bytes = answer.result.as_ref().map_or(0, |values| size_of_val(&values[..]));
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
 }
 
 enum Connection {
@@ -64,10 +85,11 @@ enum Connection {
     Live(mpsc::Sender<Outbound>),
 }
 
-/// What an edge sends.
-enum Outbound {
+/// What an edge sends over its stream.
+pub(crate) enum Outbound {
     Frame(RequestFrame),
     Ping(u64),
+    Lane(v1::Lane),
 }
 
 impl Edge {
@@ -75,8 +97,9 @@ impl Edge {
     pub fn connect(runtime: &Handle, config: EdgeConfig, owner: Weak<impl EdgeOwner>, stop: CancellationToken) -> Self {
         let given_up = CancellationToken::new();
         let connection = Mutex::new(Connection::Down("connecting".into()));
-        let state = Arc::new(State { config, connection });
-        let keep = keep_connected(state.clone(), owner, given_up.clone());
+        let lanes = config.fabric.clone().map(|fabric| Lanes::new(fabric, config.hidden));
+        let state = Arc::new(State { config, connection, lanes, traffic: Arc::default() });
+        let keep = Box::pin(keep_connected(state.clone(), owner, given_up.clone()));
         runtime.spawn(async move { stop.run_until_cancelled(keep).await });
         Self { state, _given_up_on_drop: Arc::new(given_up.drop_guard()) }
     }
@@ -97,12 +120,35 @@ impl Edge {
     pub fn describe(&self) -> String {
         match &*self.state.connection() {
             Connection::Down(reason) => reason.clone(),
-            Connection::Live(_) => "connected".into(),
+            Connection::Live(_) => match &self.state.lanes {
+                Some(lanes) => format!("connected; lane {}", lanes.describe()),
+                None => "connected".into(),
+            },
         }
     }
 
-    /// Queues a frame for the connection; never waits.
+    /// What frames go over at present.
+    pub fn transport(&self) -> &'static str {
+        if self.state.lanes.as_ref().is_some_and(|lanes| lanes.is_up()) { "nccl" } else { "grpc" }
+    }
+
+    /// Bytes that were sent and that came back.
+    pub fn traffic(&self) -> (u64, u64) {
+        let Traffic { sent, received } = &*self.state.traffic;
+        (sent.load(Ordering::Relaxed), received.load(Ordering::Relaxed))
+    }
+
+    pub fn lane_failures(&self) -> u64 {
+        self.state.lanes.as_ref().map_or(0, |lanes| lanes.failures())
+    }
+
+    /// Queues a frame for the lane, or else for the connection; never waits.
     pub fn send(&self, frame: RequestFrame) -> Result<(), Cause> {
+        let bytes = frame.encoded_len(self.state.config.hidden) as u64;
+        self.state.traffic.sent.fetch_add(bytes, Ordering::Relaxed);
+        if self.state.lanes.as_ref().is_some_and(|lanes| lanes.carry(&frame)) {
+            return Ok(());
+        }
         match &*self.state.connection() {
             Connection::Down(reason) => Err(Cause::EdgeDown { reason: reason.clone() }),
             Connection::Live(frames) => frames.try_send(Outbound::Frame(frame)).map_err(|error| match error {
@@ -155,10 +201,10 @@ async fn keep_connected(state: Arc<State>, owner: Weak<impl EdgeOwner>, given_up
 async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &CancellationToken) -> String {
     let (sender, outbound) = mpsc::channel(EDGE_FRAMES_MAX);
     let opened = given_up.run_until_cancelled(open(&state.config, outbound)).await;
-    let mut answers = match opened {
+    let (mut answers, peer) = match opened {
         None => return GIVEN_UP.into(),
         Some(Err(reason)) => return reason,
-        Some(Ok(answers)) => answers,
+        Some(Ok(opened)) => opened,
     };
     *state.connection() = Connection::Live(sender.clone());
     tracing::info!(worker = %state.config.worker, address = state.config.address, "edge to expert worker is up");
@@ -166,10 +212,11 @@ async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &
         Some(owner) => owner.edge_up(state.config.id),
         None => return GIVEN_UP.into(),
     }
-    let receive = receive(&state.config, &mut answers, owner);
+    let receive = receive(state, &mut answers, owner);
     let ended = async {
         tokio::select! {
             reason = receive => reason,
+            () = keep_lanes(state, &peer, sender.clone(), owner) => "its lanes have ended".into(),
             () = ping(sender) => "its connection stands still".into(),
         }
     };
@@ -178,11 +225,32 @@ async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &
     }
     // Dropping the sender ends the request stream; the worker answers what it has and ends its own.
     state.set_down(GIVEN_UP);
-    let rest = timeout(LINGER, self::receive(&state.config, &mut answers, owner)).await;
+    let rest = timeout(LINGER, self::receive(state, &mut answers, owner)).await;
     rest.unwrap_or_else(|_| GIVEN_UP.into())
 }
 
 const GIVEN_UP: &str = "the edge was given up";
+
+/// Offers lanes for as long as it is polled, if the worker has what this side has.
+async fn keep_lanes(state: &State, peer: &v1::Hello, sender: mpsc::Sender<Outbound>, owner: &Weak<impl EdgeOwner>) {
+    let Some(lanes) = &state.lanes else { return future::pending().await };
+    let own = &state.config.hello.nccl;
+    if peer.nccl != *own {
+        lanes.cannot(match peer.nccl.as_str() {
+            "" => "none: the worker has no NCCL".into(),
+            theirs => format!("none: NCCL is {own} here and {theirs} there"),
+        });
+        return future::pending().await;
+    }
+    let (owner, worker, traffic) = (owner.clone(), state.config.worker.clone(), state.traffic.clone());
+    let deliver = move |answer: AnswerFrame| {
+        if let Some(owner) = owner.upgrade() {
+            traffic.count_answer(&answer);
+            owner.answer(&worker, answer);
+        }
+    };
+    lanes.keep(sender, Arc::new(deliver)).await;
+}
 
 /// Sends pings for as long as the connection takes anything.
 async fn ping(outbound: mpsc::Sender<Outbound>) {
@@ -201,7 +269,7 @@ async fn ping(outbound: mpsc::Sender<Outbound>) {
 async fn open(
     config: &EdgeConfig,
     outbound: mpsc::Receiver<Outbound>,
-) -> Result<Streaming<v1::ExchangeMessage>, String> {
+) -> Result<(Streaming<v1::ExchangeMessage>, v1::Hello), String> {
     let peer = Peer { role: v1::Role::ExpertWorker, id: Some(config.worker.clone()), address: config.address.clone() };
     let channel = config.connector.connect(&peer, &endpoint(&peer)?).await.map_err(|error| chain(&error))?;
     let mut client = ExpertsClient::new(channel)
@@ -212,6 +280,7 @@ async fn open(
     let message = move |outbound| match outbound {
         Outbound::Frame(frame) => v1::ExchangeMessage { kind: Some(Kind::Frame(frame.encode(hidden))) },
         Outbound::Ping(number) => v1::ExchangeMessage { kind: Some(Kind::Ping(v1::Ping { number })) },
+        Outbound::Lane(lane) => v1::ExchangeMessage { kind: Some(Kind::Lane(lane)) },
     };
     let outbound = stream::iter([hello]).chain(ReceiverStream::new(outbound).map(message));
     let greeting = async {
@@ -232,7 +301,7 @@ async fn open(
     if peer.id != config.worker.as_str() {
         return Err(format!("id: at {} is {:?}; expected {:?}", config.address, peer.id, config.worker.as_str()));
     }
-    Ok(inbound)
+    Ok((inbound, peer))
 }
 
 fn endpoint(peer: &Peer) -> Result<Endpoint, String> {
@@ -249,11 +318,8 @@ fn endpoint(peer: &Peer) -> Result<Endpoint, String> {
 }
 
 /// Passes answers on until the stream ends, and says why it did.
-async fn receive(
-    config: &EdgeConfig,
-    answers: &mut Streaming<v1::ExchangeMessage>,
-    owner: &Weak<impl EdgeOwner>,
-) -> String {
+async fn receive(state: &State, answers: &mut Streaming<v1::ExchangeMessage>, owner: &Weak<impl EdgeOwner>) -> String {
+    let config = &state.config;
     loop {
         let message = answers.message().await;
         let Some(owner) = owner.upgrade() else { return GIVEN_UP.into() };
@@ -263,12 +329,19 @@ async fn receive(
                 owner.heard(config.id);
                 continue;
             }
+            Ok(Some(v1::ExchangeMessage { kind: Some(Kind::Lane(said)) })) => {
+                state.lanes.iter().for_each(|lanes| lanes.hear(said.clone()));
+                continue;
+            }
             Ok(Some(_)) => return "it sent a message that is no frame".into(),
             Ok(None) => return "it closed the connection".into(),
             Err(status) => return words(&status),
         };
         match AnswerFrame::decode(frame) {
-            Ok(answer) => owner.answer(&config.worker, answer),
+            Ok(answer) => {
+                state.traffic.count_answer(&answer);
+                owner.answer(&config.worker, answer);
+            }
             Err(error) => return format!("it sent a frame that is wrong: {error}"),
         }
     }

@@ -8,6 +8,7 @@ use moesaic_node::handshake;
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1::exchange_message::Kind;
 use moesaic_proto::v1::experts_server::{Experts, ExpertsServer};
+use moesaic_proto::v1::lane::What;
 use moesaic_proto::v1::{self, ExchangeMessage, RefusalReason};
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::time::timeout;
@@ -18,22 +19,26 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{HELLO_TIMEOUT, STREAM_FRAMES_MAX};
 use crate::frame::{FrameError, Header, Refusal, RequestFrame};
 use crate::local::{ExpertHost, ReplySender};
+use crate::nccl::Fabric;
+use crate::nccl::lane::{End, Lane, LaneOwner, Message, Offer, Sender};
 
 /// The `Experts` service in front of a host.
 pub struct ExpertsService {
     host: Arc<dyn ExpertHost>,
+    fabric: Option<Arc<dyn Fabric>>,
     hello: v1::Hello,
     closing: CancellationToken,
 }
 
-/// `hello` is the worker's own. Once `closing` is cancelled no stream is opened or read on; each ends when what it has
+/// `hello` is the worker's own; with a `fabric`, it names its version. Once `closing` is cancelled no stream is opened or read on; each ends when what it has
 /// in hand is answered.
 pub fn service(
     host: Arc<dyn ExpertHost>,
+    fabric: Option<Arc<dyn Fabric>>,
     hello: v1::Hello,
     closing: CancellationToken,
 ) -> ExpertsServer<ExpertsService> {
-    ExpertsServer::new(ExpertsService { host, hello, closing })
+    ExpertsServer::new(ExpertsService { host, fabric, hello, closing })
         .max_decoding_message_size(FRAME_BYTES_MAX)
         .max_encoding_message_size(FRAME_BYTES_MAX)
 }
@@ -60,7 +65,8 @@ impl Experts for ExpertsService {
         let (answers, outbound) = mpsc::channel(STREAM_FRAMES_MAX);
         // The channel is new: it has room.
         let _ = answers.try_send(Ok(ExchangeMessage { kind: Some(Kind::Hello(self.hello.clone())) }));
-        let caller = Caller { host: self.host.clone(), source, answers, closing: self.closing.clone() };
+        let inbox = Inbox { host: self.host.clone(), source };
+        let caller = Caller { inbox, answers, fabric: self.fabric.clone(), closing: self.closing.clone() };
         tokio::spawn(caller.read(inbound));
         Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
     }
@@ -76,11 +82,34 @@ async fn first_hello(inbound: &mut Streaming<ExchangeMessage>) -> Result<v1::Hel
     }
 }
 
-/// One stream's reader. Ends with the stream, or with `closing`.
-struct Caller {
+/// Where one caller's frames go, whichever way they came.
+#[derive(Clone)]
+struct Inbox {
     host: Arc<dyn ExpertHost>,
     source: u16,
+}
+
+impl Inbox {
+    fn take(&self, header: Header, frame: v1::Frame, reply: ReplySender) {
+        match self.check(header, frame) {
+            Ok(frame) => self.host.submit(frame, reply),
+            Err(error) => reply.send(Err(Refusal::new(RefusalReason::Malformed, error.to_string()))),
+        }
+    }
+
+    fn check(&self, header: Header, frame: v1::Frame) -> Result<RequestFrame, FrameError> {
+        if header.source != self.source {
+            return Err(FrameError::Source { given: header.source, expected: self.source });
+        }
+        RequestFrame::decode(header, frame, self.host.shape())
+    }
+}
+
+/// One stream's reader. Ends with the stream, or with `closing`.
+struct Caller {
+    inbox: Inbox,
     answers: mpsc::Sender<Result<ExchangeMessage, Status>>,
+    fabric: Option<Arc<dyn Fabric>>,
     closing: CancellationToken,
 }
 
@@ -93,6 +122,8 @@ impl Caller {
             let room = self.answers.clone().reserve_owned().await.ok()?;
             Some((room, inbound.message().await))
         };
+        // Ends with the stream.
+        let mut lane = None;
         loop {
             let (room, message) = tokio::select! {
                 () = self.closing.cancelled() => return,
@@ -107,6 +138,12 @@ impl Caller {
                 Ok(Some(ExchangeMessage { kind: Some(Kind::Frame(frame)) })) => frame,
                 Ok(Some(ping @ ExchangeMessage { kind: Some(Kind::Ping(_)) })) => {
                     room.send(Ok(ping));
+                    continue;
+                }
+                Ok(Some(ExchangeMessage { kind: Some(Kind::Lane(said)) })) => {
+                    if let Some(answer) = self.hear(said, &mut lane) {
+                        room.send(Ok(ExchangeMessage { kind: Some(Kind::Lane(answer)) }));
+                    }
                     continue;
                 }
                 Ok(Some(_)) => return fail(room, Status::invalid_argument("a message after Hello is no frame")),
@@ -124,17 +161,77 @@ impl Caller {
         let reply = ReplySender::new(header, move |answer| {
             room.send(Ok(ExchangeMessage { kind: Some(Kind::Frame(answer.encode())) }));
         });
-        match self.check(header, frame) {
-            Ok(frame) => self.host.submit(frame, reply),
-            Err(error) => reply.send(Err(Refusal::new(RefusalReason::Malformed, error.to_string()))),
-        }
+        self.inbox.take(header, frame, reply);
     }
 
-    fn check(&self, header: Header, frame: v1::Frame) -> Result<RequestFrame, FrameError> {
-        if header.source != self.source {
-            return Err(FrameError::Source { given: header.source, expected: self.source });
+    /// What the caller says of a lane, and what is to be said to that.
+    fn hear(&self, said: v1::Lane, lane: &mut Option<Lane>) -> Option<v1::Lane> {
+        let generation = said.generation;
+        match said.what? {
+            What::Offer(offer) => {
+                // The one before is of no use any more.
+                *lane = None;
+                match self.open(generation, &offer) {
+                    Ok(opened) => *lane = Some(opened),
+                    Err(reason) => return Some(v1::Lane { generation, what: Some(What::Failed(reason)) }),
+                }
+            }
+            What::Wake(sequence) => {
+                lane.iter().filter(|lane| lane.generation() == generation).for_each(|lane| lane.wake(sequence));
+            }
+            What::Failed(_) => drop(lane.take_if(|lane| lane.generation() == generation)),
         }
-        RequestFrame::decode(header, frame, self.host.shape())
+        None
+    }
+
+    fn open(&self, generation: u32, offer: &v1::LaneOffer) -> Result<Lane, String> {
+        let fabric = self.fabric.clone().ok_or("there is no NCCL here")?;
+        let offer = Offer::decode(offer).map_err(|invalid| invalid.to_string())?;
+        let owner = LaneInbox { inbox: self.inbox.clone(), answers: self.answers.clone(), generation };
+        let opened = Lane::open(fabric, generation, offer, End::Expert, Arc::new(owner));
+        opened.map_err(|error| format!("starting a thread: {error}"))
+    }
+}
+
+/// Hears one lane of a stream. Frames that came over it are answered over it; those of a lane that fails are asked for again.
+struct LaneInbox {
+    inbox: Inbox,
+    answers: mpsc::Sender<Result<ExchangeMessage, Status>>,
+    generation: u32,
+}
+
+impl LaneInbox {
+    fn message(&self, what: What) -> Result<ExchangeMessage, Status> {
+        let said = v1::Lane { generation: self.generation, what: Some(what) };
+        Ok(ExchangeMessage { kind: Some(Kind::Lane(said)) })
+    }
+}
+
+impl LaneOwner for LaneInbox {
+    fn up(&self) {}
+
+    fn frame(&self, frame: v1::Frame, lane: &Sender) {
+        let header = match Header::decode(&frame.header) {
+            Ok(header) => header,
+            Err(error) => return lane.fail(&error.to_string()),
+        };
+        let back = lane.clone();
+        let reply = ReplySender::new(header, move |answer| {
+            if !back.send(Message::Answer(answer)) {
+                back.fail("more answers wait than a lane holds");
+            }
+        });
+        self.inbox.take(header, frame, reply);
+    }
+
+    fn wake(&self, sequence: u32) {
+        // Without its stream the lane ends, too.
+        let _ = self.answers.blocking_send(self.message(What::Wake(sequence)));
+    }
+
+    fn failed(&self, reason: &str) {
+        // Where the stream is full, the caller notices that its slots are not taken.
+        let _ = self.answers.try_send(self.message(What::Failed(reason.to_owned())));
     }
 }
 

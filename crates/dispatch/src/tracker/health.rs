@@ -1,6 +1,6 @@
 //! How the workers are doing, from what their edges show: who can be asked, who is silent, who is slow.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use moesaic_proto::WorkerId;
@@ -57,7 +57,12 @@ struct Worker {
     probed: Duration,
     terms: u64,
     detours: Detours,
+    /// How long the last frames took, the newest last.
+    recent: VecDeque<Duration>,
 }
+
+/// Frames whose times are remembered for a worker.
+const RECENT: usize = 256;
 
 /// What was done while a worker was not well, since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,13 +76,15 @@ pub struct Detours {
 }
 
 /// What is to be told of a worker.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
     /// Terms that it has answered.
     pub terms: u64,
     /// How long a frame takes, smoothed.
     pub answer: Duration,
     pub detours: Detours,
+    /// How long the last frames took, ascending.
+    pub recent: Vec<Duration>,
 }
 
 /// How long a worker's answers take, smoothed.
@@ -172,6 +179,10 @@ impl Health {
     pub fn answered(&mut self, to: &Destination, terms: usize, after: Duration, now: Duration) {
         let Some(worker) = self.of(to) else { return };
         worker.terms += terms as u64;
+        if worker.recent.len() == RECENT {
+            worker.recent.pop_front();
+        }
+        worker.recent.push_back(after);
         worker.heard = worker.heard.map(|_| now);
         worker.pace = Some(Pace::after(worker.pace, terms, after));
         self.judge(&to.worker);
@@ -238,7 +249,9 @@ impl Health {
     pub fn figures(&self, id: &WorkerId) -> Figures {
         let Some(worker) = self.workers.get(id) else { return Figures::default() };
         let answer = worker.pace.map_or(0.0, |pace| pace.seconds * pace.weight);
-        Figures { terms: worker.terms, answer: Duration::from_secs_f64(answer), detours: worker.detours }
+        let mut recent: Vec<_> = worker.recent.iter().copied().collect();
+        recent.sort_unstable();
+        Figures { terms: worker.terms, answer: Duration::from_secs_f64(answer), detours: worker.detours, recent }
     }
 
     /// Counts something that was done because of a worker.

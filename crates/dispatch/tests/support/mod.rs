@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use moesaic_dispatch::nccl::Fabric;
 use moesaic_dispatch::{
     Activations, CombineOps, DispatchConfig, DispatchError, Dispatcher, ExpertHost, Holder, Hub, Pending, Refusal,
     ReplySender, RequestFrame, Route, Rows, Shape, grpc,
@@ -269,6 +270,7 @@ pub fn hello(role: v1::Role, id: &str) -> v1::Hello {
         numerics: "f32".into(),
         source: if role == v1::Role::AttentionWorker { SOURCE.into() } else { 0 },
         expert_numerics: String::new(),
+        nccl: String::new(),
     }
 }
 
@@ -281,6 +283,7 @@ pub fn config(layer_deadline: Duration) -> DispatchConfig {
         layer_deadline,
         hello: hello(v1::Role::AttentionWorker, "a0"),
         connector: Connector::default(),
+        fabric: None,
         ops: OPS,
     }
 }
@@ -324,8 +327,17 @@ impl RemoteWorker {
     }
 
     pub async fn start_at(address: SocketAddr, host: Arc<dyn ExpertHost>, hello: v1::Hello) -> Self {
+        Self::start_with(address, host, None, hello).await
+    }
+
+    pub async fn start_with(
+        address: SocketAddr,
+        host: Arc<dyn ExpertHost>,
+        fabric: Option<Arc<dyn Fabric>>,
+        hello: v1::Hello,
+    ) -> Self {
         let closing = CancellationToken::new();
-        let service = grpc::service(host, hello, closing.clone());
+        let service = grpc::service(host, fabric, hello, closing.clone());
         let (address, runtime) = serve(address, Server::builder().add_service(service)).await;
         Self { address, closing, runtime: Some(runtime) }
     }

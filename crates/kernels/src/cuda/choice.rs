@@ -36,6 +36,11 @@ impl FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
+    /// Of the GPU that is taken, if one is.
+    pub fn number(self) -> usize {
+        if let Self::Cuda(number) = self { number } else { 0 }
+    }
+
     /// The GPU with an arena of `memory` bytes (nine tenths of what is free if not said), or nothing where the processor is
     /// to compute. GPUs compute bf16: `f32` is the processor's.
     pub fn open(self, dtype: Dtype, memory: Option<usize>) -> Result<Option<Device>, Missing> {

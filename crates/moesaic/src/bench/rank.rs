@@ -26,7 +26,8 @@ pub fn run(args: &Args, role: &str) -> Result<()> {
     let (table, json) = match role {
         "expert" => {
             let rank = experts::Rank::of(&config, args.ep)?;
-            let measured = rank.measure(&device, &args.rows, ROUNDS)?;
+            let rows = if args.rows.is_empty() { &[8, 16, 32, 64] } else { &args.rows[..] };
+            let measured = rank.measure(&device, rows, ROUNDS)?;
             (measured.table(&roof), measured.json())
         }
         _ => {

@@ -34,6 +34,7 @@ fn errors_name_what_is_wrong() {
         ("expert-worker --registry embedded --device-memory lots", 2, "device_memory is \"lots\""),
         ("attention-worker --registry embedded --chunk 0", 2, "chunk is 0"),
         ("attention-worker --registry embedded --device gpu", 2, "device `gpu` is none of"),
+        ("up --transport rdma", 2, "transport `rdma` is none of"),
         ("bench --rank expert --config /nonexistent", 1, "/nonexistent"),
         ("coordinator --registry embedded", 2, "model"),
         ("coordinator --config /nonexistent.toml", 2, "/nonexistent.toml"),

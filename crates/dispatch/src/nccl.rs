@@ -1,0 +1,104 @@
+//! From GPU to GPU: a second way for an edge's frames, beside its stream. See docs/transport.md.
+//!
+//! A *lane* is two communicators of two ranks, one for requests and one for answers. It is offered and agreed on over the
+//! edge's stream, which stays: for pings, for what is said of the lane, and for frames whenever there is no lane. Nothing above
+//! an edge knows which way a frame took. A lane that fails costs no frame: the attention worker asks again over the stream
+//! what was not answered, and offers a new lane.
+//!
+//! `core` decides what a slot is and which comes next, `lane` is one end, `lanes` what an attention worker does with them, one
+//! after the other; `fabric` is what moves bytes: NCCL, or in tests `fake`.
+
+pub mod core;
+pub mod fabric;
+pub mod fake;
+mod gpu;
+pub mod lane;
+mod lanes;
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use fabric::{Breaker, Channel, Fabric, Id};
+pub(crate) use lanes::Lanes;
+
+/// Both ends are connected and have sent each other a slot after that time, or the lane is given up. The first
+/// communicator of a process takes seconds.
+pub const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
+/// A slot that the other side has not taken by then never will be: it waits for the next one whenever it has one, whatever
+/// it computes.
+pub const SEND_TIMEOUT: Duration = Duration::from_secs(2);
+/// A side that has had nothing to send for that long sends a slot that says so: the other one need not wait for the next,
+/// which would keep a part of its GPU busy.
+pub const IDLE_AFTER: Duration = Duration::from_millis(50);
+/// Between two lanes of a stream, if the first has failed: doubled each time.
+pub const BACKOFF_MIN: Duration = Duration::from_secs(1);
+pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// Frames of a lane that are not answered; more go over the stream.
+pub const LANE_FRAMES_MAX: usize = 64;
+/// Rows that a slot has room for. A frame of more takes a second message, of as many bytes as are left; one of fewer is sent
+/// as if it had as many.
+pub const SLOT_ROWS: usize = 32;
+/// Room of a slot beside its rows: for its head, and for the tables of its outputs and terms.
+pub const SLOT_TABLE_BYTES: usize = 8 << 10;
+
+/// `--transport`: which ways a worker offers, or takes, beside calls within a process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Transport {
+    /// Lanes where this worker computes on a GPU and NCCL is installed.
+    Auto,
+    /// Streams alone.
+    Grpc,
+    /// Lanes, or the worker does not start. Where the other side has none, frames go over streams all the same.
+    Nccl,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("transport `{0}` is none of `auto`, `grpc` and `nccl`")]
+pub struct UnknownTransport(String);
+
+impl FromStr for Transport {
+    type Err = UnknownTransport;
+
+    fn from_str(s: &str) -> Result<Self, UnknownTransport> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "grpc" => Ok(Self::Grpc),
+            "nccl" => Ok(Self::Nccl),
+            _ => Err(UnknownTransport(s.to_owned())),
+        }
+    }
+}
+
+/// Why a worker that is to use NCCL cannot.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoFabric {
+    #[error(
+        "transport is `nccl`, and the worker computes on the processor: set device to cuda:N, or transport to auto"
+    )]
+    NoGpu,
+    #[error("transport is `nccl`: {0}")]
+    Nccl(nccl_rs::Error),
+}
+
+impl Transport {
+    /// What moves bytes from GPU number `gpu`, if the worker computes on one.
+    pub fn open(self, gpu: Option<usize>) -> Result<Option<Arc<dyn Fabric>>, NoFabric> {
+        let Some(gpu) = gpu.filter(|_| self != Self::Grpc) else {
+            return if self == Self::Nccl { Err(NoFabric::NoGpu) } else { Ok(None) };
+        };
+        match gpu::NcclFabric::open(gpu) {
+            Ok(fabric) => Ok(Some(Arc::new(fabric))),
+            Err(error) if self == Self::Nccl => Err(NoFabric::Nccl(error)),
+            Err(error) => {
+                tracing::info!(%error, "no lanes from GPU to GPU: rows go over streams");
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Bytes of a slot of rows of so many.
+pub fn slot_bytes(row_bytes: usize) -> usize {
+    (SLOT_ROWS * row_bytes + SLOT_TABLE_BYTES).next_multiple_of(4096)
+}

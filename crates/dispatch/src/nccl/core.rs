@@ -1,0 +1,227 @@
+//! A lane's decisions, without its bytes: what a slot says, which slot comes next, and when a side may stop waiting.
+//!
+//! Each direction is a row of slots, numbered from 0 on. The receiving side waits for the next slot all the time, so that it
+//! costs nothing to begin one; a sender that falls idle *parks*: it sends a slot that says so, and says over the stream
+//! which slot comes, before it sends that one.
+
+use std::collections::BTreeMap;
+
+use super::LANE_FRAMES_MAX;
+use crate::frame::Header;
+
+/// The beginning of a slot; all numbers are little-endian.
+///
+/// ```text
+/// magic u32, generation u32, sequence u32, kind u32, payload u32     payload: bytes of it, in this slot and behind it
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    pub generation: u32,
+    pub sequence: u32,
+    pub kind: Kind,
+    pub payload: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A frame, as its message.
+    Frame = 0,
+    /// Nothing: the first of a lane.
+    Warm = 1,
+    /// Nothing, and nothing comes behind it until it is said over the stream.
+    Park = 2,
+}
+
+const MAGIC: u32 = u32::from_le_bytes(*b"MSL1");
+
+/// Why a lane cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    #[error("a slot begins with {0:#010x}, which is none")]
+    Magic(u32),
+    #[error("a slot of kind {0}")]
+    Kind(u32),
+    #[error("a slot of lane {given} came over lane {expected}")]
+    Generation { given: u32, expected: u32 },
+    #[error("slot {given} came where {expected} was due")]
+    Sequence { given: u32, expected: u32 },
+    #[error("a payload of {given} bytes; expected at most {limit}")]
+    Payload { given: u32, limit: usize },
+}
+
+impl Head {
+    pub const LEN: usize = 20;
+
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        let words = [MAGIC, self.generation, self.sequence, self.kind as u32, self.payload];
+        for (to, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+            *to = word.to_le_bytes();
+        }
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, Fault> {
+        let mut words = [0; Self::LEN / 4];
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *word = u32::from_le_bytes(*bytes);
+        }
+        let [magic, generation, sequence, kind, payload] = words;
+        let kind = match (magic, kind) {
+            (MAGIC, 0) => Kind::Frame,
+            (MAGIC, 1) => Kind::Warm,
+            (MAGIC, 2) => Kind::Park,
+            (MAGIC, other) => return Err(Fault::Kind(other)),
+            (other, _) => return Err(Fault::Magic(other)),
+        };
+        Ok(Self { generation, sequence, kind, payload })
+    }
+}
+
+/// Bytes of a payload that come behind a slot of `slot_bytes`.
+pub fn rest_len(payload: usize, slot_bytes: usize) -> usize {
+    payload.saturating_sub(slot_bytes - Head::LEN)
+}
+
+/// The sending side.
+#[derive(Debug)]
+pub struct Outgoing {
+    generation: u32,
+    next: u32,
+    is_parked: bool,
+}
+
+/// A slot that is to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Departure {
+    pub head: Head,
+    /// The other side has to be told first.
+    pub wakes: bool,
+}
+
+impl Outgoing {
+    pub fn new(generation: u32) -> Self {
+        Self { generation, next: 0, is_parked: false }
+    }
+
+    pub fn send(&mut self, kind: Kind, payload: usize) -> Departure {
+        let (sequence, wakes) = (self.next, self.is_parked);
+        self.next = self.next.wrapping_add(1);
+        self.is_parked = kind == Kind::Park;
+        Departure { head: Head { generation: self.generation, sequence, kind, payload: payload as u32 }, wakes }
+    }
+
+    /// There has been nothing to send for a while: what is to be sent now, if anything.
+    pub fn idle(&mut self) -> Option<Departure> {
+        (!self.is_parked).then(|| self.send(Kind::Park, 0))
+    }
+}
+
+/// The receiving side.
+#[derive(Debug)]
+pub struct Incoming {
+    generation: u32,
+    payload_max: usize,
+    next: u32,
+    is_parked: bool,
+    /// The last slot that was announced over the stream, which may overtake the slots before it.
+    woken: Option<u32>,
+}
+
+impl Incoming {
+    pub fn new(generation: u32, payload_max: usize) -> Self {
+        Self { generation, payload_max, next: 0, is_parked: false, woken: None }
+    }
+
+    /// Whether the next slot is to be waited for: what comes before an announced one is on its way, too.
+    pub fn is_awaited(&self) -> bool {
+        !self.is_parked || self.woken.is_some_and(|woken| woken.wrapping_sub(self.next) < 1 << 31)
+    }
+
+    /// The slot of that number comes.
+    pub fn wake(&mut self, sequence: u32) {
+        self.woken = Some(sequence);
+    }
+
+    /// A slot has come.
+    pub fn receive(&mut self, head: &[u8; Head::LEN]) -> Result<Head, Fault> {
+        let head = Head::decode(head)?;
+        let (given, expected) = (head.generation, self.generation);
+        if given != expected {
+            return Err(Fault::Generation { given, expected });
+        }
+        let (given, expected) = (head.sequence, self.next);
+        if given != expected {
+            return Err(Fault::Sequence { given, expected });
+        }
+        let limit = if head.kind == Kind::Frame { self.payload_max } else { 0 };
+        if head.payload as usize > limit {
+            return Err(Fault::Payload { given: head.payload, limit });
+        }
+        self.next = self.next.wrapping_add(1);
+        self.is_parked = head.kind == Kind::Park;
+        Ok(head)
+    }
+}
+
+/// The attention worker's end: which frames a lane carries, and what is to be asked again when it fails. Numbers the lanes of
+/// an edge; what is said of another one than that in hand changes nothing.
+#[derive(Debug)]
+pub struct Carrier<F> {
+    generation: u32,
+    is_up: bool,
+    /// By what their answers are matched by.
+    carried: BTreeMap<(u8, u32), F>,
+}
+
+impl<F> Default for Carrier<F> {
+    fn default() -> Self {
+        Self { generation: 0, is_up: false, carried: BTreeMap::new() }
+    }
+}
+
+impl<F> Carrier<F> {
+    /// The number of a new lane, after the one before has failed.
+    pub fn offer(&mut self) -> u32 {
+        self.generation += 1;
+        self.generation
+    }
+
+    /// Slots have gone both ways.
+    pub fn up(&mut self, generation: u32) {
+        self.is_up |= generation == self.generation;
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.is_up
+    }
+
+    /// Whether one more frame may take the lane.
+    pub fn has_room(&self) -> bool {
+        self.is_up && self.carried.len() < LANE_FRAMES_MAX
+    }
+
+    /// The lane has taken a frame, and is there room for it.
+    pub fn carry(&mut self, header: &Header, frame: F) {
+        self.carried.insert((header.micro_batch, header.sequence), frame);
+    }
+
+    /// Its answer has come.
+    pub fn answered(&mut self, header: &Header) {
+        self.carried.remove(&(header.micro_batch, header.sequence));
+    }
+
+    /// What the lane leaves unanswered, oldest first; `None` if another one is in hand.
+    pub fn fail(&mut self, generation: u32) -> Option<Vec<F>> {
+        if generation != self.generation {
+            return None;
+        }
+        self.is_up = false;
+        let mut left: Vec<_> = std::mem::take(&mut self.carried).into_iter().collect();
+        left.sort_by_key(|((_, sequence), _)| *sequence);
+        Some(left.into_iter().map(|(_, frame)| frame).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests;

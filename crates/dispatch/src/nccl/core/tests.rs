@@ -1,0 +1,127 @@
+//! Slots between two sides, with whatever the stream and the communicator do to their order.
+
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// What happens next.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// The sender has a frame of so many bytes.
+    Send(usize),
+    /// It has had nothing for a while.
+    Idle,
+    /// What it said over the stream arrives.
+    Stream,
+    /// The receiver looks for its next slot.
+    Slot,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![(0..5000usize).prop_map(Step::Send), Just(Step::Idle), Just(Step::Stream), Just(Step::Slot)]
+}
+
+proptest! {
+    /// Every frame comes once, in order; and when all has come and the sender is idle, nobody waits.
+    #[test]
+    fn all_frames_come_in_order_and_an_idle_lane_has_no_receive(steps in prop::collection::vec(step(), 0..200)) {
+        let (mut outgoing, mut incoming) = (Outgoing::new(7), Incoming::new(7, 5000));
+        let (mut wakes, mut slots) = (VecDeque::new(), VecDeque::new());
+        let (mut sent, mut received) = (Vec::new(), Vec::new());
+        let rest = [Step::Idle].into_iter().chain(std::iter::repeat_n([Step::Stream, Step::Slot], 500).flatten());
+        for step in steps.into_iter().chain(rest) {
+            let departure = match step {
+                Step::Send(payload) => {
+                    sent.push(payload);
+                    Some(outgoing.send(Kind::Frame, payload))
+                }
+                Step::Idle => outgoing.idle(),
+                Step::Stream => {
+                    if let Some(sequence) = wakes.pop_front() {
+                        incoming.wake(sequence);
+                    }
+                    None
+                }
+                Step::Slot => {
+                    if incoming.is_awaited() && let Some(head) = slots.pop_front() {
+                        let head = incoming.receive(&head).unwrap();
+                        received.extend((head.kind == Kind::Frame).then_some(head.payload as usize));
+                    }
+                    None
+                }
+            };
+            if let Some(Departure { head, wakes: is_told }) = departure {
+                wakes.extend(is_told.then_some(head.sequence));
+                slots.push_back(head.encode());
+            }
+        }
+        prop_assert_eq!(received, sent);
+        prop_assert!(slots.is_empty() && !incoming.is_awaited());
+    }
+
+    /// Any bytes are a head or an error, and a head is its bytes.
+    #[test]
+    fn heads_are_read_or_refused(mut bytes in any::<[u8; Head::LEN]>(), is_ours in any::<bool>(), kind in 0..4u32) {
+        if is_ours {
+            bytes[..4].copy_from_slice(&MAGIC.to_le_bytes());
+            bytes[12..16].copy_from_slice(&kind.to_le_bytes());
+        }
+        match Head::decode(&bytes) {
+            Ok(head) => prop_assert_eq!(head.encode(), bytes),
+            Err(fault) => prop_assert!(!is_ours || kind == 3, "{}", fault),
+        }
+    }
+}
+
+#[test]
+fn a_lane_that_fails_gives_back_what_is_not_answered_and_only_its_own() {
+    let header = |sequence| crate::frame::Header {
+        epoch: moesaic_proto::Epoch(1),
+        layer: moesaic_proto::LayerId(0),
+        micro_batch: (sequence % 2) as u8,
+        flags: 0,
+        source: 0,
+        slot: 0,
+        sequence,
+    };
+    let mut carrier = Carrier::default();
+    let first = carrier.offer();
+    assert!(!carrier.has_room());
+    carrier.up(first + 1);
+    assert!(!carrier.has_room(), "another lane is up");
+    carrier.up(first);
+    (0..5).for_each(|sequence| carrier.carry(&header(sequence), sequence));
+    carrier.answered(&header(2));
+    assert_eq!(carrier.fail(first), Some(vec![0, 1, 3, 4]));
+    assert!(!carrier.is_up());
+    let second = carrier.offer();
+    carrier.up(second);
+    (0..LANE_FRAMES_MAX as u32).for_each(|sequence| carrier.carry(&header(sequence), sequence));
+    assert!(!carrier.has_room());
+    assert_eq!(carrier.fail(first), None);
+    assert!(carrier.is_up());
+}
+
+#[test]
+fn what_is_not_due_is_a_fault_that_says_what_was() {
+    let head = |generation, sequence, kind, payload| Head { generation, sequence, kind, payload }.encode();
+    let table = [
+        (head(6, 0, Kind::Frame, 1), "a slot of lane 6 came over lane 7"),
+        (head(7, 1, Kind::Frame, 1), "slot 1 came where 0 was due"),
+        (head(7, 0, Kind::Frame, 101), "a payload of 101 bytes; expected at most 100"),
+        (head(7, 0, Kind::Park, 1), "a payload of 1 bytes; expected at most 0"),
+        ([0; Head::LEN], "a slot begins with 0x00000000, which is none"),
+    ];
+    for (bytes, words) in table {
+        assert_eq!(Incoming::new(7, 100).receive(&bytes).unwrap_err().to_string(), words);
+    }
+}
+
+#[test]
+fn a_payload_fills_the_slot_before_more_is_sent() {
+    for (payload, rest) in [(0, 0), (80, 0), (81, 1), (1080, 1000)] {
+        assert_eq!(rest_len(payload, 100), rest);
+    }
+}

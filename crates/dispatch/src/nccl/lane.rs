@@ -1,0 +1,356 @@
+//! One end of a lane: two threads, of which one sends slots and the other waits for them, until the lane fails or is dropped.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use half::bf16;
+use moesaic_proto::limits::FRAME_BYTES_MAX;
+use moesaic_proto::v1;
+use prost::Message as _;
+
+use super::core::{Departure, Head, Incoming, Kind, Outgoing, rest_len};
+use super::fabric::{Breaker, Channel, Fabric, Id};
+use super::*;
+use crate::frame::{AnswerFrame, RequestFrame};
+
+/// Whose end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Attention,
+    Expert,
+}
+
+/// What both ends have to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    pub requests: Id,
+    pub answers: Id,
+    /// Bytes of a slot.
+    pub request_slot: usize,
+    pub answer_slot: usize,
+}
+
+/// Why an offer cannot be taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidOffer {
+    #[error("{0} is no id of 128 bytes")]
+    Id(&'static str),
+    #[error("slots of {0} bytes; expected {min} to {FRAME_BYTES_MAX}", min = Head::LEN)]
+    Slot(usize),
+}
+
+impl Offer {
+    /// Of rows of `hidden` values: GPUs ask in bf16 and answer in f32.
+    pub fn new(fabric: &dyn Fabric, hidden: usize) -> Result<Self, String> {
+        Ok(Self {
+            requests: fabric.new_id()?,
+            answers: fabric.new_id()?,
+            request_slot: slot_bytes(hidden * size_of::<bf16>()),
+            answer_slot: slot_bytes(hidden * size_of::<f32>()),
+        })
+    }
+
+    pub fn decode(offer: &v1::LaneOffer) -> Result<Self, InvalidOffer> {
+        let slot = |bytes: u32| {
+            let bytes = bytes as usize;
+            if (Head::LEN..=FRAME_BYTES_MAX).contains(&bytes) { Ok(bytes) } else { Err(InvalidOffer::Slot(bytes)) }
+        };
+        Ok(Self {
+            requests: offer.requests[..].try_into().map_err(|_| InvalidOffer::Id("requests"))?,
+            answers: offer.answers[..].try_into().map_err(|_| InvalidOffer::Id("answers"))?,
+            request_slot: slot(offer.request_slot_bytes)?,
+            answer_slot: slot(offer.answer_slot_bytes)?,
+        })
+    }
+
+    pub fn encode(&self) -> v1::LaneOffer {
+        v1::LaneOffer {
+            requests: self.requests.to_vec(),
+            answers: self.answers.to_vec(),
+            request_slot_bytes: self.request_slot as u32,
+            answer_slot_bytes: self.answer_slot as u32,
+        }
+    }
+}
+
+/// Who hears from a lane, on its threads.
+pub trait LaneOwner: Send + Sync + 'static {
+    /// Slots have gone both ways.
+    fn up(&self);
+    fn frame(&self, frame: v1::Frame, lane: &Sender);
+    /// The other side has to be told, over the stream, that this slot comes.
+    fn wake(&self, sequence: u32);
+    /// It is of no use any more. Called once, after which nothing else is.
+    fn failed(&self, reason: &str);
+}
+
+/// A lane. Dropping it ends it, and its owner hears nothing of that.
+pub struct Lane {
+    sender: Sender,
+    state: Arc<State>,
+}
+
+struct State {
+    generation: u32,
+    owner: Arc<dyn LaneOwner>,
+    incoming: Mutex<Incoming>,
+    /// A slot was announced, or the lane has ended.
+    news: Condvar,
+    end: Mutex<Ending>,
+}
+
+#[derive(Default)]
+struct Ending {
+    is_over: bool,
+    breakers: Vec<Arc<dyn Breaker>>,
+}
+
+/// Gives a lane what it is to send. Clones are for the same one.
+#[derive(Clone)]
+pub struct Sender {
+    messages: SyncSender<Message>,
+    state: Weak<State>,
+}
+
+pub enum Message {
+    /// With the width of a row.
+    Request(RequestFrame, usize),
+    Answer(AnswerFrame),
+    Warm,
+}
+
+impl Message {
+    /// The payload, appended.
+    fn encode(self, to: &mut Vec<u8>) -> Kind {
+        let frame = match self {
+            Self::Request(frame, hidden) => frame.encode(hidden),
+            Self::Answer(answer) => answer.encode(),
+            Self::Warm => return Kind::Warm,
+        };
+        frame.encode_raw(to);
+        Kind::Frame
+    }
+}
+
+impl Sender {
+    /// Never waits; false if the lane takes nothing more: it has ended, or too much waits to be sent.
+    pub fn send(&self, message: Message) -> bool {
+        let is_over = self.state.upgrade().is_none_or(|state| state.ending().is_over);
+        !is_over && self.messages.try_send(message).is_ok()
+    }
+
+    /// Ends the lane; its owner hears why.
+    pub fn fail(&self, reason: &str) {
+        if let Some(state) = self.state.upgrade() {
+            state.fail(reason);
+        }
+    }
+}
+
+impl Lane {
+    /// Connects in the background.
+    pub fn open(
+        fabric: Arc<dyn Fabric>,
+        generation: u32,
+        offer: Offer,
+        end: End,
+        owner: Arc<dyn LaneOwner>,
+    ) -> std::io::Result<Self> {
+        let (sender, messages) = sync_channel(2 * LANE_FRAMES_MAX);
+        let incoming = Mutex::new(Incoming::new(generation, FRAME_BYTES_MAX));
+        let state = Arc::new(State { generation, owner, incoming, news: Condvar::new(), end: Mutex::default() });
+        let sender = Sender { messages: sender, state: Arc::downgrade(&state) };
+        let lane = Self { sender: sender.clone(), state: state.clone() };
+        spawn("lane", move || {
+            let ended = state.clone();
+            let run = || -> Result<(), String> {
+                let deadline = Instant::now() + OPEN_TIMEOUT;
+                let rank = usize::from(end == End::Expert);
+                let connect = |id: &Id| {
+                    let channel = fabric.connect(id, rank, deadline.saturating_duration_since(Instant::now()))?;
+                    state.register(channel.breaker());
+                    Ok::<_, String>(channel)
+                };
+                let (requests, answers) = (connect(&offer.requests)?, connect(&offer.answers)?);
+                let (out, out_slot, mut inbound, in_slot) = match end {
+                    End::Attention => (requests, offer.request_slot, answers, offer.answer_slot),
+                    End::Expert => (answers, offer.answer_slot, requests, offer.request_slot),
+                };
+                let sending = state.clone();
+                let sends = move || sending.keep_sending(out, out_slot, &messages).unwrap_or_else(|e| sending.fail(&e));
+                spawn("lane-send", sends).map_err(|error| format!("starting a thread: {error}"))?;
+                if end == End::Attention {
+                    sender.send(Message::Warm);
+                }
+                state.keep_receiving(&mut *inbound, in_slot, end, &sender)
+            };
+            if let Err(reason) = run() {
+                ended.fail(&reason);
+            }
+        })?;
+        Ok(lane)
+    }
+
+    pub fn generation(&self) -> u32 {
+        self.state.generation
+    }
+
+    pub fn sender(&self) -> &Sender {
+        &self.sender
+    }
+
+    /// The other side says that this slot comes.
+    pub fn wake(&self, sequence: u32) {
+        self.state.incoming().wake(sequence);
+        self.state.news.notify_all();
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.state.close();
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    thread::Builder::new().name(name.into()).spawn(run).map(drop)
+}
+
+impl State {
+    fn incoming(&self) -> MutexGuard<'_, Incoming> {
+        self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ending(&self) -> MutexGuard<'_, Ending> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn register(&self, breaker: Arc<dyn Breaker>) {
+        let mut ending = self.ending();
+        match ending.is_over {
+            true => breaker.abort(),
+            false => ending.breakers.push(breaker),
+        }
+    }
+
+    fn fail(&self, reason: &str) {
+        if self.close() {
+            self.owner.failed(reason);
+        }
+    }
+
+    /// Whether it was open until now. What waits on its channels ends.
+    fn close(&self) -> bool {
+        let breakers = {
+            let mut ending = self.ending();
+            if std::mem::replace(&mut ending.is_over, true) {
+                return false;
+            }
+            std::mem::take(&mut ending.breakers)
+        };
+        // Aborting may take a while.
+        let abort = move || breakers.iter().for_each(|breaker| breaker.abort());
+        if let Err(error) = spawn("lane-abort", abort) {
+            tracing::error!(%error, "a lane could not be aborted: no thread");
+        }
+        // With the lock, so that who looks and then waits hears it.
+        drop(self.incoming());
+        self.news.notify_all();
+        true
+    }
+
+    fn keep_sending(
+        &self,
+        mut channel: Box<dyn Channel>,
+        slot_bytes: usize,
+        messages: &Receiver<Message>,
+    ) -> Result<(), String> {
+        let (mut outgoing, mut bytes) = (Outgoing::new(self.generation), Vec::new());
+        while !self.ending().is_over {
+            let departure = match messages.recv_timeout(IDLE_AFTER) {
+                Ok(message) => {
+                    bytes.clear();
+                    bytes.resize(Head::LEN, 0);
+                    let kind = message.encode(&mut bytes);
+                    outgoing.send(kind, bytes.len() - Head::LEN)
+                }
+                Err(RecvTimeoutError::Timeout) => match outgoing.idle() {
+                    Some(departure) => {
+                        bytes.clear();
+                        bytes.resize(Head::LEN, 0);
+                        departure
+                    }
+                    None => continue,
+                },
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            };
+            let Departure { head, wakes } = departure;
+            bytes[..Head::LEN].copy_from_slice(&head.encode());
+            bytes.resize(bytes.len().max(slot_bytes), 0);
+            if wakes {
+                self.owner.wake(head.sequence);
+            }
+            let timeout = if head.kind == Kind::Warm { OPEN_TIMEOUT } else { SEND_TIMEOUT };
+            let (slot, rest) = bytes.split_at(slot_bytes);
+            channel.send(slot, timeout)?;
+            if !rest.is_empty() {
+                channel.send(rest, SEND_TIMEOUT)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn keep_receiving(
+        &self,
+        channel: &mut dyn Channel,
+        slot_bytes: usize,
+        end: End,
+        sender: &Sender,
+    ) -> Result<(), String> {
+        let mut slot = vec![0; slot_bytes];
+        let mut timeout = Some(OPEN_TIMEOUT);
+        while self.wait_for_slot() {
+            channel.receive(&mut slot, timeout.take())?;
+            let (head, start) = slot.split_first_chunk().ok_or("a slot without room for its head")?;
+            let head = self.incoming().receive(head).map_err(|fault| fault.to_string())?;
+            match head.kind {
+                Kind::Park => {}
+                Kind::Warm => {
+                    if end == End::Expert {
+                        sender.send(Message::Warm);
+                    }
+                    self.owner.up();
+                }
+                Kind::Frame => {
+                    let len = head.payload as usize;
+                    let mut payload = start[..len.min(start.len())].to_vec();
+                    if rest_len(len, slot_bytes) > 0 {
+                        payload.resize(len, 0);
+                        channel.receive(&mut payload[start.len()..], Some(SEND_TIMEOUT))?;
+                    }
+                    let frame = v1::Frame::decode(Bytes::from(payload)).map_err(|error| error.to_string())?;
+                    self.owner.frame(frame, sender);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// False when the lane has ended.
+    fn wait_for_slot(&self) -> bool {
+        let mut incoming = self.incoming();
+        loop {
+            if self.ending().is_over {
+                return false;
+            }
+            if incoming.is_awaited() {
+                return true;
+            }
+            let waited = self.news.wait_timeout(incoming, Duration::from_secs(60));
+            incoming = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! `moesaic bench --transport all`: what each way between an attention worker and an expert worker takes for itself, by the rows
+//! of a frame. The expert worker answers zeros; over sockets and from GPU to GPU it is a process of its own.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use futures::future::try_join_all;
+use moesaic_dispatch::nccl::{Fabric, Transport};
+use moesaic_dispatch::{
+    CombineOps, DispatchConfig, Dispatcher, ExpertHost, Holder, Hub, ReplySender, RequestFrame, Route, Rows, Shape,
+    grpc,
+};
+use moesaic_kernels::cuda::DeviceChoice;
+use moesaic_kernels::{add, bf16, combine_first, combine_next};
+use moesaic_model::Config;
+use moesaic_node::{Connector, handshake, server};
+use moesaic_proto::limits::FRAME_ROWS_MAX;
+use moesaic_proto::v1::{Hello, Role};
+use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use super::Args;
+use crate::roles;
+
+/// A row's values, if no model is named: V3's.
+const HIDDEN: usize = 7168;
+/// How long one number of rows is measured, and how many calls at least.
+const TIME: Duration = Duration::from_millis(700);
+const CALLS_MIN: usize = 20;
+/// Calls at a time, where bytes a second are measured.
+const AT_ONCE: usize = 4;
+const UP_TIMEOUT: Duration = Duration::from_secs(60);
+/// What the planner takes a network of 400 Gbit/s to give: bytes a second one way, and seconds for a crossing.
+const PLANNED: (f64, f64) = (35e9, 25e-6);
+
+/// One way, for one number of rows.
+struct Measured {
+    way: &'static str,
+    rows: usize,
+    /// Of a call there and back: in the middle, and of a hundred the slowest but one.
+    p50: Duration,
+    p99: Duration,
+    /// Bytes of rows there and back, with several calls at a time.
+    bytes_per_s: f64,
+}
+
+pub async fn run(args: &Args) -> Result<()> {
+    let hidden = hidden(args)?;
+    let rows = if args.rows.is_empty() { vec![1, 8, 32, 128, 512] } else { args.rows.clone() };
+    ensure!(rows.iter().all(|rows| (1..=FRAME_ROWS_MAX).contains(rows)), "--rows: expected 1 to {FRAME_ROWS_MAX}");
+    let mut measured = Vec::new();
+    measured.extend(measure("local", &local(hidden)?, hidden, &rows).await?);
+    let (dispatcher, _peer) = remote(args, hidden, None).await?;
+    measured.extend(measure("grpc", &dispatcher, hidden, &rows).await?);
+    if let Some(fabric) = fabric(args)? {
+        let (dispatcher, _peer) = remote(args, hidden, Some(fabric)).await?;
+        measured.extend(measure("nccl", &dispatcher, hidden, &rows).await?);
+    }
+    crate::cli::say(&if args.json { json(hidden, &measured) } else { table(hidden, &measured) });
+    Ok(())
+}
+
+fn hidden(args: &Args) -> Result<usize> {
+    let Some(file) = &args.config else { return Ok(HIDDEN) };
+    Ok(Config::read_file(file).map_err(|mut problems| problems.swap_remove(0))?.hidden_size)
+}
+
+/// Of the GPU that is named, if one is.
+fn fabric(args: &Args) -> Result<Option<Arc<dyn Fabric>>> {
+    let Some(device) = &args.device else { return Ok(None) };
+    let device: DeviceChoice = device.parse()?;
+    let transport = if device == DeviceChoice::Cpu { Transport::Grpc } else { Transport::Nccl };
+    Ok(transport.open(Some(device.number()))?)
+}
+
+/// Bytes of a call: bf16 there, f32 back.
+fn call_bytes(hidden: usize, rows: usize) -> (usize, usize) {
+    (rows * hidden * size_of::<bf16>(), rows * hidden * size_of::<f32>())
+}
+
+fn table(hidden: usize, measured: &[Measured]) -> String {
+    let mut text =
+        format!("frames of rows of {hidden} values: bf16 there, f32 back; {AT_ONCE} calls at a time for GB/s\n\n");
+    let _ = writeln!(
+        text,
+        "{:<6} {:>6} {:>10} {:>10} {:>10} {:>10} {:>8} {:>12}",
+        "way", "rows", "there", "back", "p50", "p99", "GB/s", "planned"
+    );
+    for m in measured {
+        let (there, back) = call_bytes(hidden, m.rows);
+        let planned = 2.0 * PLANNED.1 + (there + back) as f64 / PLANNED.0;
+        let us = |time: Duration| 1e6 * time.as_secs_f64();
+        let _ = writeln!(
+            text,
+            "{:<6} {:>6} {:>7.1} kB {:>7.1} kB {:>7.0} us {:>7.0} us {:>8.2} {:>9.0} us",
+            m.way,
+            m.rows,
+            there as f64 / 1e3,
+            back as f64 / 1e3,
+            us(m.p50),
+            us(m.p99),
+            m.bytes_per_s / 1e9,
+            1e6 * planned
+        );
+    }
+    text.push_str("\nplanned: two crossings of a network as the planner assumes it, 25 us and 35 GB/s each way\n");
+    text
+}
+
+fn json(hidden: usize, measured: &[Measured]) -> String {
+    let row = |m: &Measured| -> Value {
+        json!({ "way": m.way, "rows": m.rows, "p50_s": m.p50.as_secs_f64(), "p99_s": m.p99.as_secs_f64(),
+                "bytes_per_s": m.bytes_per_s })
+    };
+    format!("{:#}\n", json!({ "hidden": hidden, "rows": measured.iter().map(row).collect::<Vec<_>>() }))
+}
+
+/// Answers zeros.
+struct Echo {
+    hidden: usize,
+    /// By outputs.
+    answers: Mutex<BTreeMap<usize, moesaic_dispatch::Shared<f32>>>,
+}
+
+impl Echo {
+    fn new(hidden: usize) -> Arc<Self> {
+        Arc::new(Self { hidden, answers: Mutex::default() })
+    }
+}
+
+impl ExpertHost for Echo {
+    fn shape(&self) -> Shape {
+        Shape { hidden: self.hidden, experts: 1 }
+    }
+
+    fn submit(&self, frame: RequestFrame, reply: ReplySender) {
+        let outputs = frame.output_count();
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = answers.entry(outputs).or_insert_with(|| vec![0.0; outputs * self.hidden].into()).clone();
+        drop(answers);
+        reply.send(Ok(answer));
+    }
+}
+
+fn hello(role: Role, fabric: Option<&dyn Fabric>) -> Result<Hello> {
+    let id = if role == Role::ExpertWorker { "echo" } else { "bench" };
+    let mut hello = handshake::hello("bench", role, &WorkerId::new(id)?, "", "bf16");
+    hello.nccl = fabric.map_or_else(String::new, |fabric| fabric.version());
+    Ok(hello)
+}
+
+fn dispatcher(hidden: usize, fabric: Option<Arc<dyn Fabric>>, hub: Option<Hub>, address: String) -> Result<Dispatcher> {
+    let worker = WorkerId::new("echo")?;
+    let config = DispatchConfig {
+        hidden,
+        experts: 1,
+        groups: 1,
+        source: 0,
+        layer_deadline: UP_TIMEOUT,
+        hello: hello(Role::AttentionWorker, fabric.as_deref())?,
+        connector: Connector::default(),
+        fabric,
+        ops: CombineOps { first: combine_first, next: combine_next, add },
+    };
+    let dispatcher = Dispatcher::new(config, hub);
+    let layers = BTreeMap::from([(LayerId(0), vec![vec![0]])]);
+    let placement = Placement::new(Epoch(1), vec![worker.clone()], layers)?;
+    let members = BTreeMap::from([(worker, Holder { address, epoch_loaded: Epoch(1) })]);
+    dispatcher.set_view(Arc::new(placement), &members);
+    Ok(dispatcher)
+}
+
+fn local(hidden: usize) -> Result<Dispatcher> {
+    let hub = Hub::default();
+    hub.insert(WorkerId::new("echo")?, Echo::new(hidden));
+    dispatcher(hidden, None, Some(hub), "in this process".into())
+}
+
+/// With the process at the other end, which ends when it is dropped.
+async fn remote(args: &Args, hidden: usize, fabric: Option<Arc<dyn Fabric>>) -> Result<(Dispatcher, Child)> {
+    let mut command = Command::new(std::env::current_exe().context("cannot find this program's own file")?);
+    command.args(["bench", "--transport", "all", "--echo", &hidden.to_string()]);
+    if fabric.is_some() {
+        let device = args.device.as_deref().unwrap_or_default();
+        // Both ends may be on one GPU: NCCL connects them only if it takes them for different hosts.
+        command.args(["--device", device]).env("NCCL_HOSTID", "echo");
+    }
+    let mut peer = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn()?;
+    let mut lines = BufReader::new(peer.stdout.take().context("no standard output")?).lines();
+    let address = lines.next_line().await?.context("the process at the other end has ended")?;
+    let way = if fabric.is_some() { "nccl" } else { "grpc" };
+    let dispatcher = dispatcher(hidden, fabric, None, address)?;
+    let is_up = || dispatcher.reachable() && dispatcher.edges().iter().all(|edge| edge.transport == way);
+    let deadline = Instant::now() + UP_TIMEOUT;
+    while !is_up() {
+        let states: Vec<String> = dispatcher.edges().into_iter().map(|edge| edge.detail).collect();
+        ensure!(Instant::now() < deadline, "{way} is not up: {}", states.join(", "));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok((dispatcher, peer))
+}
+
+/// The process at the other end: says where it is, and lives until its standard input closes.
+pub async fn echo(args: &Args, hidden: usize) -> Result<()> {
+    let fabric = fabric(args)?;
+    let bound = server::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
+    crate::cli::say(&format!("{}\n", bound.address()));
+    let stop = CancellationToken::new();
+    let hello = hello(Role::ExpertWorker, fabric.as_deref())?;
+    let routes = Routes::new(grpc::service(Echo::new(hidden), fabric, hello, stop.clone()));
+    roles::stop_when_stdin_closes(stop.clone());
+    Ok(bound.serve(routes, None, stop, Duration::ZERO).await?)
+}
+
+async fn measure(way: &'static str, dispatcher: &Dispatcher, hidden: usize, rows: &[usize]) -> Result<Vec<Measured>> {
+    let mut measured = Vec::new();
+    for &rows in rows {
+        let (x, routes) =
+            (vec![bf16::from_f32(0.5); rows * hidden], vec![Route { expert: ExpertId(0), weight: 1.0 }; rows]);
+        let call = async |y: &mut [f32], number: usize| -> Result<()> {
+            let rows = Rows::Bf16(x.clone());
+            let pending = dispatcher.dispatch(LayerId(0), number as u8, rows, 1, &routes)?;
+            Ok(pending.combine(y).await?)
+        };
+        let mut buffers = vec![vec![0.0; rows * hidden]; AT_ONCE];
+        let mut times = Vec::new();
+        let start = Instant::now();
+        while times.len() < CALLS_MIN || start.elapsed() < TIME {
+            let began = Instant::now();
+            call(&mut buffers[0], 0).await?;
+            times.push(began.elapsed());
+        }
+        times.sort_unstable();
+        let (start, mut calls) = (Instant::now(), 0);
+        while calls < CALLS_MIN || start.elapsed() < TIME {
+            try_join_all(buffers.iter_mut().enumerate().map(|(number, y)| call(y, number))).await?;
+            calls += AT_ONCE;
+        }
+        let (there, back) = call_bytes(hidden, rows);
+        let bytes_per_s = (calls * (there + back)) as f64 / start.elapsed().as_secs_f64();
+        let (p50, p99) = (times[times.len() / 2], times[times.len() * 99 / 100]);
+        measured.push(Measured { way, rows, p50, p99, bytes_per_s });
+    }
+    Ok(measured)
+}

@@ -1,0 +1,271 @@
+//! Channels: messages from the host memory of one process to that of another, by way of their GPUs.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::communicator::{Communicator, Monitor};
+use crate::config::{Config, argument};
+use crate::error::Error;
+use crate::group::group;
+use crate::library::{Version, version};
+use crate::memory::{DeviceSlice, DeviceSliceMut};
+use crate::shared::State;
+use crate::unique_id::UniqueId;
+
+mod gpu;
+
+use gpu::Gpu;
+
+/// One direction between two processes: rank 0 sends, and rank 1 receives.
+///
+/// It is a communicator of two ranks, with a stream and buffers of its own. The buffers are as large as the largest
+/// message so far, up to the next power of two; smaller ones stay until the channel ends, which makes twice as much at
+/// most, in pinned memory and in the GPU's.
+///
+/// After an error other than [`Error::Argument`], the communicator is aborted, and the channel answers the same error
+/// from then on.
+///
+/// While a receive waits, a kernel of NCCL's does so too. It keeps a multiprocessor busy (or more: `max_ctas`), and all
+/// that waits for the whole GPU waits for it: freeing memory, loading a kernel on first use, and what NCCL does as it
+/// closes another channel. Other streams may wait as well, where there are more than `CUDA_DEVICE_MAX_CONNECTIONS`. So
+/// receive when a message is about to come, or end the channels that idle first.
+///
+/// Dropping it aborts the communicator, which keeps the thread for `close_timeout` at most. What was sent last may then
+/// be lost, unless the other side has said that it came. Memory is freed once the stream is through, on a thread of its
+/// own, since freeing waits for all that runs on the GPU. Where aborting fails or takes too long, or the stream does
+/// not end, the memory is left behind: a kernel may still write to it.
+pub struct Channel {
+    rank: usize,
+    /// The error, once there is one.
+    open: Result<Open, Error>,
+    monitor: Monitor,
+    close_timeout: Duration,
+    _end: End,
+}
+
+struct Open {
+    communicator: Communicator,
+    gpu: Gpu,
+}
+
+const SENDER: usize = 0;
+const RECEIVER: usize = 1;
+
+/// Whether a channel can be made on GPU `ordinal`: there are a driver, that GPU and NCCL, whose version is answered.
+/// Makes no context on the GPU.
+pub fn available(ordinal: usize) -> Result<Version, Error> {
+    gpu::device(ordinal)?;
+    version()
+}
+
+impl Channel {
+    /// Connects as `rank`, on the primary context of GPU `ordinal`, which becomes current on this thread. The other
+    /// side is in another process, has another GPU and the other rank, and gives the same `id`.
+    ///
+    /// Blocks until the other side has connected too, or `timeout` is over; then the communicator is aborted. A message
+    /// of one byte passes, since NCCL does not connect two ranks before the first. It has `queue_timeout` on top.
+    pub fn connect(
+        ordinal: usize,
+        id: &UniqueId,
+        rank: usize,
+        config: &Config,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
+        let start = Instant::now();
+        if rank > RECEIVER {
+            return Err(argument("rank", format!("{rank} of 2 ranks")));
+        }
+        available(ordinal)?;
+        let end = End::of(id)?;
+        let context = gpu::open(ordinal)?;
+        let communicator = Communicator::connect(id, rank, 2, config, timeout)?;
+        let gpu = Gpu::new(context)?;
+        let mut channel = Self::over(communicator, gpu, config, end);
+        let left = timeout.saturating_sub(start.elapsed());
+        match rank {
+            SENDER => channel.send(&[0], left)?,
+            _ => channel.receive(&mut [0], Some(left))?,
+        }
+        Ok(channel)
+    }
+
+    fn over(communicator: Communicator, gpu: Gpu, config: &Config, end: End) -> Self {
+        Self {
+            rank: communicator.rank(),
+            monitor: communicator.monitor(),
+            open: Ok(Open { communicator, gpu }),
+            close_timeout: config.close_timeout,
+            _end: end,
+        }
+    }
+
+    /// Sends a message, which is not empty. The other side receives as many bytes.
+    ///
+    /// Blocks until it has left this GPU, or `timeout` is over; then the communicator is aborted. That it has left does
+    /// not say that it came: NCCL has buffers on the way.
+    pub fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), Error> {
+        let start = Instant::now();
+        self.check(SENDER, bytes.len())?;
+        self.work(|Open { communicator, gpu }| {
+            let address = gpu.room(bytes.len())?;
+            // SAFETY: the memory is the channel's own, on the GPU of the communicator and of the stream. Nothing uses
+            // it at this time: earlier calls have waited for their operations, or the channel would not be open. It
+            // stays until the stream is through, or the communicator is aborted and then the stream is through. The
+            // other side is a channel in another process; what it queues can make this fail or hang, and no more.
+            unsafe {
+                gpu.queue_write(bytes)?;
+                let values = DeviceSlice::<u8>::from_raw(address, bytes.len());
+                group(|group| group.send(communicator, values, RECEIVER, gpu.stream()))?;
+            }
+            wait("sending", communicator, gpu, start, Some(timeout))
+        })
+    }
+
+    /// Receives a message, as long as `bytes`, which is not empty.
+    ///
+    /// Blocks until it is there, or `timeout` is over; then the communicator is aborted. Without a timeout, until it is
+    /// there, or NCCL notices a failure, or a [`Monitor`] aborts. A kernel of NCCL's waits on the GPU for as long.
+    pub fn receive(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), Error> {
+        let start = Instant::now();
+        self.check(RECEIVER, bytes.len())?;
+        self.work(|Open { communicator, gpu }| {
+            let address = gpu.room(bytes.len())?;
+            // SAFETY: as in `send`.
+            unsafe {
+                let values = DeviceSliceMut::<u8>::from_raw(address, bytes.len());
+                group(|group| group.receive(communicator, values, SENDER, gpu.stream()))?;
+                gpu.queue_read(bytes.len())?;
+            }
+            wait("receiving", communicator, gpu, start, timeout)?;
+            // SAFETY: as many bytes are read from the GPU, and the stream is through.
+            unsafe { gpu.take(bytes) };
+            Ok(())
+        })
+    }
+
+    /// A handle for a watchdog. Lasts longer than the channel.
+    pub fn monitor(&self) -> Monitor {
+        self.monitor.clone()
+    }
+
+    fn check(&self, rank: usize, bytes: usize) -> Result<(), Error> {
+        if self.rank != rank {
+            return Err(argument("rank", format!("{} cannot do what {rank} does: 0 sends, 1 receives", self.rank)));
+        }
+        if bytes == 0 { Err(argument("bytes", "an empty message".into())) } else { Ok(()) }
+    }
+
+    /// Does something with a channel that is open, and ends the channel where that fails.
+    fn work(&mut self, work: impl FnOnce(&mut Open) -> Result<(), Error>) -> Result<(), Error> {
+        work(self.open.as_mut().map_err(|error| error.clone())?).inspect_err(|error| self.end(error))
+    }
+
+    fn end(&mut self, error: &Error) {
+        let Ok(Open { communicator, gpu }) = std::mem::replace(&mut self.open, Err(error.clone())) else { return };
+        match communicator.abort() {
+            // NCCL has nothing queued any more, so that the stream ends.
+            Ok(()) => gpu.release(self.close_timeout),
+            // The GPU's part is left behind. So is the communicator: dropping it would wait once more.
+            Err(_) => std::mem::forget((communicator, gpu)),
+        }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        self.end(&Error::Aborted { rank: self.rank, size: 2 });
+    }
+}
+
+impl fmt::Debug for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let error = self.open.as_ref().err();
+        f.debug_struct("Channel").field("rank", &self.rank).field("error", &error).finish_non_exhaustive()
+    }
+}
+
+/// An end of a channel in this process, which is the only one here: between ranks of one process, NCCL writes right
+/// into the receiver's memory, as much as the sender says. Between processes, each side counts for itself.
+#[derive(Debug)]
+struct End(UniqueId);
+
+impl End {
+    fn of(id: &UniqueId) -> Result<Self, Error> {
+        let mut ends = Self::all();
+        if ends.contains(id) {
+            return Err(argument("id", "is that of a channel that has an end in this process".into()));
+        }
+        ends.push(*id);
+        Ok(Self(*id))
+    }
+
+    fn all() -> MutexGuard<'static, Vec<UniqueId>> {
+        static ALL: Mutex<Vec<UniqueId>> = Mutex::new(Vec::new());
+        ALL.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        Self::all().retain(|id| *id != self.0);
+    }
+}
+
+/// Waits for the stream.
+fn wait(
+    action: &'static str,
+    communicator: &Communicator,
+    gpu: &Gpu,
+    start: Instant,
+    timeout: Option<Duration>,
+) -> Result<(), Error> {
+    let is_through = poll(|| gpu.is_through(), || communicator.state(), timeout, || start.elapsed(), rest)?;
+    let after = timeout.unwrap_or_default();
+    let late = || Error::Timeout { action, rank: communicator.rank(), size: communicator.size(), after };
+    if is_through { Ok(()) } else { Err(late()) }
+}
+
+/// Asks until all is done or something has failed. False at the deadline; what is done then counts.
+///
+/// The state is asked after what is done: aborting ends the stream's work too, and is known before it does.
+fn poll(
+    mut is_done: impl FnMut() -> Result<bool, Error>,
+    mut state: impl FnMut() -> State,
+    timeout: Option<Duration>,
+    mut elapsed: impl FnMut() -> Duration,
+    mut rest: impl FnMut(Duration),
+) -> Result<bool, Error> {
+    loop {
+        let waited = elapsed();
+        let is_done = is_done()?;
+        if let State::Failed(error) = state() {
+            return Err(error);
+        }
+        let left = timeout.map(|timeout| timeout.saturating_sub(waited));
+        if is_done || left.is_some_and(|left| left.is_zero()) {
+            return Ok(is_done);
+        }
+        rest(left.map_or(pause(waited), |left| pause(waited).min(left)));
+    }
+}
+
+/// A message passes within some 100 µs where the other side is ready, so that a sleep, which takes 50 µs more than was
+/// asked for, would be most of it.
+const SPIN: Duration = Duration::from_micros(200);
+/// A receiver that idles asks a thousand times a second, which should take a hundredth of a core.
+const LONGEST_PAUSE: Duration = Duration::from_millis(1);
+
+/// How long to sleep; zero is to ask again. An eighth of what was waited, so that waiting takes little more than that
+/// longer.
+fn pause(waited: Duration) -> Duration {
+    if waited < SPIN { Duration::ZERO } else { (waited / 8).min(LONGEST_PAUSE) }
+}
+
+fn rest(pause: Duration) {
+    if pause.is_zero() { thread::yield_now() } else { thread::sleep(pause) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,206 @@
+//! The GPU's part of a channel: a stream, and buffers on both sides.
+//!
+//! By calls to the driver and not by cudarc's safe types: those wait for what runs on the GPU where a context gets its
+//! first stream, and where pinned memory is read or dropped. Here, a kernel may run until it is aborted.
+
+use std::ptr::null_mut;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUresult, CUstream};
+use cudarc::driver::{DriverError, result, sys};
+
+use super::{poll, rest};
+use crate::error::Error;
+use crate::memory::Stream;
+use crate::shared::State;
+
+/// The smallest buffer.
+const SMALLEST: usize = 64 << 10;
+
+/// GPU `ordinal`. Nothing else here calls cudarc before this has answered: it panics where there is no driver.
+pub(super) fn device(ordinal: usize) -> Result<CUdevice, Error> {
+    // SAFETY: opens NVIDIA's library, and closes it.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(failed("looking for NVIDIA's driver", "libcuda.so is not found".into()));
+    }
+    result::init().map_err(driver("starting NVIDIA's driver"))?;
+    let count = result::device::get_count().map_err(driver("counting GPUs"))?;
+    match i32::try_from(ordinal) {
+        Ok(number) if number < count => result::device::get(number).map_err(driver("finding the GPU")),
+        _ => Err(failed("finding the GPU", format!("there is no GPU {ordinal}: the driver sees {count}"))),
+    }
+}
+
+/// The primary context of GPU `ordinal`, current on this thread. It is kept to the end of the process: NCCL does so
+/// too, and what is left behind needs it.
+pub(super) fn open(ordinal: usize) -> Result<CUcontext, Error> {
+    let device = device(ordinal)?;
+    // SAFETY: the device is one, and the context is not given back.
+    let opened = unsafe {
+        result::primary_ctx::retain(device).and_then(|context| result::ctx::set_current(context).map(|()| context))
+    };
+    opened.map_err(driver("opening the GPU"))
+}
+
+fn failed(what: &'static str, detail: String) -> Error {
+    Error::Gpu { what, detail }
+}
+
+fn driver(what: &'static str) -> impl Fn(DriverError) -> Error {
+    move |error| {
+        let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
+        failed(what, text.unwrap_or_else(|_| format!("{:?}", error.0)))
+    }
+}
+
+/// Without a destructor: dropping it leaves all of it behind.
+pub(super) struct Gpu {
+    context: CUcontext,
+    stream: CUstream,
+    /// The last one is in use. The others are too small, and stay, since freeing waits for all that runs on the GPU.
+    buffers: Vec<Buffer>,
+}
+
+/// Pinned memory, and as much of the GPU's.
+struct Buffer {
+    host: *mut u8,
+    device: CUdeviceptr,
+    bytes: usize,
+}
+
+// SAFETY: the driver's handles and the memory may be used on any thread, with the context current where it has to be.
+unsafe impl Send for Gpu {}
+
+impl Gpu {
+    /// `context` is one that `open` made.
+    pub fn new(context: CUcontext) -> Result<Self, Error> {
+        let mut gpu = Self { context, stream: null_mut(), buffers: Vec::new() };
+        gpu.stream = gpu.with("making a stream", || result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        Ok(gpu)
+    }
+
+    /// For tests that do not get to it.
+    #[cfg(test)]
+    pub fn nowhere() -> Self {
+        Self { context: null_mut(), stream: null_mut(), buffers: Vec::new() }
+    }
+
+    /// Does something with the context current.
+    fn with<T>(&self, what: &'static str, call: impl FnOnce() -> Result<T, DriverError>) -> Result<T, Error> {
+        // SAFETY: the context is kept to the end of the process.
+        unsafe { result::ctx::set_current(self.context) }.and_then(|()| call()).map_err(driver(what))
+    }
+
+    /// Alive as long as this.
+    pub fn stream(&self) -> Stream<'_> {
+        // SAFETY: the stream is destroyed in `free` alone, which nobody calls while this is borrowed.
+        unsafe { Stream::from_raw(self.stream) }
+    }
+
+    /// Sees to a buffer of so many bytes, and answers its place on the GPU.
+    pub fn room(&mut self, bytes: usize) -> Result<CUdeviceptr, Error> {
+        if let Some(buffer) = self.buffers.last().filter(|buffer| buffer.bytes >= bytes) {
+            return Ok(buffer.device);
+        }
+        // As long as a slice, so that there is a next power of two.
+        let bytes = bytes.next_power_of_two().max(SMALLEST);
+        // SAFETY: asks for memory, which is written before it is read.
+        let device = self.with("taking memory on the GPU", || unsafe { result::malloc_sync(bytes) })?;
+        // Known first without the host's side, so that it is freed where there is none.
+        self.buffers.push(Buffer { host: null_mut(), device, bytes: 0 });
+        // SAFETY: as above.
+        let host = self.with("taking pinned memory", || unsafe { result::malloc_host(bytes, 0) })?.cast();
+        self.buffers.pop();
+        self.buffers.push(Buffer { host, device, bytes });
+        Ok(device)
+    }
+
+    /// The buffer in use, where it has room for so many bytes.
+    fn buffer(&self, bytes: usize) -> &Buffer {
+        let buffer = self.buffers.last().filter(|buffer| buffer.bytes >= bytes);
+        buffer.expect("room was seen to")
+    }
+
+    /// Puts `bytes` into the buffer, and queues the copy to the GPU.
+    ///
+    /// # Safety
+    ///
+    /// The stream is through, and nobody writes to the buffer until it is so again.
+    pub unsafe fn queue_write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let Buffer { host, device, .. } = *self.buffer(bytes.len());
+        // SAFETY: there is as much room on both sides, which nobody uses; pinned memory and a slice do not overlap.
+        self.with("copying to the GPU", || unsafe {
+            host.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            sys::cuMemcpyHtoDAsync_v2(device, host.cast(), bytes.len(), self.stream).result()
+        })
+    }
+
+    /// Queues the copy of so many bytes from the GPU into the buffer.
+    ///
+    /// # Safety
+    ///
+    /// What is queued before it writes as many to the GPU's side, and nobody uses the host's until the stream is
+    /// through.
+    pub unsafe fn queue_read(&mut self, bytes: usize) -> Result<(), Error> {
+        let Buffer { host, device, .. } = *self.buffer(bytes);
+        // SAFETY: there is as much room on both sides, which nobody uses.
+        self.with("copying from the GPU", || unsafe {
+            sys::cuMemcpyDtoHAsync_v2(host.cast(), device, bytes, self.stream).result()
+        })
+    }
+
+    /// Copies from the buffer.
+    ///
+    /// # Safety
+    ///
+    /// As many bytes were read from the GPU, and the stream is through.
+    pub unsafe fn take(&self, bytes: &mut [u8]) {
+        let from = self.buffer(bytes.len()).host;
+        // SAFETY: the bytes are there, says the caller; pinned memory and a slice do not overlap.
+        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(from, bytes.len()) }
+    }
+
+    /// Whether the stream has nothing more to do. An error where something on it has failed.
+    pub fn is_through(&self) -> Result<bool, Error> {
+        // SAFETY: the stream is alive.
+        self.with("working on the GPU", || match unsafe { sys::cuStreamQuery(self.stream) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => other.result().map(|()| true),
+        })
+    }
+
+    /// Frees everything once the stream is through, on a thread of its own. What is not through in time, or cannot be
+    /// asked, is left behind, and so is everything where there is no thread. The communicator is aborted.
+    pub fn release(self, timeout: Duration) {
+        let release = move || {
+            let start = Instant::now();
+            if poll(|| self.is_through(), || State::Ready, Some(timeout), || start.elapsed(), rest) == Ok(true) {
+                // SAFETY: the stream is through, and nobody can queue anything more.
+                unsafe { self.free() };
+            }
+        };
+        // Where this fails, the closure is dropped, and a `Gpu` in it has no destructor.
+        let _ = thread::Builder::new().name("nccl-free".into()).spawn(release);
+    }
+
+    /// Waits for all that runs on the GPU.
+    ///
+    /// # Safety
+    ///
+    /// The stream is through.
+    unsafe fn free(self) {
+        // SAFETY: nothing uses them, and they are freed once, since this takes them.
+        let freed = self.with("freeing memory", || unsafe {
+            for buffer in &self.buffers {
+                result::free_sync(buffer.device)?;
+                if !buffer.host.is_null() {
+                    result::free_host(buffer.host.cast())?;
+                }
+            }
+            result::stream::destroy(self.stream)
+        });
+        // Where it fails, the context is lost, and the rest with it.
+        let _ = freed;
+    }
+}

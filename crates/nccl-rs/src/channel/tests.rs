@@ -1,0 +1,168 @@
+//! Channels without a GPU: what is refused, how they wait, and how they end.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+
+use super::*;
+use crate::fake::{Fake, Script};
+
+const fn micros(micros: u64) -> Duration {
+    Duration::from_micros(micros)
+}
+
+/// A clock that a rest moves, by a microsecond at least.
+#[derive(Default)]
+struct Clock {
+    now: Cell<Duration>,
+    rests: Cell<usize>,
+}
+
+impl Clock {
+    fn rest(&self, pause: Duration) {
+        self.now.set(self.now.get() + pause.max(micros(1)));
+        self.rests.set(self.rests.get() + 1);
+    }
+
+    /// What polling answers where all is done at `done`, and the state is `failed` from a time on.
+    fn poll(&self, done: Duration, failed: Option<Duration>, timeout: Option<Duration>) -> Result<bool, Error> {
+        let state = || match failed {
+            Some(at) if self.now.get() >= at => State::Failed(aborted()),
+            _ => State::Ready,
+        };
+        poll(|| Ok(self.now.get() >= done), state, timeout, || self.now.get(), |pause| self.rest(pause))
+    }
+}
+
+fn aborted() -> Error {
+    Error::Aborted { rank: 1, size: 4 }
+}
+
+fn id(byte: u8) -> UniqueId {
+    UniqueId::from_bytes([byte; UniqueId::BYTES])
+}
+
+/// Its rank is 1, as the fake's; its GPU is none.
+fn channel(fake: &'static Fake, name: u8, config: &Config) -> Channel {
+    let end = End::of(&id(name)).expect("each test has its own");
+    Channel::over(fake.connected(config), Gpu::nowhere(), config, end)
+}
+
+fn broken() -> Error {
+    Error::Gpu { what: "working on the GPU", detail: "an illegal address".into() }
+}
+
+#[test]
+fn what_is_done_is_seen_soon_after() {
+    for done in [0, 1, 150, 200, 1000, 4_000, 30_000, 10_000_000].map(micros) {
+        let clock = Clock::default();
+        assert_eq!(clock.poll(done, None, None), Ok(true));
+        let late = clock.now.get() - done;
+        assert!(late <= (done / 8).min(LONGEST_PAUSE).max(micros(1)), "{late:?} after {done:?}");
+    }
+}
+
+#[test]
+fn idling_sleeps() {
+    let clock = Clock::default();
+    assert_eq!(clock.poll(micros(10_000_000), None, None), Ok(true));
+    assert!(clock.rests.get() < 10_300, "{:?}", clock.rests);
+    assert_eq!((pause(micros(199)), pause(micros(200))), (Duration::ZERO, micros(25)));
+    assert_eq!(pause(Duration::MAX), LONGEST_PAUSE);
+}
+
+#[test]
+fn the_deadline_is_kept_to_the_point() {
+    for timeout in [0, 1, 150, 4_321, 1_000_500].map(micros) {
+        let clock = Clock::default();
+        assert_eq!(clock.poll(Duration::MAX, None, Some(timeout)), Ok(false));
+        assert_eq!(clock.now.get(), timeout);
+        // What is done by then is done.
+        assert_eq!(Clock::default().poll(timeout, None, Some(timeout)), Ok(true));
+    }
+}
+
+#[test]
+fn a_failure_ends_waiting_and_counts_more_than_what_is_done() {
+    let clock = Clock::default();
+    assert_eq!(clock.poll(Duration::MAX, Some(micros(5_000)), None), Err(aborted()));
+    assert!(clock.now.get() < micros(5_700), "{:?}", clock.now);
+    // Aborting ends a kernel, whose work is not done then.
+    assert_eq!(Clock::default().poll(micros(100), Some(micros(100)), None), Err(aborted()));
+    let asked = poll(|| Err(broken()), || State::Ready, None, || Duration::ZERO, |_| panic!("waits"));
+    assert_eq!(asked, Err(broken()));
+}
+
+#[test]
+fn the_state_is_asked_after_what_is_done() {
+    let asked = Cell::new(0);
+    let mut answers = VecDeque::from([(false, State::Ready), (true, State::InProgress)]);
+    let is_done = || {
+        asked.set(asked.get() + 1);
+        Ok(asked.get() == 2)
+    };
+    let state = || {
+        let (_, state) = answers.pop_front().expect("asked twice");
+        assert_eq!(asked.get(), 2 - answers.len());
+        state
+    };
+    assert_eq!(poll(is_done, state, None, || Duration::ZERO, |_| {}), Ok(true));
+}
+
+#[test]
+fn wrong_arguments_are_refused_and_harmless() {
+    let fake = Fake::new(Script { answers: [("abort", 3)].into(), ..Script::default() });
+    let mut channel = channel(fake, 1, &Config::default());
+    let error = channel.receive(&mut [], None).expect_err("nothing to receive");
+    assert_eq!(error.to_string(), "bytes: an empty message");
+    let error = channel.send(&[1], micros(1)).expect_err("it receives");
+    assert_eq!(error.to_string(), "rank: 1 cannot do what 0 does: 0 sends, 1 receives");
+    assert!(channel.open.is_ok());
+    assert_eq!(fake.script().calls, [""; 0]);
+
+    let connected = Channel::connect(0, &id(2), 2, &Config::default(), micros(1));
+    assert_eq!(connected.expect_err("there are two").to_string(), "rank: 2 of 2 ranks");
+}
+
+/// Aborting fails, so that the GPU is left behind; if it were not, the driver would be called, which is not there.
+#[test]
+fn the_first_failure_stays_and_aborts_once() {
+    let fake = Fake::new(Script { answers: [("abort", 3)].into(), ..Script::default() });
+    let mut channel = channel(fake, 3, &Config::default());
+    assert_eq!(channel.work(|_| Ok(())), Ok(()));
+    assert_eq!(channel.work(|_| Err(broken())), Err(broken()));
+    assert_eq!(fake.script().calls, ["abort"]);
+    assert_eq!(channel.work(|_| panic!("it is not open")), Err(broken()));
+    assert_eq!(channel.receive(&mut [0], None), Err(broken()));
+    assert!(format!("{channel:?}").contains("an illegal address"), "{channel:?}");
+    let monitor = channel.monitor();
+    drop(channel);
+    assert_eq!(fake.script().calls, ["abort"]);
+    assert_eq!(monitor.state(), State::Failed(aborted()));
+}
+
+#[test]
+fn dropping_waits_for_the_abort_once() {
+    let fake = Fake::new(Script { abort_takes: Duration::from_secs(60), ..Script::default() });
+    let config = Config { close_timeout: Duration::from_millis(50), ..Config::default() };
+    let channel = channel(fake, 4, &config);
+    let start = Instant::now();
+    drop(channel);
+    let took = start.elapsed();
+    assert!(took >= config.close_timeout && took < Duration::from_secs(20), "{took:?}");
+    assert_eq!(fake.count("abort"), 1);
+}
+
+#[test]
+fn a_process_has_one_end() {
+    let first = End::of(&id(5)).expect("the first");
+    let error = End::of(&id(5)).expect_err("the second");
+    assert_eq!(error.to_string(), "id: is that of a channel that has an end in this process");
+    drop(first);
+    End::of(&id(5)).expect("the first is gone");
+}
+
+#[test]
+fn a_channel_moves_between_threads() {
+    fn moves<T: Send>() {}
+    moves::<Channel>();
+}

@@ -1,0 +1,170 @@
+//! Two processes and one GPU. NCCL takes it for two, since each process says that it is a host of its own. Run by
+//! `cargo test -p nccl-rs --test one_gpu -- --ignored --nocapture`, with libnccl.so.2 where the linker finds it.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nccl_rs::{Channel, Config, Error, UniqueId, available};
+
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the near side may take to notice by itself that the far one is gone.
+const NOTICES: Duration = Duration::from_secs(20);
+const SIZES: [usize; 8] = [1, 7, 4096, 65_536, 65_537, 3 << 20, 100, (16 << 20) + 1];
+const ROUNDS: usize = 50;
+
+fn message(size: usize, seed: usize) -> Vec<u8> {
+    (0..size).map(|i| (i.wrapping_mul(31) + seed + (i >> 8)) as u8).collect()
+}
+
+fn config() -> Config {
+    Config { max_ctas: Some(1), ..Config::default() }
+}
+
+/// What one side says, by a word that its lines begin with. The test harness writes to the same lines.
+struct Side {
+    process: Child,
+    lines: Receiver<String>,
+}
+
+impl Side {
+    fn start(name: &str, ids: Option<&str>) -> Self {
+        let mut side = Command::new(std::env::current_exe().expect("this test is a program"));
+        side.args(["--ignored", "--exact", "side", "--nocapture"]).stdin(Stdio::null()).stdout(Stdio::piped());
+        side.env("NCCL_RS_SIDE", name).envs(ids.map(|ids| ("NCCL_RS_IDS", ids)));
+        side.env("NCCL_HOSTID", name).env("NCCL_SOCKET_IFNAME", "lo").env("NCCL_IB_DISABLE", "1");
+        let mut process = side.spawn().expect("this test runs");
+        let stdout = BufReader::new(process.stdout.take().expect("it is piped"));
+        let (send, lines) = sync_channel(1000);
+        let name = name.to_owned();
+        thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                println!("{name}: {line}");
+                if send.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { process, lines }
+    }
+
+    /// The rest of the line with `word`.
+    fn says(&self, word: &str) -> String {
+        let deadline = Instant::now() + 4 * TIMEOUT;
+        loop {
+            let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+            let line = line.unwrap_or_else(|error| panic!("{word} was not said: {error}"));
+            if let Some((_, rest)) = line.split_once(word) {
+                return rest.trim().to_owned();
+            }
+        }
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn messages_pass_both_ways_and_a_killed_side_is_noticed() {
+    match available(0) {
+        Ok(version) => println!("NCCL {version}"),
+        Err(error) => return println!("SKIPPED: {error}"),
+    }
+    let mut near = Side::start("near", None);
+    let mut far = Side::start("far", Some(&near.says("@ids")));
+    near.says("@waits");
+    // Until the kernel of its receive runs.
+    thread::sleep(Duration::from_secs(1));
+    far.process.kill().expect("it runs");
+    near.says("@ended");
+    assert!(near.process.wait().expect("it ends").success());
+}
+
+#[test]
+#[ignore = "run by the other test"]
+fn side() {
+    match std::env::var("NCCL_RS_SIDE").as_deref() {
+        Ok("near") => near(),
+        Ok(_) => far(),
+        Err(_) => println!("SKIPPED: it is a part of the other test"),
+    }
+}
+
+fn near() {
+    let ids = [(); 2].map(|()| UniqueId::new().expect("there is a network"));
+    println!("\n@ids {} {}", hex(&ids[0]), hex(&ids[1]));
+    let start = Instant::now();
+    let mut out = Channel::connect(0, &ids[0], 0, &config(), TIMEOUT).expect("connects");
+    let mut back = Channel::connect(0, &ids[1], 1, &config(), TIMEOUT).expect("connects");
+    println!("connected in {:?}", start.elapsed());
+
+    for (seed, size) in SIZES.into_iter().enumerate() {
+        let sent = message(size, seed);
+        let mut received = vec![0; size];
+        out.send(&sent, TIMEOUT).expect("sends");
+        back.receive(&mut received, Some(TIMEOUT)).expect("receives");
+        let expected = sent.iter().map(|byte| byte ^ 0xff).collect::<Vec<_>>();
+        assert!(received == expected, "{size} bytes came back as others");
+    }
+    let start = Instant::now();
+    for _ in 0..ROUNDS {
+        out.send(&[5; 64], TIMEOUT).expect("sends");
+        back.receive(&mut [0; 64], Some(TIMEOUT)).expect("receives");
+    }
+    println!("a round of 64 bytes takes {:?}", start.elapsed() / ROUNDS as u32);
+
+    let monitor = back.monitor();
+    let (ended, is_ended) = sync_channel::<()>(1);
+    let watchdog = thread::spawn(move || match is_ended.recv_timeout(NOTICES) {
+        Ok(()) => println!("NCCL has noticed"),
+        Err(_) => println!("NCCL has not noticed: aborting answers {:?}", monitor.abort()),
+    });
+    println!("@waits");
+    let start = Instant::now();
+    let error = back.receive(&mut [0; 8], None).expect_err("the other side is killed");
+    println!("received {error} after {:?}", start.elapsed());
+    assert!(start.elapsed() < NOTICES + TIMEOUT);
+    assert!(matches!(error, Error::Nccl { .. } | Error::Aborted { .. }), "{error}");
+    // The watchdog may have gone off.
+    let _ = ended.send(());
+    watchdog.join().expect("the watchdog does not panic");
+
+    assert_eq!(back.receive(&mut [0; 8], None), Err(error));
+    let start = Instant::now();
+    drop((out, back));
+    println!("dropped in {:?}", start.elapsed());
+    assert!(start.elapsed() < 2 * config().close_timeout + Duration::from_secs(1));
+    println!("@ended");
+}
+
+fn far() {
+    let ids = std::env::var("NCCL_RS_IDS").expect("the other side made them");
+    let (first, second) = ids.split_once(' ').expect("there are two");
+    let mut incoming = Channel::connect(0, &from_hex(first), 1, &config(), TIMEOUT).expect("connects");
+    let mut out = Channel::connect(0, &from_hex(second), 0, &config(), TIMEOUT).expect("connects");
+    for size in SIZES.into_iter().chain([64; ROUNDS]) {
+        let mut bytes = vec![0; size];
+        incoming.receive(&mut bytes, Some(TIMEOUT)).expect("receives");
+        bytes.iter_mut().for_each(|byte| *byte ^= 0xff);
+        out.send(&bytes, TIMEOUT).expect("sends");
+    }
+    // Until it is killed, or the test is gone.
+    let _ = incoming.receive(&mut [0], Some(4 * TIMEOUT));
+}
+
+fn hex(id: &UniqueId) -> String {
+    id.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> UniqueId {
+    let byte = |i: usize| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).expect("two digits");
+    UniqueId::from_bytes(std::array::from_fn(byte))
+}
