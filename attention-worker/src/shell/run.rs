@@ -65,10 +65,10 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
     let traces = Traces::start(config.traces.as_deref(), "moesaic-attention-worker", config.id.as_deref(), 1.0)?;
     let backend = config.backend()?;
     let context = Context {
+        fabric: config.fabric(&backend)?,
         checkpoint: Arc::new(Checkpoint::open(&config.model)?),
         membership: config.membership().open().await?,
         hub: None,
-        fabric: config.fabric(&backend)?,
         backend,
         profile: Arc::default(),
     };

@@ -36,6 +36,8 @@ pub const BACKOFF_MIN: Duration = Duration::from_secs(1);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// Frames of a lane that are not answered; more go over the stream.
 pub const LANE_FRAMES_MAX: usize = 64;
+/// Lanes of a process, with those that are being connected: each has threads, and an offer may come at any time.
+pub const LANES_MAX: usize = 512;
 /// Rows that a slot has room for. A frame of more takes a second message, of as many bytes as are left; one of fewer is sent
 /// as if it had as many.
 pub const SLOT_ROWS: usize = 32;
@@ -45,7 +47,8 @@ pub const SLOT_TABLE_BYTES: usize = 8 << 10;
 /// `--transport`: which ways a worker offers, or takes, beside calls within a process.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Transport {
-    /// Lanes where this worker computes on a GPU and NCCL is installed.
+    /// Lanes where this worker computes on a GPU and NCCL is installed; streams alone where those are encrypted, which NCCL's
+    /// connections are not.
     Auto,
     /// Streams alone.
     Grpc,
@@ -82,8 +85,14 @@ pub enum NoFabric {
 }
 
 impl Transport {
-    /// What moves bytes from GPU number `gpu`, if the worker computes on one.
-    pub fn open(self, gpu: Option<usize>) -> Result<Option<Arc<dyn Fabric>>, NoFabric> {
+    /// What moves bytes from GPU number `gpu`, if the worker computes on one. `has_tls`: its streams are encrypted.
+    pub fn open(self, gpu: Option<usize>, has_tls: bool) -> Result<Option<Arc<dyn Fabric>>, NoFabric> {
+        if self == Self::Auto && gpu.is_some() && has_tls {
+            tracing::info!(
+                "no lanes from GPU to GPU, which TLS would not cover: --transport nccl has them all the same"
+            );
+            return Ok(None);
+        }
         let Some(gpu) = gpu.filter(|_| self != Self::Grpc) else {
             return if self == Self::Nccl { Err(NoFabric::NoGpu) } else { Ok(None) };
         };

@@ -189,7 +189,7 @@ impl Caller {
         let offer = Offer::decode(offer).map_err(|invalid| invalid.to_string())?;
         let owner = LaneInbox { inbox: self.inbox.clone(), answers: self.answers.clone(), generation };
         let opened = Lane::open(fabric, generation, offer, End::Expert, Arc::new(owner));
-        opened.map_err(|error| format!("starting a thread: {error}"))
+        opened.map_err(|error| error.to_string())
     }
 }
 

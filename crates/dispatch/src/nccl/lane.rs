@@ -1,5 +1,6 @@
 //! One end of a lane: two threads, of which one sends slots and the other waits for them, until the lane fails or is dropped.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -123,15 +124,13 @@ pub enum Message {
 }
 
 impl Message {
-    /// The payload, appended.
-    fn encode(self, to: &mut Vec<u8>) -> Kind {
-        let frame = match self {
-            Self::Request(frame, hidden) => frame.encode(hidden),
-            Self::Answer(answer) => answer.encode(),
-            Self::Warm => return Kind::Warm,
-        };
-        frame.encode_raw(to);
-        Kind::Frame
+    /// What is sent, if it is not empty.
+    fn payload(self) -> Option<v1::Frame> {
+        match self {
+            Self::Request(frame, hidden) => Some(frame.encode(hidden)),
+            Self::Answer(answer) => Some(answer.encode()),
+            Self::Warm => None,
+        }
     }
 }
 
@@ -158,13 +157,15 @@ impl Lane {
         offer: Offer,
         end: End,
         owner: Arc<dyn LaneOwner>,
-    ) -> std::io::Result<Self> {
+    ) -> Result<Self, NotOpened> {
+        let place = Place::take()?;
         let (sender, messages) = sync_channel(2 * LANE_FRAMES_MAX);
         let incoming = Mutex::new(Incoming::new(generation, FRAME_BYTES_MAX));
         let state = Arc::new(State { generation, owner, incoming, news: Condvar::new(), end: Mutex::default() });
         let sender = Sender { messages: sender, state: Arc::downgrade(&state) };
         let lane = Self { sender: sender.clone(), state: state.clone() };
         spawn("lane", move || {
+            let _place = place;
             let ended = state.clone();
             let run = || -> Result<(), String> {
                 let deadline = Instant::now() + OPEN_TIMEOUT;
@@ -215,6 +216,34 @@ impl Drop for Lane {
     }
 }
 
+/// Why a lane was not begun.
+#[derive(Debug, thiserror::Error)]
+pub enum NotOpened {
+    #[error("{LANES_MAX} lanes are open or being connected")]
+    Many,
+    #[error("starting a thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// One of the lanes that this process may have.
+struct Place;
+
+static TAKEN: AtomicUsize = AtomicUsize::new(0);
+
+impl Place {
+    fn take() -> Result<Self, NotOpened> {
+        let more = |taken| (taken < LANES_MAX).then_some(taken + 1);
+        let taken = TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        taken.map(|_| Self).map_err(|_| NotOpened::Many)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        TAKEN.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
     thread::Builder::new().name(name.into()).spawn(run).map(drop)
 }
@@ -230,10 +259,12 @@ impl State {
 
     fn register(&self, breaker: Arc<dyn Breaker>) {
         let mut ending = self.ending();
-        match ending.is_over {
-            true => breaker.abort(),
-            false => ending.breakers.push(breaker),
+        if ending.is_over {
+            // Not with the lock: it may take a while.
+            drop(ending);
+            return breaker.abort();
         }
+        ending.breakers.push(breaker);
     }
 
     fn fail(&self, reason: &str) {
@@ -268,36 +299,33 @@ impl State {
         slot_bytes: usize,
         messages: &Receiver<Message>,
     ) -> Result<(), String> {
-        let (mut outgoing, mut bytes) = (Outgoing::new(self.generation), Vec::new());
+        // What is behind a payload is whatever was there: the other side does not look at it.
+        let (mut outgoing, mut bytes) = (Outgoing::new(self.generation), vec![0; slot_bytes]);
         while !self.ending().is_over {
-            let departure = match messages.recv_timeout(IDLE_AFTER) {
-                Ok(message) => {
-                    bytes.clear();
-                    bytes.resize(Head::LEN, 0);
-                    let kind = message.encode(&mut bytes);
-                    outgoing.send(kind, bytes.len() - Head::LEN)
-                }
+            let (Departure { head, wakes }, payload) = match messages.recv_timeout(IDLE_AFTER) {
+                Ok(message) => match message.payload() {
+                    Some(frame) => (outgoing.send(Kind::Frame, frame.encoded_len()), Some(frame)),
+                    None => (outgoing.send(Kind::Warm, 0), None),
+                },
                 Err(RecvTimeoutError::Timeout) => match outgoing.idle() {
-                    Some(departure) => {
-                        bytes.clear();
-                        bytes.resize(Head::LEN, 0);
-                        departure
-                    }
+                    Some(departure) => (departure, None),
                     None => continue,
                 },
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             };
-            let Departure { head, wakes } = departure;
+            let end = Head::LEN + head.payload as usize;
+            bytes.resize(bytes.len().max(end), 0);
             bytes[..Head::LEN].copy_from_slice(&head.encode());
-            bytes.resize(bytes.len().max(slot_bytes), 0);
+            if let Some(frame) = payload {
+                frame.encode(&mut &mut bytes[Head::LEN..end]).map_err(|error| error.to_string())?;
+            }
             if wakes {
                 self.owner.wake(head.sequence);
             }
             let timeout = if head.kind == Kind::Warm { OPEN_TIMEOUT } else { SEND_TIMEOUT };
-            let (slot, rest) = bytes.split_at(slot_bytes);
-            channel.send(slot, timeout)?;
-            if !rest.is_empty() {
-                channel.send(rest, SEND_TIMEOUT)?;
+            channel.send(&bytes[..slot_bytes], timeout)?;
+            if end > slot_bytes {
+                channel.send(&bytes[slot_bytes..end], SEND_TIMEOUT)?;
             }
         }
         Ok(())

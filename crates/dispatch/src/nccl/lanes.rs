@@ -131,7 +131,7 @@ impl Lanes {
         });
         match Lane::open(self.fabric.clone(), generation, offer, End::Attention, owner) {
             Ok(lane) => self.current().lane = Some(lane),
-            Err(error) => return self.note(format!("starting a thread: {error}")),
+            Err(error) => return self.note(error.to_string()),
         }
         let (reason, was_up) = end.await.unwrap_or_else(|_| ("its threads have ended".into(), false));
         let back = self.take_back(generation);

@@ -79,7 +79,7 @@ fn fabric(args: &Args) -> Result<Option<Arc<dyn Fabric>>> {
     let Some(device) = &args.device else { return Ok(None) };
     let device: DeviceChoice = device.parse()?;
     let transport = if device == DeviceChoice::Cpu { Transport::Grpc } else { Transport::Nccl };
-    Ok(transport.open(Some(device.number()))?)
+    Ok(transport.open(Some(device.number()), false)?)
 }
 
 /// Bytes of a call: bf16 there, f32 back.

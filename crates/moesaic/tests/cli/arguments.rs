@@ -36,6 +36,12 @@ fn errors_name_what_is_wrong() {
         ("attention-worker --registry embedded --device gpu", 2, "device `gpu` is none of"),
         ("up --transport rdma", 2, "transport `rdma` is none of"),
         ("bench --rank expert --config /nonexistent", 1, "/nonexistent"),
+        ("expert-worker --registry embedded --transport rdma", 2, "transport `rdma` is none of"),
+        (
+            "attention-worker --model /nonexistent --transport nccl",
+            2,
+            "the worker computes on the processor: set device",
+        ),
         ("coordinator --registry embedded", 2, "model"),
         ("coordinator --config /nonexistent.toml", 2, "/nonexistent.toml"),
     ] {
