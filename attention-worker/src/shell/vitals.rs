@@ -131,7 +131,22 @@ impl Figures {
         }
         let mut terms = page.counters("moesaic_edge_terms_total", "Rows times experts that a worker has answered.");
         for edge in &edges {
-            terms.sample(&[("worker", &edge.worker), ("transport", &edge.transport)], edge.terms);
+            terms.sample(&[("worker", &edge.worker)], edge.terms);
+        }
+        let mut transports = page.gauges("moesaic_edge_transport", "What frames to an expert worker travel by at present.");
+        for edge in &edges {
+            transports.sample(&[("worker", &edge.worker), ("transport", &edge.transport)], 1);
+        }
+        let help = "Bytes of frames to and from an expert worker of another process.";
+        let mut bytes = page.counters("moesaic_edge_bytes_total", help);
+        for edge in &edges {
+            for (direction, count) in [("sent", edge.sent_bytes), ("received", edge.received_bytes)] {
+                bytes.sample(&[("worker", &edge.worker), ("direction", direction)], count);
+            }
+        }
+        let mut failures = page.counters("moesaic_lane_failures_total", "Lanes from GPU to GPU that have failed.");
+        for edge in &edges {
+            failures.sample(&[("worker", &edge.worker)], edge.lane_failures);
         }
     }
 

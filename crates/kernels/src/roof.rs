@@ -116,6 +116,7 @@ mod tests {
         let roof = Roof::measure(&Pool::new(1));
         assert_eq!(roof.threads, 1);
         assert!((1e8..1e12).contains(&roof.read), "{roof:?}");
-        assert!((1e8..1e12).contains(&roof.fma) && roof.pairs >= 0.5 * roof.fma, "{roof:?}");
+        // Some processors take half of an f32 multiply-add's rate for pairs, and less beside a busy sibling.
+        assert!((1e8..1e12).contains(&roof.fma) && roof.pairs >= 0.25 * roof.fma, "{roof:?}");
     }
 }

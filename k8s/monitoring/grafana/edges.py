@@ -57,12 +57,26 @@ EDGES = Dashboard(
                 ),
                 Panel(
                     "Rows times experts answered, a second",
+                    [(rate("moesaic_edge_terms_total", by="namespace, worker"), "{{namespace}}/{{worker}}")],
+                ),
+                Panel(
+                    "Bytes of frames, a second",
+                    [(rate("moesaic_edge_bytes_total", by="namespace, direction"), "{{namespace}} {{direction}}")],
+                    "Bps",
+                ),
+                Panel(
+                    "Edges by what they travel by",
                     [
                         (
-                            rate("moesaic_edge_terms_total", by="namespace, worker, transport"),
-                            "{{namespace}}/{{worker}} {{transport}}",
+                            f"sum by (namespace, transport) (moesaic_edge_transport{{{N}}})",
+                            "{{namespace}} {{transport}}",
                         )
                     ],
+                    about="Where GPUs have NCCL, edges should be by nccl; grpc means that a lane has failed or cannot be.",
+                ),
+                Panel(
+                    "Lanes that failed, a second",
+                    [(rate("moesaic_lane_failures_total", by="namespace, worker"), "{{namespace}}/{{worker}}")],
                 ),
                 Panel(
                     "Frames that wait for answers",
