@@ -133,7 +133,8 @@ impl Figures {
         for edge in &edges {
             terms.sample(&[("worker", &edge.worker)], edge.terms);
         }
-        let mut transports = page.gauges("moesaic_edge_transport", "What frames to an expert worker travel by at present.");
+        let mut transports =
+            page.gauges("moesaic_edge_transport", "What frames to an expert worker travel by at present.");
         for edge in &edges {
             transports.sample(&[("worker", &edge.worker), ("transport", &edge.transport)], 1);
         }
