@@ -15,7 +15,7 @@ use moesaic_proto::v1::{Cordon, Role};
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
 
 /// Far more than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Etcd {
     child: Child,
