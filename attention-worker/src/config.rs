@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
-use moesaic_dispatch::nccl::{Fabric, NoFabric, Transport, UnknownTransport};
+use moesaic_dispatch::nccl::{Fabric, InvalidTransport, Transport};
 use moesaic_kernels::cuda::{DeviceChoice, Missing, UnknownDevice};
 use moesaic_kernels::{Backend, Dtype, Pool, UnknownDtype};
 use moesaic_node::config::{InvalidAddress, InvalidBytes, check_address, read_bytes};
@@ -259,9 +259,7 @@ pub enum InvalidConfig {
     #[error(transparent)]
     Bytes(#[from] InvalidBytes),
     #[error(transparent)]
-    Transport(#[from] UnknownTransport),
-    #[error(transparent)]
-    NoFabric(#[from] NoFabric),
+    Transport(#[from] InvalidTransport),
     #[error("device is {device:?}: {missing}")]
     NoDevice { device: String, missing: Missing },
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use moesaic_dispatch::nccl::Fabric;
+use moesaic_dispatch::nccl::{self, Fabric};
 use moesaic_dispatch::{Hub, Shape, grpc};
 use moesaic_kernels::Backend;
 use moesaic_model::{Checkpoint, ModelError, load};
@@ -81,7 +81,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let id = membership.id(config.id.as_deref(), "experts")?;
     let (numerics, device) = (backend.numerics(), backend.device());
     let mut hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), &numerics);
-    hello.nccl = fabric.as_ref().map_or_else(String::new, |fabric| fabric.version());
+    hello.nccl = nccl::version_of(fabric.as_ref());
     let model = checkpoint.config();
     let shape = Shape { hidden: model.hidden_size, experts: model.n_routed_experts };
     let (engine, ended) =

@@ -81,6 +81,16 @@ impl Options {
 /// Longer than anything here takes.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Waits until it is so, and not for longer than that.
+pub async fn until(patience: Duration, is_so: impl AsyncFn() -> bool) {
+    let look = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(patience, look).await.expect("it becomes so");
+}
+
 pub struct Cluster {
     pub client: InferenceClient<Channel>,
     /// "http://host:port"

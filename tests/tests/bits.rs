@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use moesaic_dispatch::nccl::fake::FakeFabric;
-use moesaic_tests::cluster::{Cluster, Options, PATIENCE, Transport};
+use moesaic_tests::cluster::{Cluster, Options, PATIENCE, Transport, until};
 use moesaic_tests::processes::Up;
 use moesaic_tests::requests::{Answer, forty, reasons};
 
@@ -74,14 +74,7 @@ async fn lanes_that_fail_change_no_token() {
     let cluster = Cluster::start(&Options { fabric: Some(fabric.clone()), transport: Transport::Grpc, ..base }).await;
     let edges = async || cluster.loads().await.into_iter().flat_map(|load| load.edges).collect::<Vec<_>>();
     for _ in 0..3 {
-        let all_up = async || edges().await.iter().all(|edge| edge.transport == "nccl");
-        tokio::time::timeout(PATIENCE, async {
-            while !all_up().await {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        })
-        .await
-        .expect("lanes come up");
+        until(PATIENCE, async || edges().await.iter().all(|edge| edge.transport == "nccl")).await;
         let before = fabric.message_count();
         let break_off = async {
             while fabric.message_count() < before + 100 {

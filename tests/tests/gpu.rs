@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use moesaic_emulator::NAMED;
 use moesaic_kernels::cuda::{Device, GpuRoof};
-use moesaic_tests::cluster::{Cluster, Options, PATIENCE, Transport};
+use moesaic_tests::cluster::{Cluster, Options, PATIENCE, Transport, until};
 use moesaic_tests::fixtures::{MODELS, folder};
 use moesaic_tests::parity::bf16_is_near;
 use moesaic_tests::processes::Up;
@@ -79,7 +79,7 @@ async fn processes_on_one_gpu_answer_alike_over_lanes_and_streams() {
         let memory = ["--device-memory", "2GiB", "--replicas", "2"];
         let up = Up::start(&[&["--processes", "--device", &device, "--transport", transport], &memory[..]].concat());
         let lanes = if transport == "nccl" { 2 } else { 0 };
-        until(|| up.status().matches(&format!(" by {transport}: live")).count() == 2).await;
+        until(2 * PATIENCE, async || up.status().matches(&format!(" by {transport}: live")).count() == 2).await;
         assert_eq!(up.status().matches("lane up").count(), lanes, "{}", up.status());
         let ask = async || {
             let (client, requests) = (up.client().await, requests.iter().cloned());
@@ -97,20 +97,11 @@ async fn processes_on_one_gpu_answer_alike_over_lanes_and_streams() {
         };
         all.push(tokio::join!(ask(), kill).0);
         // It is started again, and so is its lane.
-        until(|| up.status().matches(&format!(" by {transport}: live")).count() == 2).await;
+        until(2 * PATIENCE, async || up.status().matches(&format!(" by {transport}: live")).count() == 2).await;
         all.push(ask().await);
         up.stop();
     }
     assert!(all.iter().all(|answers| *answers == all[0]));
-}
-
-async fn until(is_so: impl Fn() -> bool) {
-    let look = async {
-        while !is_so() {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
-    tokio::time::timeout(2 * PATIENCE, look).await.expect("it becomes so");
 }
 
 /// Rule 1, on a GPU: the same tokens and log-probabilities, whatever else runs and however it is cut.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::FutureExt;
-use moesaic_dispatch::nccl::Fabric;
+use moesaic_dispatch::nccl::{self, Fabric};
 use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Backend, Dtype, Numerics, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
@@ -91,10 +91,9 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     }
     let id = membership.id(config.id.as_deref(), "attention")?;
     let (numerics, device) = (backend.numerics(), backend.device());
-    let mut hello = own_hello(&config, &checkpoint, &numerics, &id);
-    hello.nccl = fabric.as_ref().map_or_else(String::new, |fabric| fabric.version());
-    let dispatch = dispatch_config(&config, &checkpoint, hello.clone(), membership.connector());
-    let dispatcher = Dispatcher::new(DispatchConfig { fabric, ..dispatch }, hub);
+    let hello = Hello { nccl: nccl::version_of(fabric.as_ref()), ..own_hello(&config, &checkpoint, &numerics, &id) };
+    let dispatch = dispatch_config(&config, &checkpoint, hello.clone(), membership.connector(), fabric);
+    let dispatcher = Dispatcher::new(dispatch, hub);
     let counted = profile.clone();
     let (engine, ended) = start_engine(&config, &checkpoint, backend.clone(), dispatcher.clone(), profile).await?;
     let ended = ended.shared();
@@ -167,7 +166,13 @@ fn own_hello(config: &Config, checkpoint: &Checkpoint, numerics: &str, id: &Work
     hello
 }
 
-fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello, connector: Connector) -> DispatchConfig {
+fn dispatch_config(
+    config: &Config,
+    checkpoint: &Checkpoint,
+    hello: Hello,
+    connector: Connector,
+    fabric: Option<Arc<dyn Fabric>>,
+) -> DispatchConfig {
     let model = checkpoint.config();
     DispatchConfig {
         hidden: model.hidden_size,
@@ -177,7 +182,7 @@ fn dispatch_config(config: &Config, checkpoint: &Checkpoint, hello: Hello, conne
         layer_deadline: Duration::from_millis(config.layer_deadline_ms),
         hello,
         connector,
-        fabric: None,
+        fabric,
         ops: CombineOps { first: combine_first, next: combine_next, add },
     }
 }

@@ -56,26 +56,24 @@ pub enum Transport {
     Nccl,
 }
 
-#[derive(Debug, thiserror::Error)]
-#[error("transport `{0}` is none of `auto`, `grpc` and `nccl`")]
-pub struct UnknownTransport(String);
-
 impl FromStr for Transport {
-    type Err = UnknownTransport;
+    type Err = InvalidTransport;
 
-    fn from_str(s: &str) -> Result<Self, UnknownTransport> {
+    fn from_str(s: &str) -> Result<Self, InvalidTransport> {
         match s {
             "auto" => Ok(Self::Auto),
             "grpc" => Ok(Self::Grpc),
             "nccl" => Ok(Self::Nccl),
-            _ => Err(UnknownTransport(s.to_owned())),
+            _ => Err(InvalidTransport::Unknown(s.to_owned())),
         }
     }
 }
 
-/// Why a worker that is to use NCCL cannot.
+/// Why a worker has no such transport.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NoFabric {
+pub enum InvalidTransport {
+    #[error("transport `{0}` is none of `auto`, `grpc` and `nccl`")]
+    Unknown(String),
     #[error(
         "transport is `nccl`, and the worker computes on the processor: set device to cuda:N, or transport to auto"
     )]
@@ -86,7 +84,7 @@ pub enum NoFabric {
 
 impl Transport {
     /// What moves bytes from GPU number `gpu`, if the worker computes on one. `has_tls`: its streams are encrypted.
-    pub fn open(self, gpu: Option<usize>, has_tls: bool) -> Result<Option<Arc<dyn Fabric>>, NoFabric> {
+    pub fn open(self, gpu: Option<usize>, has_tls: bool) -> Result<Option<Arc<dyn Fabric>>, InvalidTransport> {
         if self == Self::Auto && gpu.is_some() && has_tls {
             tracing::info!(
                 "no lanes from GPU to GPU, which TLS would not cover: --transport nccl has them all the same"
@@ -94,17 +92,22 @@ impl Transport {
             return Ok(None);
         }
         let Some(gpu) = gpu.filter(|_| self != Self::Grpc) else {
-            return if self == Self::Nccl { Err(NoFabric::NoGpu) } else { Ok(None) };
+            return if self == Self::Nccl { Err(InvalidTransport::NoGpu) } else { Ok(None) };
         };
         match gpu::NcclFabric::open(gpu) {
             Ok(fabric) => Ok(Some(Arc::new(fabric))),
-            Err(error) if self == Self::Nccl => Err(NoFabric::Nccl(error)),
+            Err(error) if self == Self::Nccl => Err(InvalidTransport::Nccl(error)),
             Err(error) => {
                 tracing::info!(%error, "no lanes from GPU to GPU: rows go over streams");
                 Ok(None)
             }
         }
     }
+}
+
+/// What a Hello says of it.
+pub fn version_of(fabric: Option<&Arc<dyn Fabric>>) -> String {
+    fabric.map_or_else(String::new, |fabric| fabric.version())
 }
 
 /// Bytes of a slot of rows of so many.

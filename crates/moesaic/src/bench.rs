@@ -11,12 +11,14 @@ mod report;
 mod roofline;
 mod ways;
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use moesaic_attention_worker::engine::profile::Counts;
 use moesaic_kernels::cuda::GpuRoof;
 use moesaic_kernels::{Backend, Pool, Roof};
+use moesaic_model::Config;
 use moesaic_proto::v1::Role;
 
 use crate::here::{self, Profiles};
@@ -34,7 +36,7 @@ const DECODE_SLACK: usize = 64;
 pub struct Args {
     /// The checkpoint's folder; the demo model tiny-r1 if not given
     #[arg(long, value_name = "DIR")]
-    model: Option<std::path::PathBuf>,
+    model: Option<PathBuf>,
     /// f32 or bf16
     #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16"])]
     dtype: String,
@@ -86,7 +88,7 @@ pub struct Args {
     rank: Option<String>,
     /// Of --rank and of --transport all: the model's config.json
     #[arg(long, value_name = "FILE")]
-    config: Option<std::path::PathBuf>,
+    config: Option<PathBuf>,
     /// Of --rank expert: ranks that share the experts
     #[arg(long, value_name = "N", default_value_t = 16)]
     ep: usize,
@@ -143,6 +145,14 @@ pub async fn run(mut args: Args) -> Result<()> {
     crate::cli::say(&if args.json { report.json() } else { report.table(args.layers) });
     drop((load, membership));
     node::stop_all(nodes).await
+}
+
+impl Args {
+    /// The model that `--config` names, if it does.
+    fn model_config(&self) -> Result<Option<Config>> {
+        let read = |file: &PathBuf| Config::read_file(file).map_err(|mut problems| problems.swap_remove(0));
+        Ok(self.config.as_ref().map(read).transpose()?)
+    }
 }
 
 /// Of what computes.

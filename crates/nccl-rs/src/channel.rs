@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::communicator::{Communicator, Monitor};
@@ -11,7 +10,7 @@ use crate::error::Error;
 use crate::group::group;
 use crate::library::{Version, version};
 use crate::memory::{DeviceSlice, DeviceSliceMut};
-use crate::shared::State;
+use crate::shared::{State, pause, rest};
 use crate::unique_id::UniqueId;
 
 mod gpu;
@@ -247,7 +246,8 @@ fn poll(
         if is_done || left.is_some_and(|left| left.is_zero()) {
             return Ok(is_done);
         }
-        rest(left.map_or(pause(waited), |left| pause(waited).min(left)));
+        let pause = pause(waited, SPIN, LONGEST_PAUSE);
+        rest(left.map_or(pause, |left| pause.min(left)));
     }
 }
 
@@ -256,16 +256,6 @@ fn poll(
 const SPIN: Duration = Duration::from_micros(200);
 /// A receiver that idles asks a thousand times a second, which should take a hundredth of a core.
 const LONGEST_PAUSE: Duration = Duration::from_millis(1);
-
-/// How long to sleep; zero is to ask again. An eighth of what was waited, so that waiting takes little more than that
-/// longer.
-fn pause(waited: Duration) -> Duration {
-    if waited < SPIN { Duration::ZERO } else { (waited / 8).min(LONGEST_PAUSE) }
-}
-
-fn rest(pause: Duration) {
-    if pause.is_zero() { thread::yield_now() } else { thread::sleep(pause) }
-}
 
 #[cfg(test)]
 mod tests;

@@ -158,7 +158,7 @@ impl Shared {
                 let _ = self.close(Close::Abort);
                 return Err(self.late(action, timeout));
             }
-            pause(waited);
+            rest(pause(waited, SPIN, LONGEST_PAUSE));
         }
     }
 
@@ -198,11 +198,16 @@ impl Shared {
     }
 }
 
-/// Short at first, since a group is queued in microseconds; then an eighth of what was waited, up to 5 ms.
-fn pause(waited: Duration) {
-    if waited < Duration::from_micros(100) {
-        thread::yield_now();
-    } else {
-        thread::sleep((waited / 8).min(Duration::from_millis(5)));
-    }
+/// A group is queued in microseconds.
+const SPIN: Duration = Duration::from_micros(100);
+const LONGEST_PAUSE: Duration = Duration::from_millis(5);
+
+/// How long to sleep before asking again: not at all at first, then an eighth of what was waited, so that waiting takes
+/// little more than that longer.
+pub(crate) fn pause(waited: Duration, spin: Duration, longest: Duration) -> Duration {
+    if waited < spin { Duration::ZERO } else { (waited / 8).min(longest) }
+}
+
+pub(crate) fn rest(pause: Duration) {
+    if pause.is_zero() { thread::yield_now() } else { thread::sleep(pause) }
 }

@@ -330,7 +330,9 @@ async fn receive(state: &State, answers: &mut Streaming<v1::ExchangeMessage>, ow
                 continue;
             }
             Ok(Some(v1::ExchangeMessage { kind: Some(Kind::Lane(said)) })) => {
-                state.lanes.iter().for_each(|lanes| lanes.hear(said.clone()));
+                if let Some(lanes) = &state.lanes {
+                    lanes.hear(said);
+                }
                 continue;
             }
             Ok(Some(_)) => return "it sent a message that is no frame".into(),

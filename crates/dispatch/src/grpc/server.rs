@@ -30,8 +30,8 @@ pub struct ExpertsService {
     closing: CancellationToken,
 }
 
-/// `hello` is the worker's own; with a `fabric`, it names its version. Once `closing` is cancelled no stream is opened or read on; each ends when what it has
-/// in hand is answered.
+/// `hello` is the worker's own; with a `fabric`, it names its version. Once `closing` is cancelled no stream is opened or
+/// read on; each ends when what it has in hand is answered.
 pub fn service(
     host: Arc<dyn ExpertHost>,
     fabric: Option<Arc<dyn Fabric>>,

@@ -4,10 +4,11 @@
 //! costs nothing to begin one; a sender that falls idle *parks*: it sends a slot that says so, and says over the stream
 //! which slot comes, before it sends that one.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 use super::LANE_FRAMES_MAX;
 use crate::frame::Header;
+use crate::tracker::FrameKey;
 
 /// The beginning of a slot; all numbers are little-endian.
 ///
@@ -170,13 +171,12 @@ impl Incoming {
 pub struct Carrier<F> {
     generation: u32,
     is_up: bool,
-    /// By what their answers are matched by.
-    carried: BTreeMap<(u8, u32), F>,
+    carried: HashMap<FrameKey, F>,
 }
 
 impl<F> Default for Carrier<F> {
     fn default() -> Self {
-        Self { generation: 0, is_up: false, carried: BTreeMap::new() }
+        Self { generation: 0, is_up: false, carried: HashMap::new() }
     }
 }
 
@@ -203,12 +203,12 @@ impl<F> Carrier<F> {
 
     /// The lane has taken a frame, and is there room for it.
     pub fn carry(&mut self, header: &Header, frame: F) {
-        self.carried.insert((header.micro_batch, header.sequence), frame);
+        self.carried.insert(FrameKey::of(header), frame);
     }
 
     /// Its answer has come.
     pub fn answered(&mut self, header: &Header) {
-        self.carried.remove(&(header.micro_batch, header.sequence));
+        self.carried.remove(&FrameKey::of(header));
     }
 
     /// What the lane leaves unanswered, oldest first; `None` if another one is in hand.
@@ -217,8 +217,8 @@ impl<F> Carrier<F> {
             return None;
         }
         self.is_up = false;
-        let mut left: Vec<_> = std::mem::take(&mut self.carried).into_iter().collect();
-        left.sort_by_key(|((_, sequence), _)| *sequence);
+        let mut left: Vec<_> = self.carried.drain().collect();
+        left.sort_unstable_by_key(|(key, _)| key.sequence);
         Some(left.into_iter().map(|(_, frame)| frame).collect())
     }
 }

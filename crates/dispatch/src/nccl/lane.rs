@@ -182,7 +182,7 @@ impl Lane {
                 };
                 let sending = state.clone();
                 let sends = move || sending.keep_sending(out, out_slot, &messages).unwrap_or_else(|e| sending.fail(&e));
-                spawn("lane-send", sends).map_err(|error| format!("starting a thread: {error}"))?;
+                spawn("lane-send", sends).map_err(|error| NotOpened::Thread(error).to_string())?;
                 if end == End::Attention {
                     sender.send(Message::Warm);
                 }

@@ -7,7 +7,6 @@ pub mod experts;
 use anyhow::{Context, Result, anyhow};
 use moesaic_kernels::Dtype;
 use moesaic_kernels::cuda::{Device, DeviceChoice, GpuRoof};
-use moesaic_model::Config;
 use serde_json::{Value, json};
 
 use super::Args;
@@ -16,8 +15,7 @@ use super::Args;
 const ROUNDS: u32 = 20;
 
 pub fn run(args: &Args, role: &str) -> Result<()> {
-    let file = args.config.as_deref().context("--rank needs --config, a model's config.json")?;
-    let config = Config::read_file(file).map_err(|mut problems| problems.swap_remove(0))?;
+    let config = args.model_config()?.context("--rank needs --config, a model's config.json")?;
     let name = args.device.as_deref().unwrap_or("cuda:0");
     let device: DeviceChoice = name.parse()?;
     let device = device.open(Dtype::Bf16, None).map_err(|missing| anyhow!("--device {name}: {missing}"))?;

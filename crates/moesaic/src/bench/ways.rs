@@ -10,14 +10,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
-use moesaic_dispatch::nccl::{Fabric, Transport};
+use moesaic_dispatch::nccl::{self, Fabric, Transport};
 use moesaic_dispatch::{
     CombineOps, DispatchConfig, Dispatcher, ExpertHost, Holder, Hub, ReplySender, RequestFrame, Route, Rows, Shape,
     grpc,
 };
 use moesaic_kernels::cuda::DeviceChoice;
 use moesaic_kernels::{add, bf16, combine_first, combine_next};
-use moesaic_model::Config;
 use moesaic_node::{Connector, handshake, server};
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 use moesaic_proto::v1::{Hello, Role};
@@ -54,7 +53,7 @@ struct Measured {
 }
 
 pub async fn run(args: &Args) -> Result<()> {
-    let hidden = hidden(args)?;
+    let hidden = args.model_config()?.map_or(HIDDEN, |config| config.hidden_size);
     let rows = if args.rows.is_empty() { vec![1, 8, 32, 128, 512] } else { args.rows.clone() };
     ensure!(rows.iter().all(|rows| (1..=FRAME_ROWS_MAX).contains(rows)), "--rows: expected 1 to {FRAME_ROWS_MAX}");
     let mut measured = Vec::new();
@@ -67,11 +66,6 @@ pub async fn run(args: &Args) -> Result<()> {
     }
     crate::cli::say(&if args.json { json(hidden, &measured) } else { table(hidden, &measured) });
     Ok(())
-}
-
-fn hidden(args: &Args) -> Result<usize> {
-    let Some(file) = &args.config else { return Ok(HIDDEN) };
-    Ok(Config::read_file(file).map_err(|mut problems| problems.swap_remove(0))?.hidden_size)
 }
 
 /// Of the GPU that is named, if one is.
@@ -151,11 +145,10 @@ impl ExpertHost for Echo {
     }
 }
 
-fn hello(role: Role, fabric: Option<&dyn Fabric>) -> Result<Hello> {
+fn hello(role: Role, fabric: Option<&Arc<dyn Fabric>>) -> Result<Hello> {
     let id = if role == Role::ExpertWorker { "echo" } else { "bench" };
-    let mut hello = handshake::hello("bench", role, &WorkerId::new(id)?, "", "bf16");
-    hello.nccl = fabric.map_or_else(String::new, |fabric| fabric.version());
-    Ok(hello)
+    let hello = handshake::hello("bench", role, &WorkerId::new(id)?, "", "bf16");
+    Ok(Hello { nccl: nccl::version_of(fabric), ..hello })
 }
 
 fn dispatcher(hidden: usize, fabric: Option<Arc<dyn Fabric>>, hub: Option<Hub>, address: String) -> Result<Dispatcher> {
@@ -166,7 +159,7 @@ fn dispatcher(hidden: usize, fabric: Option<Arc<dyn Fabric>>, hub: Option<Hub>, 
         groups: 1,
         source: 0,
         layer_deadline: UP_TIMEOUT,
-        hello: hello(Role::AttentionWorker, fabric.as_deref())?,
+        hello: hello(Role::AttentionWorker, fabric.as_ref())?,
         connector: Connector::default(),
         fabric,
         ops: CombineOps { first: combine_first, next: combine_next, add },
@@ -215,7 +208,7 @@ pub async fn echo(args: &Args, hidden: usize) -> Result<()> {
     let bound = server::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
     crate::cli::say(&format!("{}\n", bound.address()));
     let stop = CancellationToken::new();
-    let hello = hello(Role::ExpertWorker, fabric.as_deref())?;
+    let hello = hello(Role::ExpertWorker, fabric.as_ref())?;
     let routes = Routes::new(grpc::service(Echo::new(hidden), fabric, hello, stop.clone()));
     roles::stop_when_stdin_closes(stop.clone());
     Ok(bound.serve(routes, None, stop, Duration::ZERO).await?)

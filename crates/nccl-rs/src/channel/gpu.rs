@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUresult, CUstream};
 use cudarc::driver::{DriverError, result, sys};
 
-use super::{poll, rest};
+use super::poll;
 use crate::error::Error;
 use crate::memory::Stream;
-use crate::shared::State;
+use crate::shared::{State, rest};
 
 /// The smallest buffer.
 const SMALLEST: usize = 64 << 10;

@@ -1,14 +1,14 @@
 //! One attention rank: a whole decode step as a worker makes it, with experts that answer at once, and its larger parts.
 
 use std::fmt::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use moesaic_attention_worker::core::batcher::{Part, SequenceId};
 use moesaic_attention_worker::engine::arithmetic::Arithmetic;
 use moesaic_attention_worker::engine::gpu::{Buffers, Gpu, Limits};
 use moesaic_kernels::PAGE_TOKENS;
-use moesaic_kernels::cuda::{Device, GpuError, GpuRoof};
+use moesaic_kernels::cuda::{Device, GpuError, GpuRoof, time_of};
 use moesaic_model::Config;
 use serde_json::{Value, json};
 
@@ -109,13 +109,8 @@ impl Rank<'_> {
         Ok(Row { sequences: self.parts.len(), step, attention, gates, head, cache })
     }
 
-    fn time(&self, mut work: impl FnMut() -> Result<(), GpuError>) -> Result<Duration, GpuError> {
-        work()?;
-        self.device.finish()?;
-        let start = Instant::now();
-        (0..self.rounds).try_for_each(|_| work())?;
-        self.device.finish()?;
-        Ok(start.elapsed() / self.rounds)
+    fn time(&self, work: impl FnMut() -> Result<(), GpuError>) -> Result<Duration, GpuError> {
+        time_of(self.device, self.rounds, work)
     }
 }
 
