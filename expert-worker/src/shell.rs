@@ -87,8 +87,8 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let (engine, ended) =
         Engine::start(shape, backend.clone(), config.inbox_frames, profile).context("starting the compute thread")?;
 
-    let bound = server::bind(config.listen).await?;
-    let watched = vitals::bind(config.metrics_listen).await?;
+    let bound = server::bind(config.listen)?;
+    let watched = vitals::bind(config.metrics_listen)?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let closing = CancellationToken::new();
     let service = grpc::service(engine.clone(), fabric, hello.clone(), closing.clone());

@@ -168,7 +168,7 @@ impl Cluster {
             ..Default::default()
         };
         let context = coordinator::Context { membership: registry.clone().into() };
-        let coordinator = coordinator::Coordinator::bind(config, context).await.unwrap();
+        let coordinator = coordinator::Coordinator::bind(config, context).unwrap();
         let url = format!("http://{}", coordinator.address());
         nodes.push(tokio::spawn(coordinator.serve(stop.clone())));
         let client = InferenceClient::connect(url.clone()).await.unwrap();

@@ -122,7 +122,7 @@ impl Secured {
             ..Default::default()
         };
         let context = coordinator::Context { membership: membership(Role::Coordinator, "c0") };
-        let front = coordinator::Coordinator::bind(config, context).await.unwrap();
+        let front = coordinator::Coordinator::bind(config, context).unwrap();
         let door = Peer { role: Role::Coordinator, id: None, address: front.address().to_string() };
         nodes.push(tokio::spawn(front.serve(stop.clone())));
 

@@ -86,7 +86,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     // Dropped, and so ended, with this function.
     let mut tasks = JoinSet::new();
     let (tell, told) = watch::channel(None);
-    if let Some(listener) = vitals::bind(config.metrics_listen).await? {
+    if let Some(listener) = vitals::bind(config.metrics_listen)? {
         tasks.spawn(vitals::answer(listener, told));
     }
     let id = membership.id(config.id.as_deref(), "attention")?;
@@ -98,7 +98,7 @@ pub async fn run(config: Config, context: Context, stop: CancellationToken) -> a
     let (engine, ended) = start_engine(&config, &checkpoint, backend.clone(), dispatcher.clone(), profile).await?;
     let ended = ended.shared();
 
-    let bound = server::bind(config.listen).await?;
+    let bound = server::bind(config.listen)?;
     let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
     let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
     let figures = Arc::new(Figures {

@@ -12,7 +12,7 @@ use moesaic_node::config::check_address;
 use moesaic_node::http::{Limits, serve};
 use moesaic_node::server::{set_serving, with_health_and_reflection};
 use moesaic_node::trace::Traces;
-use moesaic_node::{Member, Membership, Registration, handshake, vitals};
+use moesaic_node::{Member, Membership, Registration, accept, handshake, vitals};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
 use tokio::net::TcpListener;
@@ -65,12 +65,12 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
 
 /// Serves until `stop`, then lets running requests finish within the bound.
 pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
-    Coordinator::bind(config, context).await?.serve(stop).await
+    Coordinator::bind(config, context)?.serve(stop).await
 }
 
 impl Coordinator {
     /// Reads the checkpoint's folder and takes the port.
-    pub async fn bind(config: Config, context: Context) -> anyhow::Result<Self> {
+    pub fn bind(config: Config, context: Context) -> anyhow::Result<Self> {
         config.validate()?;
         let model = Model::open(&config.model, config.served_name.as_deref())?;
         let tokenizer = Tokenizer::open(&config.model)?;
@@ -85,10 +85,9 @@ impl Coordinator {
         let (registry, connector) = (&*membership.registry, membership.connector());
         let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, registry, connector);
         let service = Service::new(model, tokenizer, template, Arc::new(workers), config.sequences_max);
-        let listener =
-            TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
+        let listener = accept::listen(config.listen).with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = listener.local_addr()?;
-        let watched = vitals::bind(config.metrics_listen).await?;
+        let watched = vitals::bind(config.metrics_listen)?;
         Ok(Self { config, id, membership, service: Arc::new(service), keeper, listener, watched, address })
     }
 

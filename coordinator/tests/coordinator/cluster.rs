@@ -236,7 +236,7 @@ impl Cluster {
     /// No workers yet.
     pub async fn start(config: Config) -> Self {
         let registry = registry::embedded();
-        let coordinator = Coordinator::bind(config, Context { membership: registry.clone().into() }).await.unwrap();
+        let coordinator = Coordinator::bind(config, Context { membership: registry.clone().into() }).unwrap();
         let url = format!("http://{}", coordinator.address());
         let stop = CancellationToken::new();
         let serving = tokio::spawn(coordinator.serve(stop.clone()));
@@ -246,7 +246,7 @@ impl Cluster {
 
     pub async fn add_worker(&mut self, id: &str, fingerprint: &str, script: Script) {
         let fake = Arc::new(Fake { script: Mutex::new(script), reachable: true.into(), ..Fake::default() });
-        let bound = server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let bound = server::bind(([127, 0, 0, 1], 0).into()).unwrap();
         let address = bound.address().to_string();
         let routes = tonic::service::Routes::new(AttentionWorkerServer::new(Shared(fake.clone())));
         tokio::spawn(bound.serve(routes, None, CancellationToken::new(), Duration::ZERO));

@@ -40,8 +40,7 @@ pub async fn start_profiled(plan: &Plan, profiles: Profiles, direct: bool) -> Re
     let coordinator = Coordinator::bind(
         config::load(None, &plan.coordinator(spec, plan.args.listen))?,
         moesaic_coordinator::Context { membership: registry.clone().into() },
-    )
-    .await?;
+    )?;
     let address = coordinator.address();
     let shared = Shared { registry: registry.clone(), hub: direct.then(Hub::default), profiles };
     let mut nodes = Vec::new();

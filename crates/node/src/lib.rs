@@ -1,7 +1,7 @@
 //! Being a member of the cluster: typed config, the registry with its leases and watches, connections to peers with
 //! TLS and the handshake, who may call what, a gRPC server with health and reflection, graceful stop, logs and traces. Knows no tensors and no requests.
 
-mod accept;
+pub mod accept;
 pub mod access;
 pub mod config;
 pub mod connect;

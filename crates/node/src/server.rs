@@ -57,9 +57,9 @@ pub struct Bound {
 }
 
 /// Takes the port; 0 takes any free one.
-pub async fn bind(address: SocketAddr) -> Result<Bound, ServerError> {
+pub fn bind(address: SocketAddr) -> Result<Bound, ServerError> {
     let failed = |source| ServerError::Bind { address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let listener = accept::listen(address).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     Ok(Bound { listener, address })
 }

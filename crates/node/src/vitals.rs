@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::accept;
 use crate::http::{Limits, serve};
 use crate::metrics::{CONTENT_TYPE, Page};
 use crate::server::ServerError;
@@ -43,9 +44,9 @@ pub enum Detail {
 }
 
 /// Takes the port, if one is wanted.
-pub async fn bind(address: Option<SocketAddr>) -> Result<Option<TcpListener>, ServerError> {
+pub fn bind(address: Option<SocketAddr>) -> Result<Option<TcpListener>, ServerError> {
     let Some(address) = address else { return Ok(None) };
-    let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Bind { address, source })?;
+    let listener = accept::listen(address).map_err(|source| ServerError::Bind { address, source })?;
     Ok(Some(listener))
 }
 

@@ -40,7 +40,7 @@ impl Pair {
             Tls::open(&folder, CLUSTER, role, None).unwrap()
         };
         let (server, client) = (open(Role::ExpertWorker, "server"), open(Role::AttentionWorker, "client"));
-        let bound = bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let bound = bind(([127, 0, 0, 1], 0).into()).unwrap();
         let peer = Peer { role: Role::ExpertWorker, id: None, address: bound.address().to_string() };
         let (routes, _) = with_health_and_reflection(Routes::default(), "x").await;
         let stop = CancellationToken::new();

@@ -205,7 +205,7 @@ async fn remote(args: &Args, hidden: usize, fabric: Option<Arc<dyn Fabric>>) -> 
 /// The process at the other end: says where it is, and lives until its standard input closes.
 pub async fn echo(args: &Args, hidden: usize) -> Result<()> {
     let fabric = fabric(args)?;
-    let bound = server::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
+    let bound = server::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
     crate::cli::say(&format!("{}\n", bound.address()));
     let stop = CancellationToken::new();
     let hello = hello(Role::ExpertWorker, fabric.as_ref())?;
