@@ -7,7 +7,7 @@ use std::thread;
 
 use moesaic_dispatch::nccl::{Fabric, InvalidTransport, Transport};
 use moesaic_kernels::cuda::{DeviceChoice, Missing, UnknownDevice};
-use moesaic_kernels::{Backend, Dtype, Pool, UnknownDtype};
+use moesaic_kernels::{Backend, DtypeChoice, Pool, UnknownDtype};
 use moesaic_node::config::{InvalidAddress, InvalidBytes, check_address, read_bytes};
 use moesaic_node::membership::Settings;
 use moesaic_proto::limits::FRAME_ROWS_MAX;
@@ -34,7 +34,7 @@ pub struct Config {
     pub listen: SocketAddr,
     /// "host:port" that other nodes can reach; `listen` if unset.
     pub advertise: Option<String>,
-    /// "f32" or "bf16"
+    /// "f32"; "bf16", or one of its ways on a processor: "bf16-fma", "bf16-dp".
     pub dtype: String,
     /// "cpu", "cuda:N" or "auto": the first GPU if there is one. A GPU computes bf16.
     pub device: String,
@@ -148,7 +148,7 @@ pub struct Flags {
     #[arg(long, value_name = "HOST:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise: Option<String>,
-    /// f32 or bf16
+    /// f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<String>,
@@ -325,7 +325,7 @@ impl Config {
         self.device_memory.as_ref().map(read).transpose()
     }
 
-    pub fn dtype(&self) -> Result<Dtype, InvalidConfig> {
+    pub fn dtype(&self) -> Result<DtypeChoice, InvalidConfig> {
         Ok(self.dtype.parse()?)
     }
 

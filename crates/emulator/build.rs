@@ -17,7 +17,7 @@ fn main() {
     for (suite, shared_bytes) in SUITES {
         let mut build = compiler();
         build.define("SHARED_BYTES", &*shared_bytes.to_string()).define("SUITE", &*format!("\"{suite} \""));
-        for source in ["experts", "linear", "attention", "rows"] {
+        for source in ["experts", "linear", "attention", "rows", "draw"] {
             build.file(format!("{kernels}/{source}.cu"));
         }
         build.compile(&format!("moesaic_kernels_{suite}"));

@@ -12,7 +12,7 @@ use moesaic_dispatch::nccl::Fabric;
 use moesaic_dispatch::nccl::fake::FakeFabric;
 use moesaic_expert_worker as expert_worker;
 use moesaic_kernels::cuda::Device;
-use moesaic_kernels::{Backend, Numerics, Pool};
+use moesaic_kernels::{Backend, DtypeChoice, Pool};
 use moesaic_model::Checkpoint;
 use moesaic_node::{Registry, registry};
 use moesaic_proto::v1::Role;
@@ -109,7 +109,7 @@ impl Cluster {
         let pool = Pool::new(options.threads);
         let backend = |gpu: &Option<Device>| match gpu {
             Some(device) => Backend::Gpu(device.clone()),
-            None => Backend::Cpu(Numerics::detect(options.dtype.parse().unwrap()), pool.clone()),
+            None => Backend::Cpu(options.dtype.parse::<DtypeChoice>().unwrap().numerics(), pool.clone()),
         };
         let (attention, experts) = (backend(&options.attention_gpu), backend(&options.experts_gpu));
         let fabric = options.fabric.clone().map(|fabric| Arc::new(fabric) as Arc<dyn Fabric>);

@@ -11,7 +11,7 @@ use moesaic_attention_worker as attention_worker;
 use moesaic_coordinator as coordinator;
 use moesaic_coordinator::core::keys;
 use moesaic_expert_worker as expert_worker;
-use moesaic_kernels::{Backend, Numerics, Pool};
+use moesaic_kernels::{Backend, Pool};
 use moesaic_model::Checkpoint;
 use moesaic_node::{Identity, Member, Membership, Peer, Registry, Tls, registry};
 use moesaic_proto::WorkerId;
@@ -92,7 +92,7 @@ impl Secured {
         let context = expert_worker::Context {
             membership: membership(Role::ExpertWorker, "e0"),
             hub: None,
-            backend: Backend::Cpu(Numerics::detect(config.dtype().unwrap()), pool.clone()),
+            backend: Backend::Cpu(config.dtype().unwrap().numerics(), pool.clone()),
             fabric: None,
             checkpoint: checkpoint.clone(),
             profile: Arc::default(),
@@ -107,7 +107,7 @@ impl Secured {
         let context = attention_worker::Context {
             membership: membership(Role::AttentionWorker, "a0"),
             hub: None,
-            backend: Backend::Cpu(Numerics::detect(config.dtype().unwrap()), pool),
+            backend: Backend::Cpu(config.dtype().unwrap().numerics(), pool),
             fabric: None,
             checkpoint,
             profile: Arc::default(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use moesaic_emulator::NAMED;
 use moesaic_kernels::cuda::{Device, GpuRoof};
+use moesaic_proto::v1::GenerateRequest;
 use moesaic_tests::cluster::{Cluster, Options, PATIENCE, Transport, until};
 use moesaic_tests::fixtures::{MODELS, folder};
 use moesaic_tests::parity::bf16_is_near;
@@ -133,4 +134,22 @@ async fn tokens_do_not_depend_on_what_runs_beside_them() {
             assert_eq!((&answer.prompt, &answer.tokens), (&expected.prompt, &expected.tokens));
         }
     }
+}
+
+/// The GPU draws tokens, and the processor where log-probabilities are wanted, too: both draw the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn log_probabilities_change_no_token() {
+    let gpu = device(5);
+    let options = Options { attention_gpu: Some(gpu.clone()), experts_gpu: Some(gpu), ..options("v3-fp8") };
+    let cluster = Cluster::start(&options).await;
+    let seen: Vec<_> = forty(259).into_iter().take(8).collect();
+    let drawn = seen.iter().cloned();
+    let drawn: Vec<_> =
+        drawn.map(|request| GenerateRequest { logprobs: None, prompt_logprobs: None, ..request }).collect();
+    let (seen, drawn) = (cluster.at_once(&seen).await, cluster.at_once(&drawn).await);
+    cluster.stop().await;
+    assert!(seen.iter().flat_map(|answer| &answer.tokens).all(|token| token.logprob.is_some()));
+    assert!(drawn.iter().flat_map(|answer| &answer.tokens).all(|token| token.logprob.is_none()));
+    let ids = |answers: &[Answer]| answers.iter().map(Answer::ids).collect::<Vec<_>>();
+    assert_eq!(ids(&drawn), ids(&seen));
 }

@@ -9,7 +9,7 @@
 //! h, x and what is made of them stay in the micro-batch's buffers, wherever those are.
 
 use moesaic_dispatch::Rows;
-use moesaic_kernels::{Choice, GateParams};
+use moesaic_kernels::{Choice, Draw, GateParams};
 use moesaic_model::Config;
 
 use crate::core::batcher::Part;
@@ -39,8 +39,28 @@ pub trait Arithmetic {
     fn dense(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
     /// h = h + what the layer's `dense` made, and experts(x) [rows, hidden], which may be changed.
     fn add(&self, layer: usize, experts: &mut [f32], b: &mut Self::Buffers) -> Result<(), Self::Failure>;
-    /// Of some rows, after the last layer: [rows, vocabulary].
-    fn logits(&self, rows: &[usize], b: &mut Self::Buffers) -> Result<Vec<f32>, Self::Failure>;
+    /// Of some rows, after the last layer, the tokens that are drawn, or the logits.
+    fn read(&self, asked: &[Asked], b: &mut Self::Buffers) -> Result<Reading, Self::Failure>;
+}
+
+/// A row that is read after the last layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Asked {
+    /// Of the micro-batch.
+    pub row: usize,
+    /// If a token is to be drawn.
+    pub draw: Option<Draw>,
+    /// Whether its logits are wanted, whatever is drawn.
+    pub logits: bool,
+}
+
+/// What rows were read as.
+#[derive(Debug)]
+pub struct Reading {
+    /// A row's token, where the arithmetic draws, and its logits are not wanted.
+    pub tokens: Vec<Option<u32>>,
+    /// Of the other rows, in order: [rows, vocabulary].
+    pub logits: Vec<f32>,
 }
 
 pub fn tokens(parts: &[Part]) -> impl Iterator<Item = u32> {

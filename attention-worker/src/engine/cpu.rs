@@ -11,7 +11,7 @@ use moesaic_kernels::{
 };
 use moesaic_model::Config;
 
-use super::arithmetic::{Arithmetic, positions, tokens};
+use super::arithmetic::{Arithmetic, Asked, Reading, positions, tokens};
 use super::weights::{Mla, Mlp, Query, Weights};
 use crate::core::batcher::Part;
 
@@ -240,13 +240,13 @@ impl Arithmetic for Cpu {
         Ok(())
     }
 
-    fn logits(&self, rows: &[usize], b: &mut Buffers) -> Result<Vec<f32>, Infallible> {
+    fn read(&self, asked: &[Asked], b: &mut Buffers) -> Result<Reading, Infallible> {
         let hidden = self.config().hidden_size;
-        let h: Vec<f32> = rows.iter().flat_map(|row| &b.h[row * hidden..][..hidden]).copied().collect();
+        let h: Vec<f32> = asked.iter().flat_map(|asked| &b.h[asked.row * hidden..][..hidden]).copied().collect();
         let (mut x, mut logits) = (Vec::new(), Vec::new());
         self.rms_norm(&h, &self.weights.final_norm, &mut x);
         self.linear(&self.weights.head, &x, &mut logits);
-        Ok(logits)
+        Ok(Reading { tokens: vec![None; asked.len()], logits })
     }
 }
 

@@ -12,7 +12,7 @@ use moesaic_model::Config;
 use moesaic_node::trace::{Kind, Span as Trace};
 use moesaic_proto::{ExpertId, LayerId};
 
-use super::arithmetic::Arithmetic;
+use super::arithmetic::{Arithmetic, Asked, Reading};
 use super::expert_counts::ExpertCounts;
 use super::profile::{Part as Time, Profile};
 use crate::core::batcher::Part;
@@ -109,9 +109,9 @@ impl<A: Arithmetic> Decoder<A> {
         Ok(())
     }
 
-    /// The logits [rows, vocabulary] of some rows of the micro-batch that `b` was last used for.
-    pub fn logits(&self, rows: &[usize], b: &mut Buffers<A::Buffers>) -> Result<Vec<f32>, A::Failure> {
-        self.profile.time(Time::Head, || self.arithmetic.logits(rows, &mut b.own))
+    /// Reads some rows of the micro-batch that `b` was last used for.
+    pub fn read(&self, asked: &[Asked], b: &mut Buffers<A::Buffers>) -> Result<Reading, A::Failure> {
+        self.profile.time(Time::Head, || self.arithmetic.read(asked, &mut b.own))
     }
 
     /// Chooses experts, and sends them their rows.

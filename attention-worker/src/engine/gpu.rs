@@ -7,13 +7,13 @@ use std::cell::RefCell;
 
 use moesaic_dispatch::Rows;
 use moesaic_kernels::cuda::{
-    self, Append, Attend, Buffer, Device, GpuError, Normed, Pages, Parcel, Part as Place, Returned, Rotate, Routed,
-    Strides, View,
+    self, Append, Attend, Buffer, Device, Drawn, GpuError, Normed, Pages, Parcel, Part as Place, Returned, Rotate,
+    Routed, Strides, View,
 };
-use moesaic_kernels::{Choice, GateParams, PAGE_TOKENS, bf16};
+use moesaic_kernels::{Choice, Edit, GateParams, PAGE_TOKENS, bf16};
 use moesaic_model::{Checkpoint, Config, ModelError};
 
-use super::arithmetic::{Arithmetic, positions, tokens};
+use super::arithmetic::{Arithmetic, Asked, Reading, positions, tokens};
 use super::thread::LOGITS_MAX;
 use crate::core::batcher::Part;
 use weights::{Mlp, Query, Weights};
@@ -40,10 +40,16 @@ pub struct Limits {
 }
 
 struct Head {
-    picks: Parcel,
+    /// Rows, how tokens are drawn of them, and the edits.
+    asked: Parcel,
     logits: Buffer<f32>,
-    returned: Returned<f32>,
+    tokens: Buffer<u32>,
+    returned_logits: Returned<f32>,
+    returned_tokens: Returned<u32>,
 }
+
+/// Of all rows that are read at a time: a megabyte.
+const EDITS_MAX: usize = 1 << 16;
 
 /// What a micro-batch is computed in.
 pub struct Buffers {
@@ -160,11 +166,14 @@ impl Gpu {
         let c = weights.config();
         let (layers, latent) = (c.num_hidden_layers, c.kv_lora_rank);
         let [sums, sum_weights] = cuda::room(c.num_attention_heads, latent, c.max_position_embeddings);
-        let logits = (LOGITS_MAX / c.vocab_size).clamp(1, limits.rows) * c.vocab_size;
+        let rows = (LOGITS_MAX / c.vocab_size).clamp(1, limits.rows);
+        let (draws, edits) = (rows * size_of::<Drawn>(), EDITS_MAX * size_of::<Edit>());
         let head = Head {
-            picks: Parcel::new(&device, Parcel::room(&[limits.rows * 4]))?,
-            logits: device.buffer(logits)?,
-            returned: device.returned(logits)?,
+            asked: Parcel::new(&device, Parcel::room(&[rows * 4, draws, edits]))?,
+            logits: device.buffer(rows * c.vocab_size)?,
+            tokens: device.buffer(rows)?,
+            returned_logits: device.returned(rows * c.vocab_size)?,
+            returned_tokens: device.returned(rows)?,
         };
         Ok(Self {
             pages: Pages::new(&device, layers, limits.pages as usize, latent, c.qk_rope_head_dim)?,
@@ -389,21 +398,62 @@ impl Arithmetic for Gpu {
         Ok(())
     }
 
-    fn logits(&self, rows: &[usize], b: &mut Buffers) -> Result<Vec<f32>, GpuError> {
-        let (device, count) = (&self.device, b.row_count());
+    fn read(&self, asked: &[Asked], b: &mut Buffers) -> Result<Reading, GpuError> {
+        let (device, vocabulary, count) = (&self.device, self.config().vocab_size, b.row_count());
         if !matches!(b.pending, Pending::Nothing) {
             self.norm_rows(b, None, None, count, false)?;
         }
         let head = &mut *self.head.borrow_mut();
-        head.picks.open();
-        let picks = head.picks.put_all(rows.iter().map(|row| *row as u32));
-        head.picks.send(device)?;
-        self.norm_rows(b, Some(&self.weights.final_norm), Some(head.picks.view(picks)), rows.len(), false)?;
-        self.weights.head.queue(device, rows.len(), b.x.view(), head.logits.view())?;
-        let len = rows.len() * self.config().vocab_size;
-        device.queue_return(head.logits.view(), &mut head.returned, len)?;
+        let Split { seen, drawn, draws, edits } = Split::new(asked);
+        head.asked.open();
+        let picks = head.asked.put_all(seen.iter().chain(&drawn).map(|i| asked[*i].row as u32));
+        let (draws, edits) = (head.asked.put(&draws), head.asked.put(&edits));
+        head.asked.send(device)?;
+        self.norm_rows(b, Some(&self.weights.final_norm), Some(head.asked.view(picks)), asked.len(), false)?;
+        self.weights.head.queue(device, asked.len(), b.x.view(), head.logits.view())?;
+        let seen_len = seen.len() * vocabulary;
+        if !drawn.is_empty() {
+            let (logits, draws, edits) =
+                (head.logits.view().from(seen_len), head.asked.view(draws), head.asked.view(edits));
+            cuda::draw(device, vocabulary, logits, draws, edits, head.tokens.view())?;
+        }
+        device.queue_return(head.logits.view(), &mut head.returned_logits, seen_len)?;
+        device.queue_return(head.tokens.view(), &mut head.returned_tokens, drawn.len())?;
         device.finish()?;
-        Ok(head.returned.values()[..len].to_vec())
+        let mut tokens = vec![None; asked.len()];
+        for (i, token) in drawn.iter().zip(head.returned_tokens.values()) {
+            tokens[*i] = Some(*token);
+        }
+        Ok(Reading { tokens, logits: head.returned_logits.values()[..seen_len].to_vec() })
+    }
+}
+
+/// Rows that are asked for, by what comes back of them.
+struct Split {
+    /// Their logits.
+    seen: Vec<usize>,
+    /// A token that the GPU draws, and how.
+    drawn: Vec<usize>,
+    draws: Vec<Drawn>,
+    edits: Vec<Edit>,
+}
+
+impl Split {
+    /// A row whose edits find no room is drawn on the processor, which draws the same.
+    fn new(asked: &[Asked]) -> Self {
+        let mut split = Self { seen: Vec::new(), drawn: Vec::new(), draws: Vec::new(), edits: Vec::new() };
+        for (i, asked) in asked.iter().enumerate() {
+            let room = EDITS_MAX - split.edits.len();
+            match asked.draw.as_ref().filter(|draw| !asked.logits && draw.edits.len() <= room) {
+                None => split.seen.push(i),
+                Some(draw) => {
+                    split.drawn.push(i);
+                    split.draws.push(Drawn::new(draw, split.edits.len()));
+                    split.edits.extend(&draw.edits);
+                }
+            }
+        }
+        split
     }
 }
 

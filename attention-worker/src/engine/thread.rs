@@ -10,18 +10,19 @@ use std::thread;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use moesaic_dispatch::Dispatcher;
+use moesaic_kernels::draw;
 use moesaic_node::trace::{self, Kind, Span};
 use tokio::runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::arithmetic::Arithmetic;
+use super::arithmetic::{Arithmetic, Asked, Reading};
 use super::decoder::{Buffers, Decoder, StepError};
 use super::events::{Event, Events, Speaker};
 use super::expert_counts::ExpertCounts;
 use super::handle::{self, Command, EngineHandle, Inbox, Running, Submit, Token};
 use super::profile::{Part as Time, Profile};
 use crate::core::batcher::{Batcher, Counts, Finish, Limits, Part, Refused, SequenceId};
-use crate::core::sampler::{Sampling, logprobs, sample};
+use crate::core::sampler::{Sampling, logprobs};
 
 /// Logits in memory at a time, at most: the head's weights are read once for so many.
 pub const LOGITS_MAX: usize = 16 << 20;
@@ -217,30 +218,41 @@ impl<A: Arithmetic> Engine<'_, A> {
         Ok(slot)
     }
 
-    /// Computes the logits that somebody needs, a few rows at a time, and says which token each part draws.
+    /// Reads the rows that somebody needs, a few at a time, and says which token each part draws.
     fn read(&mut self, parts: &[Part], b: &mut Buffers<A::Buffers>) -> Result<Vec<Option<Token>>, A::Failure> {
         let mut drawn: Vec<Option<Token>> = vec![None; parts.len()];
         let wanted = self.wanted(parts);
         let vocab = self.decoder.config().vocab_size;
         for block in wanted.chunks((LOGITS_MAX / vocab).max(1)) {
-            let rows: Vec<usize> = block.iter().map(|want| want.row).collect();
-            let (profile, logits) = (self.decoder.profile(), self.decoder.logits(&rows, b)?);
-            for (want, logits) in block.iter().zip(logits.chunks_exact(vocab)) {
+            let asked: Vec<Asked> = block.iter().map(|want| self.asked(parts[want.part].sequence, want)).collect();
+            let Reading { tokens, logits } = self.decoder.read(&asked, b)?;
+            let (profile, mut logits) = (self.decoder.profile(), logits.chunks_exact(vocab));
+            for ((want, asked), read) in block.iter().zip(&asked).zip(tokens) {
+                if let Some(token) = read {
+                    drawn[want.part] = Some(Token { token, logprobs: None });
+                    continue;
+                }
                 let id = parts[want.part].sequence;
-                let (prompt, generated) = self.batcher.tokens(id).expect("a sequence in flight is not removed");
+                let (prompt, _) = self.batcher.tokens(id).expect("a sequence in flight is not removed");
                 let stream = self.streams.get_mut(&id).expect("a sequence has a stream until it ends");
-                match want.prompt {
-                    Some(index) => stream.prompt.push(token(logits, prompt[index], stream.prompt_logprobs)),
-                    None => {
-                        drawn[want.part] = Some(profile.time(Time::Sampling, || {
-                            let choice = sample(logits, &stream.sampling, prompt, generated);
-                            token(logits, choice, stream.logprobs)
-                        }));
-                    }
+                let logits = logits.next().expect("a row without a token has logits");
+                if let Some(index) = want.prompt {
+                    stream.prompt.push(token(logits, prompt[index], stream.prompt_logprobs));
+                }
+                if let Some(how) = &asked.draw {
+                    let draw = || token(logits, draw(logits, how), stream.logprobs);
+                    drawn[want.part] = Some(profile.time(Time::Sampling, draw));
                 }
             }
         }
         Ok(drawn)
+    }
+
+    fn asked(&self, id: SequenceId, want: &Want) -> Asked {
+        let (prompt, generated) = self.batcher.tokens(id).expect("a sequence in flight is not removed");
+        let stream = self.streams.get(&id).expect("a sequence has a stream until it ends");
+        let draw = want.prompt.is_none().then(|| stream.sampling.draw(prompt, generated));
+        Asked { row: want.row, logits: draw.is_none() || stream.logprobs.is_some(), draw }
     }
 
     /// Rows whose logits are needed: where a token is drawn, and prompt rows whose log-probabilities were asked for and

@@ -136,12 +136,14 @@ T from_lane(T value, u32 mask) {
     by = mask;
     return emulator::take_from(value, +[](u32 lane) { return lane ^ by; });
 }
-DEVICE u32 from_lane_before(u32 value, u32 delta) {
+template <class T>
+T from_lane_before(T value, u32 delta) {
     static u32 by;
     by = delta;
     return emulator::take_from(value, +[](u32 lane) { return lane >= by ? lane - by : lane; });
 }
-DEVICE u32 from_last_lane(u32 value) {
+template <class T>
+T from_last_lane(T value) {
     return emulator::take_from(value, +[](u32) { return 31u; });
 }
 
@@ -177,6 +179,8 @@ DEVICE float fused(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float fast_exp(float x) { return std::exp(x); }
 DEVICE float fast_divide(float x, float y) { return x / y; }
 DEVICE float reciprocal_root(float x) { return 1 / std::sqrt(x); }
+DEVICE float nearest(float x) { return std::nearbyint(x); }
+DEVICE u64 product_high(u64 a, u64 b) { return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64); }
 
 struct alignas(16) Four {
     u32 x[4];
@@ -194,3 +198,4 @@ DEVICE u32 count_up(u32* counter, u32 last) {
     *counter = before >= last ? 0 : before + 1;
     return before;
 }
+DEVICE void add_shared(u64* to, u64 value) { *to += value; }

@@ -9,7 +9,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use moesaic_kernels::Dtype;
+use moesaic_kernels::DtypeChoice;
 use moesaic_kernels::cuda::{Address, Device, DeviceChoice, Gpu, GpuError, Kernel, Launch, Properties};
 
 unsafe extern "C" {
@@ -34,7 +34,8 @@ pub const NAMED: &str = "MOESAIC_TEST_DEVICE";
 pub fn test_device(arena_bytes: usize, seed: u64) -> Device {
     let Ok(named) = std::env::var(NAMED) else { return device(arena_bytes, seed) };
     let choice: DeviceChoice = named.parse().unwrap_or_else(|unknown| panic!("{NAMED}: {unknown}"));
-    let opened = choice.open(Dtype::Bf16, Some(arena_bytes)).unwrap_or_else(|missing| panic!("{NAMED}: {missing}"));
+    let opened =
+        choice.open(DtypeChoice::Bf16, Some(arena_bytes)).unwrap_or_else(|missing| panic!("{NAMED}: {missing}"));
     opened.unwrap_or_else(|| panic!("{NAMED} is {named}: no GPU"))
 }
 

@@ -7,8 +7,8 @@
 use std::time::Instant;
 
 use moesaic_kernels::{
-    Dtype, Expand, Ffn, LatentPages, Linear, Matrix, MatrixData, Numerics, PAGE_TOKENS, PerHead, Pool, Query, Roof,
-    RowsRef, Span, grouped_experts, mla_attend, mla_attend_expanded,
+    Draw, Dtype, Expand, Ffn, LatentPages, Linear, Matrix, MatrixData, Numerics, PAGE_TOKENS, PerHead, Pool, Query,
+    Roof, RowsRef, Span, draw, grouped_experts, mla_attend, mla_attend_expanded,
 };
 
 /// Weights that a test passes over before it meets the first again.
@@ -39,7 +39,7 @@ impl Bench {
             .collect();
         times.sort_unstable_by(f64::total_cmp);
         let time = times[ROUNDS / 2];
-        let least = (work.bytes / self.roof.read).max(work.fma / self.roof.pairs);
+        let least = (work.bytes / self.roof.read).max(work.fma / self.roof.bf16);
         println!(
             "{name:<44} {:>9.1} us {:>7.1} GB/s {:>8.1} GFLOP/s {:>5.0} %",
             1e6 * time,
@@ -208,6 +208,27 @@ fn prompt_attention(bench: &Bench) {
     }
 }
 
+/// A token of DeepSeek-V3's vocabulary.
+fn draws(bench: &Bench) {
+    if !bench.wants("draw") {
+        return;
+    }
+    let logits: Vec<f32> = values(129_280, 5).into_iter().map(|x| 10.0 * x).collect();
+    let all = Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 1 << 63, edits: Vec::new() };
+    let cases = [
+        ("the best", Draw { temperature: 0.0, ..all.clone() }),
+        ("of all", all.clone()),
+        ("top-k 50", Draw { top_k: 50, ..all.clone() }),
+        ("top-p 0.95", Draw { top_p: 0.95, ..all }),
+    ];
+    for (name, how) in cases {
+        let work = Work { bytes: (logits.len() * size_of::<f32>()) as f64, fma: 0.0 };
+        bench.time(&format!("draw {name}"), 16, work, |_| {
+            draw(&logits, &how);
+        });
+    }
+}
+
 fn main() {
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
     let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
@@ -219,7 +240,7 @@ fn main() {
         n.isa(),
         roof.threads,
         roof.read / 1e9,
-        2.0 * roof.pairs / 1e9
+        2.0 * roof.bf16 / 1e9
     );
     let bench = Bench { pool, roof, filter };
     linear(&bench, false);
@@ -227,4 +248,5 @@ fn main() {
     experts(&bench);
     attention(&bench);
     prompt_attention(&bench);
+    draws(&bench);
 }

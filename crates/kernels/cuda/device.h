@@ -33,9 +33,12 @@ DEVICE void warp_sync() { __syncwarp(); }
 /// The value of lane `lane ^ mask` of the warp.
 DEVICE float from_lane(float value, u32 mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE u32 from_lane(u32 value, u32 mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE u64 from_lane(u64 value, u32 mask) { return __shfl_xor_sync(~0u, value, mask); }
 /// The value of lane `lane - delta`, of the lane itself where there is none.
 DEVICE u32 from_lane_before(u32 value, u32 delta) { return __shfl_up_sync(~0u, value, delta); }
+DEVICE u64 from_lane_before(u64 value, u32 delta) { return __shfl_up_sync(~0u, value, delta); }
 DEVICE u32 from_last_lane(u32 value) { return __shfl_sync(~0u, value, 31); }
+DEVICE u64 from_last_lane(u64 value) { return __shfl_sync(~0u, value, 31); }
 
 /// Starts a copy of 16 bytes from global to shared memory, both aligned to 16; zeros where not `live`.
 DEVICE void copy_16(void* to, const void* from, bool live) {
@@ -114,6 +117,10 @@ DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float fast_exp(float x) { return __expf(x); }
 DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
 DEVICE float reciprocal_root(float x) { return __frsqrt_rn(x); }
+/// To the nearest integer, ties to even.
+DEVICE float nearest(float x) { return rintf(x); }
+/// The upper half of a * b.
+DEVICE u64 product_high(u64 a, u64 b) { return __umul64hi(a, b); }
 
 struct alignas(16) Four {
     u32 x[4];
@@ -132,9 +139,29 @@ DEVICE float load_fresh(const float* from) { return __ldcg(from); }
 DEVICE void publish() { __threadfence(); }
 /// Counts to `last` and begins again at 0; the count before.
 DEVICE u32 count_up(u32* counter, u32 last) { return atomicInc(counter, last); }
+/// Of the block's shared memory, by any of its threads.
+DEVICE void add_shared(u64* to, u64 value) { atomicAdd(to, value); }
 
 #endif
 
 DEVICE float bf16_value(u16 bits) { return bits_as_float(static_cast<u32>(bits) << 16); }
 DEVICE float larger(float a, float b) { return a > b ? a : b; }
 DEVICE float minus_infinity() { return bits_as_float(0xff800000); }
+
+/// exp of a number that is not above 0, with the bits of `math.rs`.
+DEVICE float exact_exp(float x) {
+    float inside = larger(-87, x), n = nearest(inside * 1.44269504f);
+    float r = fused(n, -0.693359375f, inside);
+    r = fused(n, 2.1219444e-4f, r);
+    float p = 1.0f / 5040;
+    p = fused(p, r, 1.0f / 720);
+    p = fused(p, r, 1.0f / 120);
+    p = fused(p, r, 1.0f / 24);
+    p = fused(p, r, 1.0f / 6);
+    p = fused(p, r, 0.5f);
+    p = fused(p, r, 1);
+    p = fused(p, r, 1);
+    // Doubled and then scaled by 2^(n-1).
+    float e = (p + p) * bits_as_float(static_cast<u32>(static_cast<int>(n) + 126) << 23);
+    return x < -86.6f ? 0 : e;
+}

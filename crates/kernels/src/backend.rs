@@ -1,7 +1,7 @@
 //! What computes: this processor or a GPU.
 
 use crate::cuda::{Device, DeviceChoice, Missing};
-use crate::{Dtype, Numerics, Pool};
+use crate::{Dtype, DtypeChoice, Numerics, Pool};
 
 #[derive(Clone, Debug)]
 pub enum Backend {
@@ -14,13 +14,13 @@ impl Backend {
     /// `memory`: bytes of a GPU's memory to take; see [`DeviceChoice::open`].
     pub fn open(
         device: DeviceChoice,
-        dtype: Dtype,
+        dtype: DtypeChoice,
         memory: Option<usize>,
         pool: impl FnOnce() -> Pool,
     ) -> Result<Self, Missing> {
         Ok(match device.open(dtype, memory)? {
             Some(gpu) => Self::Gpu(gpu),
-            None => Self::Cpu(Numerics::detect(dtype), pool()),
+            None => Self::Cpu(dtype.numerics(), pool()),
         })
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Reading order: `gpu` (what is asked of a GPU, and what its memory is), `device` (a real one, by the driver), `compile` (the
 //! kernels of `cuda/*.cu`, made for it by NVRTC), `pack` (weights in the order in which its lanes read them), `grouped` (many
-//! products at once), and what is made of them: `experts`, `linear`, `attention`, `rows`.
+//! products at once), and what is made of them: `experts`, `linear`, `attention`, `rows`, `draw`.
 //!
 //! Driver and NVRTC are opened when a GPU is asked for: nothing here needs them to be built, and a machine without them is told
 //! what it lacks.
@@ -11,6 +11,7 @@ mod attention;
 mod choice;
 mod compile;
 mod device;
+mod draw;
 mod experts;
 mod gpu;
 mod grouped;
@@ -25,6 +26,7 @@ pub use attention::{Append, Attend, Pages, Rotate, append, attend, room, rotate}
 pub use choice::{DeviceChoice, UnknownDevice};
 pub use compile::{ARCHITECTURES, Compiled, Source, compile};
 pub use device::{Missing, is_present};
+pub use draw::{Drawn, draw};
 pub use experts::{Experts, GpuFfn, NotLoaded, Output, Recorded, Sent, Workspace};
 pub use gpu::{Address, Buffer, Device, Gpu, GpuError, Kernel, Launch, Parcel, Part, Properties, Returned, View};
 pub use linear::{GpuLinear, GpuPerHead, Strides};
@@ -33,11 +35,12 @@ pub use roof::{GpuRoof, time_of};
 pub use rows::{Normed, Routed, can_route, embed, gate, norm, random_bf16, route};
 
 /// All kernels, by the file that they are in.
-pub fn kernels() -> [(Source, Vec<Kernel>); 4] {
+pub fn kernels() -> [(Source, Vec<Kernel>); 5] {
     [
         (Source::Experts, experts::kernels()),
         (Source::Linear, linear::kernels()),
         (Source::Attention, attention::KERNELS.to_vec()),
         (Source::Rows, rows::KERNELS.to_vec()),
+        (Source::Draw, draw::KERNELS.to_vec()),
     ]
 }

@@ -13,17 +13,46 @@ pub enum Dtype {
     Bf16,
 }
 
+/// `--dtype`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DtypeChoice {
+    F32,
+    /// By a GPU, or the faster of the next two on this processor.
+    Bf16,
+    /// `bf16-fma`, `bf16-dp`: for clusters whose processors would not choose the same.
+    Bf16Fma,
+    Bf16Dp,
+}
+
 #[derive(Debug, thiserror::Error)]
-#[error("dtype `{0}` is neither `f32` nor `bf16`")]
+#[error("dtype `{0}` is none of `f32`, `bf16`, `bf16-fma` and `bf16-dp`")]
 pub struct UnknownDtype(String);
 
-impl FromStr for Dtype {
+impl FromStr for DtypeChoice {
     type Err = UnknownDtype;
     fn from_str(s: &str) -> Result<Self, UnknownDtype> {
         match s {
             "f32" => Ok(Self::F32),
             "bf16" => Ok(Self::Bf16),
+            "bf16-fma" => Ok(Self::Bf16Fma),
+            "bf16-dp" => Ok(Self::Bf16Dp),
             other => Err(UnknownDtype(other.to_owned())),
+        }
+    }
+}
+
+impl DtypeChoice {
+    /// As they are written.
+    pub const NAMES: [&str; 4] = ["f32", "bf16", "bf16-fma", "bf16-dp"];
+
+    /// What this processor computes.
+    pub fn numerics(self) -> Numerics {
+        match self {
+            Self::F32 => Numerics::detect(Dtype::F32),
+            Self::Bf16 => Numerics::detect(Dtype::Bf16),
+            Self::Bf16Fma | Self::Bf16Dp => {
+                Numerics { dtype: Dtype::Bf16, pairs: self == Self::Bf16Dp, isa: Isa::best() }
+            }
         }
     }
 }
@@ -32,16 +61,16 @@ impl FromStr for Dtype {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Numerics {
     dtype: Dtype,
-    /// bf16 products go by pairs, with denormals flushed: `bf16-dp`.
+    /// bf16 products go by pairs, with denormals flushed: `bf16-dp`; else one by one: `bf16-fma`.
     pairs: bool,
     isa: Isa,
 }
 
 impl Numerics {
-    /// The fastest that this processor has. Processors with AVX512-BF16 compute bf16 as `bf16-dp`.
+    /// The fastest that this processor has: bf16 as `bf16-dp` where the instruction is faster than f32.
     pub fn detect(dtype: Dtype) -> Self {
         let isa = Isa::best();
-        Self { dtype, pairs: dtype == Dtype::Bf16 && isa.has_dot_pairs(), isa }
+        Self { dtype, pairs: dtype == Dtype::Bf16 && isa.has_fast_dot_pairs(), isa }
     }
 
     /// What every processor has.
@@ -65,7 +94,7 @@ impl Numerics {
     pub fn name(&self) -> &'static str {
         match (self.dtype, self.pairs) {
             (Dtype::F32, _) => "f32",
-            (Dtype::Bf16, false) => "bf16",
+            (Dtype::Bf16, false) => "bf16-fma",
             (Dtype::Bf16, true) => "bf16-dp",
         }
     }

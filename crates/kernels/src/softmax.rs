@@ -18,6 +18,11 @@ pub fn log_softmax(x: &mut [f32]) {
     log_softmax_on(Isa::best(), x);
 }
 
+/// exp of each, in place; the same bits on every machine.
+pub(crate) fn exponentials(x: &mut [f32]) {
+    Isa::best().run(Exponentials { x, max: 0.0, keep: true });
+}
+
 pub(crate) fn softmax_on(isa: Isa, x: &mut [f32]) {
     let max = largest(x);
     let sum = isa.run(Exponentials { x, max, keep: true });

@@ -17,7 +17,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use moesaic_attention_worker::engine::profile::Counts;
 use moesaic_kernels::cuda::GpuRoof;
-use moesaic_kernels::{Backend, Pool, Roof};
+use moesaic_kernels::{Backend, DtypeChoice, Pool, Roof};
 use moesaic_model::Config;
 use moesaic_proto::v1::Role;
 
@@ -37,8 +37,8 @@ pub struct Args {
     /// The checkpoint's folder; the demo model tiny-r1 if not given
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// f32 or bf16
-    #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16"])]
+    /// f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these
+    #[arg(long, default_value = "bf16", value_parser = DtypeChoice::NAMES)]
     dtype: String,
     /// Threads of the kernels; all cores if not given
     #[arg(long, value_name = "N")]
@@ -161,7 +161,7 @@ fn roof(backend: &Backend, threads: usize) -> Result<Roof> {
         Backend::Cpu(..) => Roof::measure(&Pool::new(threads)),
         Backend::Gpu(device) => {
             let GpuRoof { copy, fma } = GpuRoof::measure(device)?;
-            Roof { threads, read: copy, fma, pairs: fma }
+            Roof { threads, read: copy, fma, bf16: fma }
         }
     })
 }

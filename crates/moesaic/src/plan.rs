@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use moesaic_dispatch::nccl::Transport;
 use moesaic_kernels::cuda::{DeviceChoice, UnknownDevice};
-use moesaic_kernels::{Backend, Dtype, Numerics, Pool, UnknownDtype};
+use moesaic_kernels::{Backend, Dtype, DtypeChoice, Numerics, Pool, UnknownDtype};
 use moesaic_model::inspect::Parameters;
 use moesaic_model::{Checkpoint, Family};
 use moesaic_node::Tls;
@@ -47,7 +47,7 @@ impl Plan {
             None => args.cluster.clone().unwrap_or_else(drawn),
         };
         let threads = args.threads.unwrap_or(cores);
-        let dtype: Dtype = args.dtype.parse().map_err(|e: UnknownDtype| BadArguments(e.to_string()))?;
+        let dtype: DtypeChoice = args.dtype.parse().map_err(|e: UnknownDtype| BadArguments(e.to_string()))?;
         let device: DeviceChoice = args.device.parse().map_err(|e: UnknownDevice| BadArguments(e.to_string()))?;
         // With a process for each node this one computes nothing.
         let (device_here, threads_here) = if args.processes { (DeviceChoice::Cpu, 1) } else { (device, threads) };

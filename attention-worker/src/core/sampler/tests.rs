@@ -4,6 +4,10 @@ use proptest::prelude::*;
 
 use super::*;
 
+fn sample(logits: &[f32], sampling: &Sampling, prompt: &[u32], generated: &[u32]) -> u32 {
+    moesaic_kernels::draw(logits, &sampling.draw(prompt, generated))
+}
+
 const ON: Sampling = Sampling {
     temperature: 1.0,
     top_k: 0,

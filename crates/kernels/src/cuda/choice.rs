@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use super::device::{Missing, is_present, open};
 use super::gpu::Device;
-use crate::Dtype;
+use crate::DtypeChoice;
 
 /// Of a GPU's free memory, what a worker takes if it is not told: the rest is for the driver and for kernels.
 const MEMORY_TENTHS: usize = 9;
@@ -42,14 +42,14 @@ impl DeviceChoice {
     }
 
     /// The GPU with an arena of `memory` bytes (nine tenths of what is free if not said), or nothing where the processor is
-    /// to compute. GPUs compute bf16: `f32` is the processor's.
-    pub fn open(self, dtype: Dtype, memory: Option<usize>) -> Result<Option<Device>, Missing> {
+    /// to compute. GPUs compute bf16 in their own way: every other choice is the processor's.
+    pub fn open(self, dtype: DtypeChoice, memory: Option<usize>) -> Result<Option<Device>, Missing> {
         let number = match (self, dtype) {
-            (Self::Cpu, _) | (Self::Auto, Dtype::F32) => return Ok(None),
-            (Self::Auto, _) if !is_present() => return Ok(None),
-            (Self::Cuda(_), Dtype::F32) => return Err(Missing::F32),
-            (Self::Auto, Dtype::Bf16) => 0,
-            (Self::Cuda(number), Dtype::Bf16) => number,
+            (Self::Cpu, _) => return Ok(None),
+            (Self::Auto, DtypeChoice::Bf16) if is_present() => 0,
+            (Self::Auto, _) => return Ok(None),
+            (Self::Cuda(number), DtypeChoice::Bf16) => number,
+            (Self::Cuda(_), _) => return Err(Missing::Dtype),
         };
         let gpu = open(number)?;
         let memory = memory.unwrap_or(gpu.properties().memory_free / 10 * MEMORY_TENTHS);

@@ -35,10 +35,11 @@ pub enum Source {
     Linear,
     Attention,
     Rows,
+    Draw,
 }
 
 impl Source {
-    pub const ALL: [Self; 4] = [Self::Experts, Self::Linear, Self::Attention, Self::Rows];
+    pub const ALL: [Self; 5] = [Self::Experts, Self::Linear, Self::Attention, Self::Rows, Self::Draw];
 
     fn file(self) -> (&'static CStr, &'static CStr) {
         match self {
@@ -46,6 +47,7 @@ impl Source {
             Self::Linear => (c"linear.cu", text!("../../cuda/linear.cu")),
             Self::Attention => (c"attention.cu", text!("../../cuda/attention.cu")),
             Self::Rows => (c"rows.cu", text!("../../cuda/rows.cu")),
+            Self::Draw => (c"draw.cu", text!("../../cuda/draw.cu")),
         }
     }
 }

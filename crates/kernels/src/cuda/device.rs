@@ -20,8 +20,8 @@ pub enum Missing {
     Number { asked: usize, seen: usize },
     #[error("{name} is of compute capability {major}.{minor}; kernels are made for 8.0 and newer")]
     Old { name: String, major: i32, minor: i32 },
-    #[error("it computes bf16, and dtype is f32; set dtype to bf16, or device to cpu")]
-    F32,
+    #[error("it computes bf16 in its own way; set dtype to bf16, or device to cpu")]
+    Dtype,
     #[error(transparent)]
     Failed(#[from] GpuError),
 }

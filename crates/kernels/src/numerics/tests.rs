@@ -6,7 +6,7 @@ use super::*;
 fn names() {
     let cases = [
         (Numerics::portable(Dtype::F32), "f32", "portable"),
-        (Numerics::portable(Dtype::Bf16), "bf16", "portable"),
+        (Numerics::portable(Dtype::Bf16), "bf16-fma", "portable"),
         (Numerics::detect(Dtype::F32), "f32", Isa::best().name()),
         (Numerics::detect(Dtype::Bf16).as_f32(), "f32", Isa::best().name()),
     ];
@@ -16,25 +16,28 @@ fn names() {
 }
 
 #[test]
-fn bf16_takes_the_dot_product_where_the_processor_has_it() {
-    let name = if Isa::best().has_dot_pairs() { "bf16-dp" } else { "bf16" };
+fn bf16_takes_the_dot_product_where_it_is_faster() {
+    let name = if Isa::best().has_fast_dot_pairs() { "bf16-dp" } else { "bf16-fma" };
     assert_eq!(Numerics::detect(Dtype::Bf16).name(), name);
 }
 
 #[test]
 fn all_are_every_name_on_every_instruction_set() {
     let all: Vec<(&str, &str)> = Numerics::all().iter().map(|n| (n.name(), n.isa())).collect();
-    let pairs = |isa: Isa| ["f32", "bf16", "bf16-dp"].map(|name| (name, isa.name()));
+    let pairs = |isa: Isa| ["f32", "bf16-fma", "bf16-dp"].map(|name| (name, isa.name()));
     let expected: Vec<(&str, &str)> = Isa::available().into_iter().flat_map(pairs).collect();
     assert_eq!(all, expected);
 }
 
 #[test]
 fn dtypes_are_read() {
-    assert_eq!("f32".parse::<Dtype>().unwrap(), Dtype::F32);
-    assert_eq!("bf16".parse::<Dtype>().unwrap(), Dtype::Bf16);
-    for wrong in ["", "F32", "f16", " bf16", "bf16-dp"] {
-        let error = wrong.parse::<Dtype>().unwrap_err();
-        assert_eq!(error.to_string(), format!("dtype `{wrong}` is neither `f32` nor `bf16`"));
+    let here = Numerics::detect(Dtype::Bf16).name();
+    for (dtype, name) in [("f32", "f32"), ("bf16", here), ("bf16-fma", "bf16-fma"), ("bf16-dp", "bf16-dp")] {
+        let numerics = dtype.parse::<DtypeChoice>().unwrap().numerics();
+        assert_eq!((numerics.name(), numerics.isa()), (name, Isa::best().name()), "{dtype}");
+    }
+    for wrong in ["", "F32", "f16", " bf16", "bf16_dp"] {
+        let error = wrong.parse::<DtypeChoice>().unwrap_err();
+        assert_eq!(error.to_string(), format!("dtype `{wrong}` is none of `f32`, `bf16`, `bf16-fma` and `bf16-dp`"));
     }
 }

@@ -5,7 +5,7 @@ pub mod attention;
 pub mod experts;
 
 use anyhow::{Context, Result, anyhow};
-use moesaic_kernels::Dtype;
+use moesaic_kernels::DtypeChoice;
 use moesaic_kernels::cuda::{Device, DeviceChoice, GpuRoof};
 use serde_json::{Value, json};
 
@@ -18,7 +18,7 @@ pub fn run(args: &Args, role: &str) -> Result<()> {
     let config = args.model_config()?.context("--rank needs --config, a model's config.json")?;
     let name = args.device.as_deref().unwrap_or("cuda:0");
     let device: DeviceChoice = name.parse()?;
-    let device = device.open(Dtype::Bf16, None).map_err(|missing| anyhow!("--device {name}: {missing}"))?;
+    let device = device.open(DtypeChoice::Bf16, None).map_err(|missing| anyhow!("--device {name}: {missing}"))?;
     let device = device.with_context(|| format!("--device is {name}; --rank measures a GPU"))?;
     let roof = GpuRoof::measure(&device)?;
     let (table, json) = match role {

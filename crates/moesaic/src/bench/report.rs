@@ -62,7 +62,7 @@ impl Report {
             self.numerics,
             self.experts,
             roof.read / 1e9,
-            2.0 * roof.pairs / 1e9,
+            2.0 * roof.bf16 / 1e9,
             2.0 * roof.fma / 1e9,
             self.ready.as_secs_f64(),
             megabytes(self.memory),
@@ -96,7 +96,7 @@ impl Report {
 
     pub fn json(&self) -> String {
         let roof = json!({
-            "threads": self.roof.threads, "read_bytes_per_s": self.roof.read, "flops": 2.0 * self.roof.pairs,
+            "threads": self.roof.threads, "read_bytes_per_s": self.roof.read, "flops": 2.0 * self.roof.bf16,
             "flops_f32": 2.0 * self.roof.fma,
         });
         let all = json!({

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use moesaic_attention_worker::core::batcher::{Part, SequenceId};
-use moesaic_attention_worker::engine::arithmetic::Arithmetic;
+use moesaic_attention_worker::core::sampler::Sampling;
+use moesaic_attention_worker::engine::arithmetic::{Arithmetic, Asked};
 use moesaic_attention_worker::engine::gpu::{Buffers, Gpu, Limits};
 use moesaic_kernels::PAGE_TOKENS;
 use moesaic_kernels::cuda::{Device, GpuError, GpuRoof, time_of};
@@ -72,6 +73,12 @@ fn parts(sequences: usize, context: usize) -> Vec<Part> {
     (0..sequences).map(part).collect()
 }
 
+/// A row's token, as DeepSeek-R1's card says to draw it.
+fn asked(row: usize) -> Asked {
+    let sampling = Sampling { temperature: 0.6, top_p: 0.95, seed: row as u64, ..Sampling::default() };
+    Asked { row, draw: Some(sampling.draw(&[], &[])), logits: false }
+}
+
 struct Rank<'a> {
     device: &'a Device,
     gpu: &'a Gpu,
@@ -88,10 +95,8 @@ impl Rank<'_> {
             choices.clear();
             gpu.choose(layer, b, choices)
         };
-        let head = |b: &mut Buffers| {
-            let rows: Vec<usize> = (0..self.parts.len()).collect();
-            rows.chunks(gpu.logit_rows()).try_for_each(|rows| gpu.logits(rows, b).map(drop))
-        };
+        let asked: Vec<Asked> = (0..self.parts.len()).map(asked).collect();
+        let head = |b: &mut Buffers| asked.chunks(gpu.logit_rows()).try_for_each(|asked| gpu.read(asked, b).map(drop));
         let step = self.time(|| {
             gpu.embed(&self.parts, &mut b)?;
             for layer in 0..layers {
