@@ -16,7 +16,7 @@ use crate::core::ApiError;
 use crate::core::expert_load::ExpertLoad;
 use crate::core::exposure::{Exposure, exposure};
 use crate::core::leader::{Leader, Policy, Seen, Sight, Why, seen};
-use crate::core::placement::planner::{Load, Plan};
+use crate::core::placement::planner::{Load, Plan, PlanError};
 
 /// How often it is looked whether anything has changed.
 const TICK: Duration = Duration::from_millis(100);
@@ -101,6 +101,11 @@ impl Leading {
         let (plan, why) = match decided {
             Ok(Some(decided)) => decided,
             Ok(None) => return true,
+            // A cluster that begins.
+            Err(PlanError::NoHosts) if view.placement.is_none() => {
+                tracing::info!("the experts wait for workers");
+                return true;
+            }
             Err(error) => {
                 tracing::error!(%error, "the experts cannot be placed");
                 return true;
