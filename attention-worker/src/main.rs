@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use moesaic_attention_worker::{Config, Flags, start};
+use moesaic_dispatch::nccl;
 use moesaic_node::telemetry::LogFormat;
 use moesaic_node::{config, stop, telemetry};
 
@@ -26,5 +27,7 @@ async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     telemetry::init(arguments.log_format, "info")?;
     let config: Config = config::load(arguments.config.as_deref(), &arguments.flags)?;
-    start(config, stop::on_signals()?).await
+    let served = start(config, stop::on_signals()?).await;
+    tokio::task::spawn_blocking(nccl::settle).await?;
+    served
 }

@@ -54,17 +54,24 @@ async fn a_gpu_serves_a_processor_and_the_reverse() {
 fn a_rank_of_random_weights_is_measured() {
     let device = device(4);
     let config = moesaic_model::Config::read(&folder("v3-fp8")).unwrap();
-    let experts = experts::Rank::of(&config, 4).unwrap().measure(&device, &[3, 20], 1).unwrap();
+    // On a GPU the difference is small.
+    let rounds = if std::env::var_os(NAMED).is_some() { 50 } else { 1 };
+    let experts = experts::Rank::of(&config, 4).unwrap().measure(&device, &[3, 20], rounds).unwrap();
     assert_eq!(experts.rows().iter().map(|row| row.rows).collect::<Vec<_>>(), [3, 20]);
     assert!(experts.rows().iter().all(|row| row.step > row.layer && !row.layer.is_zero()), "{experts:?}");
-    let attention = attention::measure(&device, &config, &[1, 5], 70, 1).unwrap();
+    let attention = attention::measure(&device, &config, &[1, 5], 70, rounds).unwrap();
     for row in attention.rows() {
         assert!(row.step > row.attention && row.attention > row.head && !row.head.is_zero(), "{row:?}");
     }
-    let roof = GpuRoof { copy: 1e9, fma: 1e9 };
+    let roof = GpuRoof { copy: 1e9, fma: Some(1e9) };
     let tables = [experts.table(&roof), attention.table(&roof)];
     assert!(tables.iter().all(|table| table.lines().count() == 5), "{tables:?}");
     assert!(attention::measure(&device, &config, &[1], 1 << 30, 1).is_err());
+}
+
+/// Slow is as good as live: workers share the GPU.
+fn edges_up(status: &str, transport: &str) -> usize {
+    ["live", "slow"].iter().map(|state| status.matches(&format!(" by {transport}: {state}")).count()).sum()
 }
 
 /// Workers as processes that share a GPU: by NCCL and over streams they answer alike, also while an expert worker is killed.
@@ -80,7 +87,7 @@ async fn processes_on_one_gpu_answer_alike_over_lanes_and_streams() {
         let memory = ["--device-memory", "2GiB", "--replicas", "2"];
         let up = Up::start(&[&["--processes", "--device", &device, "--transport", transport], &memory[..]].concat());
         let lanes = if transport == "nccl" { 2 } else { 0 };
-        until(2 * PATIENCE, async || up.status().matches(&format!(" by {transport}: live")).count() == 2).await;
+        until(2 * PATIENCE, async || edges_up(&up.status(), transport) == 2).await;
         assert_eq!(up.status().matches("lane up").count(), lanes, "{}", up.status());
         let ask = async || {
             let (client, requests) = (up.client().await, requests.iter().cloned());
@@ -98,7 +105,7 @@ async fn processes_on_one_gpu_answer_alike_over_lanes_and_streams() {
         };
         all.push(tokio::join!(ask(), kill).0);
         // It is started again, and so is its lane.
-        until(2 * PATIENCE, async || up.status().matches(&format!(" by {transport}: live")).count() == 2).await;
+        until(2 * PATIENCE, async || edges_up(&up.status(), transport) == 2).await;
         all.push(ask().await);
         up.stop();
     }

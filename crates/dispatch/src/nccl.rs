@@ -17,9 +17,10 @@ mod lanes;
 
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-pub use fabric::{Breaker, Channel, Fabric, Id};
+pub use fabric::{Breaker, Channel, Direction, Fabric, Id};
 pub(crate) use lanes::Lanes;
 
 /// Both ends are connected and have sent each other a slot after that time, or the lane is given up. The first
@@ -38,6 +39,9 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 pub const LANE_FRAMES_MAX: usize = 64;
 /// Lanes of a process, with those that are being connected: each has threads, and an offer may come at any time.
 pub const LANES_MAX: usize = 512;
+/// NCCL's threads look every half second whether they are to end.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
+const SETTLE_POLL: Duration = Duration::from_millis(5);
 /// Rows that a slot has room for. A frame of more takes a second message, of as many bytes as are left; one of fewer is sent
 /// as if it had as many.
 pub const SLOT_ROWS: usize = 32;
@@ -102,6 +106,15 @@ impl Transport {
                 Ok(None)
             }
         }
+    }
+}
+
+/// Waits until all lanes have ended, if they do within some seconds. Whoever leaves the process earlier takes its library away
+/// from under NCCL.
+pub fn settle() {
+    let deadline = Instant::now() + SETTLE_TIMEOUT;
+    while (lane::are_ending() || nccl_rs::is_closing()) && Instant::now() < deadline {
+        thread::sleep(SETTLE_POLL);
     }
 }
 

@@ -190,12 +190,4 @@ DEVICE Four load_four(const void* from) {
     std::memcpy(&four, from, 16);
     return four;
 }
-DEVICE float load_fresh(const float* from) { return *from; }
-
-DEVICE void publish() {}
-DEVICE u32 count_up(u32* counter, u32 last) {
-    u32 before = *counter;
-    *counter = before >= last ? 0 : before + 1;
-    return before;
-}
 DEVICE void add_shared(u64* to, u64 value) { *to += value; }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use moesaic_kernels::DtypeChoice;
 use moesaic_kernels::cuda::{Address, Device, DeviceChoice, Gpu, GpuError, Kernel, Launch, Properties};
@@ -33,10 +33,14 @@ pub const NAMED: &str = "MOESAIC_TEST_DEVICE";
 /// What tests run on: the emulator, or the GPU that is named.
 pub fn test_device(arena_bytes: usize, seed: u64) -> Device {
     let Ok(named) = std::env::var(NAMED) else { return device(arena_bytes, seed) };
-    let choice: DeviceChoice = named.parse().unwrap_or_else(|unknown| panic!("{NAMED}: {unknown}"));
-    let opened =
-        choice.open(DtypeChoice::Bf16, Some(arena_bytes)).unwrap_or_else(|missing| panic!("{NAMED}: {missing}"));
-    opened.unwrap_or_else(|| panic!("{NAMED} is {named}: no GPU"))
+    // Opened once: loading its kernels takes longer than most tests.
+    static OPENED: OnceLock<Device> = OnceLock::new();
+    let opened = OPENED.get_or_init(|| {
+        let choice: DeviceChoice = named.parse().unwrap_or_else(|unknown| panic!("{NAMED}: {unknown}"));
+        let opened = choice.open(DtypeChoice::Bf16, Some(0)).unwrap_or_else(|missing| panic!("{NAMED}: {missing}"));
+        opened.unwrap_or_else(|| panic!("{NAMED} is {named}: no GPU"))
+    });
+    opened.with_arena(arena_bytes).unwrap_or_else(|error| panic!("{NAMED}: {error}"))
 }
 
 /// A GPU with 3 multiprocessors and an arena of `arena_bytes`, full of NaNs; the seed says which kind of GPU it is, too.

@@ -132,15 +132,13 @@ DEVICE Four load_four(const void* from) {
     return {{v.x, v.y, v.z, v.w}};
 }
 
-/// What another block may have written in this launch.
-DEVICE float load_fresh(const float* from) { return __ldcg(from); }
-
-/// Everything written before is seen by who sees what is written after.
-DEVICE void publish() { __threadfence(); }
-/// Counts to `last` and begins again at 0; the count before.
-DEVICE u32 count_up(u32* counter, u32 last) { return atomicInc(counter, last); }
-/// Of the block's shared memory, by any of its threads.
-DEVICE void add_shared(u64* to, u64 value) { atomicAdd(to, value); }
+/// Of the block's shared memory, by any of its threads. A half at a time: there is an instruction for that.
+DEVICE void add_shared(u64* to, u64 value) {
+    u32* halves = reinterpret_cast<u32*>(to);
+    u32 low = static_cast<u32>(value), before = atomicAdd(halves, low);
+    u32 high = static_cast<u32>(value >> 32) + (before + low < before);
+    if (high > 0) atomicAdd(halves + 1, high);
+}
 
 #endif
 

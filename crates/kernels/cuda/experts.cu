@@ -1,4 +1,4 @@
-// The experts of a layer in two launches: h = silu(x gateᵀ) * (x upᵀ), then y = h downᵀ and the outputs that were asked for.
+// The experts of a layer in three launches: h = silu(x gateᵀ) * (x upᵀ), then y = h downᵀ, then the outputs that were asked for.
 #include "tile.h"
 
 /// A strip has the same 16 columns of h twice: its first m-tile makes gate of them, its second up.
@@ -15,16 +15,20 @@ struct Down {
     u32 out;
     /// [rows, out]
     float* y;
+};
+
+struct AddUp {
+    /// [rows, out]
+    const float* y;
+    u32 out;
     /// Output i adds up terms firsts[i]..firsts[i + 1]: w * y of the first, then fused multiply-adds, in order. One without
-    /// terms is not written. No outputs are asked for: y is all.
+    /// terms is not written.
     u32 outputs;
     const u32* firsts;
     const u32* rows;
     const float* weights;
     /// [outputs, out]
     float* sums;
-    /// Tiles that are done, of each block of outputs; zeros, and left as such.
-    u32* done;
 };
 
 template <class T>
@@ -40,42 +44,28 @@ DEVICE void gate_up(const GateUp& call) {
     });
 }
 
-/// The sums of a block of outputs, by the block that has done the last of its tiles.
-template <class T>
-DEVICE void add_up(const Down& call, u32 output_block) {
-    constexpr u32 WIDTH = T::STRIPS * STRIP;
-    for (u32 at = thread(); at < call.outputs * WIDTH; at += T::THREADS) {
-        u32 output = at / WIDTH, column = output_block * WIDTH + at % WIDTH;
-        if (column >= call.out) continue;
-        u32 first = call.firsts[output], last = call.firsts[output + 1];
-        if (first == last) continue;
-        float sum = call.weights[first] * load_fresh(call.y + static_cast<u64>(call.rows[first]) * call.out + column);
-        for (u32 term = first + 1; term < last; term++) {
-            sum = fused(call.weights[term], load_fresh(call.y + static_cast<u64>(call.rows[term]) * call.out + column), sum);
-        }
-        call.sums[static_cast<u64>(output) * call.out + column] = sum;
-    }
-}
-
 template <class T>
 DEVICE void down(const Down& call) {
     WorkList list = T::list(call.grouped);
-    u32 chunks = list.tiles[call.grouped.groups] / T::output_blocks(call.grouped);
-    u32* is_last = list.end(call.grouped.groups);
     T::run(call.grouped, list, [&](const typename T::Place& place, const T& tile) {
         tile.each_output(call.grouped, place, call.out, [&](u32 row, u32 output, float y) {
             call.y[static_cast<u64>(row) * call.out + output] = y;
         });
-        if (call.outputs == 0) return;
-        publish();
-        block_sync();
-        if (thread() == 0) *is_last = count_up(call.done + place.output_block, chunks - 1) == chunks - 1;
-        block_sync();
-        if (*is_last) {
-            publish();
-            add_up<T>(call, place.output_block);
-        }
     });
+}
+
+/// Over all blocks: a thread has an output's column.
+KERNEL(add_up_outputs, 256, 6, AddUp) {
+    for (u32 at = block() * 256 + thread(); at < call.outputs * call.out; at += blocks() * 256) {
+        u32 output = at / call.out, column = at % call.out;
+        u32 first = call.firsts[output], last = call.firsts[output + 1];
+        if (first == last) continue;
+        float sum = call.weights[first] * call.y[static_cast<u64>(call.rows[first]) * call.out + column];
+        for (u32 term = first + 1; term < last; term++) {
+            sum = fused(call.weights[term], call.y[static_cast<u64>(call.rows[term]) * call.out + column], sum);
+        }
+        call.sums[at] = sum;
+    }
 }
 
 #define EXPERTS(name, blocks, ...)                                                                           \

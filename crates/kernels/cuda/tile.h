@@ -66,9 +66,6 @@ struct WorkList {
 
     DEVICE explicit WorkList(u8* at, u32 groups) : rows(reinterpret_cast<u32*>(at)), tiles(rows + groups + 1) {}
 
-    /// The word behind it.
-    DEVICE u32* end(u32 groups) const { return tiles + groups + 1; }
-
     static constexpr u32 bytes(u32 groups) { return (groups + 1) * 2 * sizeof(u32); }
 
     /// By all threads of a block. `tiles` is chunks of rows times blocks of outputs.
@@ -125,7 +122,7 @@ struct Tile {
     static constexpr u32 SCALE_BYTES = Weight::SCALED ? WARPS_M * 8 : 0;
     static constexpr u32 STAGE_BYTES = WEIGHT_BYTES + TOKENS * ROW_BYTES + SCALE_BYTES;
     /// The list of a call's groups and a word come behind the stages.
-    static constexpr u32 FIT = (BYTES - WorkList::bytes(GROUPS_MAX) - 8) / STAGE_BYTES;
+    static constexpr u32 FIT = (BYTES - WorkList::bytes(GROUPS_MAX)) / STAGE_BYTES;
     static constexpr u32 STAGES = FIT < 8 ? FIT : 8;
     static_assert(STAGES >= 2, "shared memory holds no two stages");
     static_assert(COLUMNS * 8 * WARPS_N == TOKENS, "warps do not share the rows evenly");

@@ -17,6 +17,7 @@ mod gpu;
 mod grouped;
 mod linear;
 mod pack;
+mod pinned;
 mod recording;
 mod roof;
 mod rows;

@@ -161,6 +161,7 @@ fn roof(backend: &Backend, threads: usize) -> Result<Roof> {
         Backend::Cpu(..) => Roof::measure(&Pool::new(threads)),
         Backend::Gpu(device) => {
             let GpuRoof { copy, fma } = GpuRoof::measure(device)?;
+            let fma = fma.context("the roof of a GPU's products is cuBLASLt's: install it, or set LD_LIBRARY_PATH")?;
             Roof { threads, read: copy, fma, bf16: fma }
         }
     })

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use moesaic_dispatch::nccl;
 use moesaic_node::config::ConfigError;
 use moesaic_node::telemetry::{self, FILTER_VARIABLE, LogFormat};
 
@@ -113,6 +114,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Runtime::new()?;
     let code = runtime.block_on(execute(cli.command));
     runtime.shutdown_timeout(RUNTIME_END);
+    nccl::settle();
     code
 }
 

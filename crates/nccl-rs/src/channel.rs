@@ -49,9 +49,6 @@ struct Open {
     gpu: Gpu,
 }
 
-const SENDER: usize = 0;
-const RECEIVER: usize = 1;
-
 /// Whether a channel can be made on GPU `ordinal`: there are a driver, that GPU and NCCL, whose version is answered.
 /// Makes no context on the GPU.
 pub fn available(ordinal: usize) -> Result<Version, Error> {
@@ -60,6 +57,10 @@ pub fn available(ordinal: usize) -> Result<Version, Error> {
 }
 
 impl Channel {
+    /// The rank that sends, and the one that receives.
+    pub const SENDER: usize = 0;
+    pub const RECEIVER: usize = 1;
+
     /// Connects as `rank`, on the primary context of GPU `ordinal`, which becomes current on this thread. The other
     /// side is in another process, has another GPU and the other rank, and gives the same `id`.
     ///
@@ -73,7 +74,7 @@ impl Channel {
         timeout: Duration,
     ) -> Result<Self, Error> {
         let start = Instant::now();
-        if rank > RECEIVER {
+        if rank > Self::RECEIVER {
             return Err(argument("rank", format!("{rank} of 2 ranks")));
         }
         available(ordinal)?;
@@ -84,7 +85,7 @@ impl Channel {
         let mut channel = Self::over(communicator, gpu, config, end);
         let left = timeout.saturating_sub(start.elapsed());
         match rank {
-            SENDER => channel.send(&[0], left)?,
+            Self::SENDER => channel.send(&[0], left)?,
             _ => channel.receive(&mut [0], Some(left))?,
         }
         Ok(channel)
@@ -106,7 +107,7 @@ impl Channel {
     /// not say that it came: NCCL has buffers on the way.
     pub fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), Error> {
         let start = Instant::now();
-        self.check(SENDER, bytes.len())?;
+        self.check(Self::SENDER, bytes.len())?;
         self.work(|Open { communicator, gpu }| {
             let address = gpu.room(bytes.len())?;
             // SAFETY: the memory is the channel's own, on the GPU of the communicator and of the stream. Nothing uses
@@ -116,7 +117,7 @@ impl Channel {
             unsafe {
                 gpu.queue_write(bytes)?;
                 let values = DeviceSlice::<u8>::from_raw(address, bytes.len());
-                group(|group| group.send(communicator, values, RECEIVER, gpu.stream()))?;
+                group(|group| group.send(communicator, values, Self::RECEIVER, gpu.stream()))?;
             }
             wait("sending", communicator, gpu, start, Some(timeout))
         })
@@ -128,13 +129,13 @@ impl Channel {
     /// there, or NCCL notices a failure, or a [`Monitor`] aborts. A kernel of NCCL's waits on the GPU for as long.
     pub fn receive(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), Error> {
         let start = Instant::now();
-        self.check(RECEIVER, bytes.len())?;
+        self.check(Self::RECEIVER, bytes.len())?;
         self.work(|Open { communicator, gpu }| {
             let address = gpu.room(bytes.len())?;
             // SAFETY: as in `send`.
             unsafe {
                 let values = DeviceSliceMut::<u8>::from_raw(address, bytes.len());
-                group(|group| group.receive(communicator, values, SENDER, gpu.stream()))?;
+                group(|group| group.receive(communicator, values, Self::SENDER, gpu.stream()))?;
                 gpu.queue_read(bytes.len())?;
             }
             wait("receiving", communicator, gpu, start, timeout)?;

@@ -6,7 +6,7 @@
 
 use std::ffi::c_int;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -167,8 +167,12 @@ impl Shared {
     /// of a group it would do nothing.
     pub fn close(self: &Arc<Self>, how: Close) -> Result<(), Error> {
         if !self.is_closing.swap(true, Ordering::AcqRel) {
-            let shared = self.clone();
-            if thread::Builder::new().name("nccl-close".into()).spawn(move || shared.close_here(how)).is_err() {
+            let (shared, closing) = (self.clone(), Closing::begin());
+            let close = move || {
+                let _closing = closing;
+                shared.close_here(how);
+            };
+            if thread::Builder::new().name("nccl-close".into()).spawn(close).is_err() {
                 self.close_here(how);
             }
         }
@@ -196,6 +200,30 @@ impl Shared {
         *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = Some(closed);
         self.closes.notify_all();
     }
+}
+
+static CLOSING: AtomicUsize = AtomicUsize::new(0);
+
+/// Something is being closed or freed, on a thread of its own.
+pub(crate) struct Closing;
+
+impl Closing {
+    pub fn begin() -> Self {
+        CLOSING.fetch_add(1, Ordering::AcqRel);
+        Self
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        CLOSING.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Whether communicators are being closed, or memory of channels freed, in the background. A process that exits meanwhile
+/// takes the library away from under NCCL's threads.
+pub fn is_closing() -> bool {
+    CLOSING.load(Ordering::Acquire) > 0
 }
 
 /// A group is queued in microseconds.

@@ -6,6 +6,13 @@ use std::time::Duration;
 /// Of a communicator: who has the same id is connected.
 pub type Id = [u8; 128];
 
+/// What a side does on a channel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Direction {
+    Send,
+    Receive,
+}
+
 /// Ways from this process's GPU to others.
 pub trait Fabric: Send + Sync + 'static {
     /// Both ends have to have the same.
@@ -13,12 +20,12 @@ pub trait Fabric: Send + Sync + 'static {
 
     fn new_id(&self) -> Result<Id, String>;
 
-    /// Connects rank 0 or 1 with the other. Blocks until it is there, or `timeout` is over.
-    fn connect(&self, id: &Id, rank: usize, timeout: Duration) -> Result<Box<dyn Channel>, String>;
+    /// Connects the side that sends with the one that receives. Blocks until both are there, or `timeout` is over.
+    fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String>;
 }
 
-/// One end of a communicator of two ranks, used in one direction. What one side sends has to be received by the other in
-/// messages of the same sizes. After an error it is of no use any more.
+/// One end of a communicator of two ranks, used in its direction alone. What one side sends has to be received by the other
+/// in messages of the same sizes. After an error it is of no use any more.
 pub trait Channel: Send {
     /// Blocks until the bytes have left, or `timeout` is over.
     fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), String>;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::fabric::{Breaker, Channel, Fabric, Id};
+use super::fabric::{Breaker, Channel, Direction, Fabric, Id};
 
 /// Clones are one fabric: what is connected over it.
 #[derive(Clone, Default)]
@@ -84,8 +84,9 @@ impl Fabric for FakeFabric {
         Ok(id)
     }
 
-    fn connect(&self, id: &Id, rank: usize, timeout: Duration) -> Result<Box<dyn Channel>, String> {
+    fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String> {
         let pair = lock(&self.0.pairs).entry(*id).or_default().clone();
+        let rank = direction as usize;
         lock(&pair.meeting).joined[rank] = true;
         pair.change.notify_all();
         let end = End { pair, rank, fabric: self.clone() };
@@ -101,6 +102,11 @@ struct End {
 }
 
 impl End {
+    fn check(&self, does: Direction) -> Result<(), String> {
+        let is_right = self.rank == does as usize;
+        is_right.then_some(()).ok_or_else(|| format!("rank {} does not {does:?}", self.rank))
+    }
+
     /// Until `look` finds something, this side is aborted, the network fails, or time is over.
     fn wait<T>(
         &self,
@@ -135,6 +141,7 @@ impl End {
 
 impl Channel for End {
     fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), String> {
+        self.check(Direction::Send)?;
         let taken = lock(&self.pair.meeting).taken;
         let mut bytes = Some(bytes.to_vec());
         self.wait("sending", Some(timeout), |meeting| {
@@ -147,6 +154,7 @@ impl Channel for End {
     }
 
     fn receive(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
+        self.check(Direction::Receive)?;
         self.wait("receiving", timeout, |meeting| {
             let offered = meeting.offered.take()?;
             if offered.len() != bytes.len() {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nccl_rs::{Config, Error, Monitor, UniqueId, Version};
 
-use super::fabric::{Breaker, Channel, Fabric, Id};
+use super::fabric::{Breaker, Channel, Direction, Fabric, Id};
 
 /// Of one GPU.
 pub(super) struct NcclFabric {
@@ -38,8 +38,12 @@ impl Fabric for NcclFabric {
         UniqueId::new().map(|id| *id.as_bytes()).map_err(words)
     }
 
-    fn connect(&self, id: &Id, rank: usize, timeout: Duration) -> Result<Box<dyn Channel>, String> {
+    fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String> {
         let id = UniqueId::from_bytes(*id);
+        let rank = match direction {
+            Direction::Send => nccl_rs::Channel::SENDER,
+            Direction::Receive => nccl_rs::Channel::RECEIVER,
+        };
         let channel = nccl_rs::Channel::connect(self.gpu, &id, rank, &config(), timeout).map_err(words)?;
         Ok(Box::new(channel))
     }

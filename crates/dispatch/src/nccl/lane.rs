@@ -13,7 +13,7 @@ use moesaic_proto::v1;
 use prost::Message as _;
 
 use super::core::{Departure, Head, Incoming, Kind, Outgoing, rest_len};
-use super::fabric::{Breaker, Channel, Fabric, Id};
+use super::fabric::{Breaker, Channel, Direction, Fabric, Id};
 use super::*;
 use crate::frame::{AnswerFrame, RequestFrame};
 
@@ -169,16 +169,24 @@ impl Lane {
             let ended = state.clone();
             let run = || -> Result<(), String> {
                 let deadline = Instant::now() + OPEN_TIMEOUT;
-                let rank = usize::from(end == End::Expert);
-                let connect = |id: &Id| {
-                    let channel = fabric.connect(id, rank, deadline.saturating_duration_since(Instant::now()))?;
+                let connect = |id: &Id, direction| {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let channel = fabric.connect(id, direction, left)?;
                     state.register(channel.breaker());
                     Ok::<_, String>(channel)
                 };
-                let (requests, answers) = (connect(&offer.requests)?, connect(&offer.answers)?);
+                // Both ends open them in the same order.
                 let (out, out_slot, mut inbound, in_slot) = match end {
-                    End::Attention => (requests, offer.request_slot, answers, offer.answer_slot),
-                    End::Expert => (answers, offer.answer_slot, requests, offer.request_slot),
+                    End::Attention => {
+                        let requests = connect(&offer.requests, Direction::Send)?;
+                        let answers = connect(&offer.answers, Direction::Receive)?;
+                        (requests, offer.request_slot, answers, offer.answer_slot)
+                    }
+                    End::Expert => {
+                        let requests = connect(&offer.requests, Direction::Receive)?;
+                        let answers = connect(&offer.answers, Direction::Send)?;
+                        (answers, offer.answer_slot, requests, offer.request_slot)
+                    }
                 };
                 let sending = state.clone();
                 let sends = move || sending.keep_sending(out, out_slot, &messages).unwrap_or_else(|e| sending.fail(&e));
@@ -244,8 +252,30 @@ impl Drop for Place {
     }
 }
 
+/// Threads that are there or about to be.
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+struct Counted;
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        THREADS.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    THREADS.fetch_add(1, Ordering::AcqRel);
+    let counted = Counted;
+    let run = move || {
+        let _counted = counted;
+        run();
+    };
     thread::Builder::new().name(name.into()).spawn(run).map(drop)
+}
+
+/// Whether lanes of this process still run, or are being ended.
+pub(super) fn are_ending() -> bool {
+    THREADS.load(Ordering::Acquire) > 0
 }
 
 impl State {

@@ -4,14 +4,16 @@ use std::ffi::CStr;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::nvrtc::{result, sys};
 
 use super::GpuError;
 
 /// What kernels can be compiled for, with the bytes of shared memory that a block can have.
-pub const ARCHITECTURES: [(&str, usize); 6] = [
+pub const ARCHITECTURES: [(&str, usize); 7] = [
     ("sm_80", 163 << 10),
+    ("sm_86", 99 << 10),
     ("sm_89", 99 << 10),
     ("sm_90", 227 << 10),
     ("sm_90a", 227 << 10),
@@ -78,6 +80,9 @@ pub fn compile(source: Source, architecture: &str, cache: Option<&Path>) -> Resu
         let reason = "libnvrtc.so is not found: install CUDA's runtime compiler (13.0 or 12.9), or set LD_LIBRARY_PATH";
         return Err(failed("compiling kernels", reason.into()));
     }
+    // Who comes second finds it in the cache.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _one = cache.map(|_| ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner));
     let options = options(architecture, shared_bytes(architecture));
     let version = version()?;
     let file = cache.map(|folder| folder.join(file_name(source, architecture, &options, version)));

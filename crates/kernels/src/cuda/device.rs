@@ -54,6 +54,7 @@ pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
     let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
     let multiprocessors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
     let architecture = match (major, minor) {
+        (8, 6) => "sm_86",
         (8, 9) => "sm_89",
         (8, _) => "sm_80",
         (9, _) => "sm_90a",
@@ -126,6 +127,11 @@ impl CudaGpu {
             let handle = result::module::get_function(module, name)?;
             let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             result::function::set_function_attribute(handle, most, shared_bytes as i32)?;
+            // So that a multiprocessor holds as many blocks as the kernel was made for.
+            let share = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            result::function::set_function_attribute(handle, share, 100)?;
+            // Now, not at the first launch, which would wait for whatever runs on the GPU.
+            sys::cuFuncLoad(handle).result()?;
             self.functions.insert(kernel.name, Function { handle, shared_bytes });
         }
         Ok(())
@@ -205,8 +211,12 @@ unsafe impl Gpu for CudaGpu {
     }
 
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
+        // The copy returns when the bytes have left, before they have come: its stream, which no other waits for, is waited for.
         // SAFETY: the caller's promise.
-        self.with("writing to the GPU", || unsafe { result::memcpy_htod_sync(to.0, from) })
+        self.with("writing to the GPU", || unsafe {
+            result::memcpy_htod_sync(to.0, from)?;
+            result::stream::synchronize(std::ptr::null_mut())
+        })
     }
 
     unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {

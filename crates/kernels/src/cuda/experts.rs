@@ -95,8 +95,8 @@ impl GpuFfn {
         let down = Down {
             grouped: self.weights.grouped(1, rows, self.shape.down_strips(), width, gate_up.h),
             out: out as u32,
+            _pad: 0,
             y: y.of_len(rows * out),
-            ..Down::zeroed()
         };
         let [gate_up_kernel, down_kernel] = kernels_for(format, rows);
         // SAFETY: the views are as large as the kernels take them to be, the weights are this network's.
@@ -139,7 +139,6 @@ struct Buffers {
     h: Option<Buffer<u16>>,
     y: Option<Buffer<f32>>,
     sums: Option<Buffer<f32>>,
-    done: Option<Buffer<u32>>,
 }
 
 impl Workspace {
@@ -163,6 +162,7 @@ impl Workspace {
 pub struct Sent<'a> {
     gate_up: (Kernel, GateUp),
     down: (Kernel, Down),
+    add_up: AddUp,
     /// Experts, and what it is computed in.
     uses: PhantomData<&'a ()>,
 }
@@ -173,7 +173,8 @@ impl Sent<'_> {
         // SAFETY: the addresses are of buffers as large as the kernels take them to be, and of experts that are borrowed.
         unsafe {
             device.queue_launch(self.gate_up.0, &self.gate_up.1)?;
-            device.queue_launch(self.down.0, &self.down.1)
+            device.queue_launch(self.down.0, &self.down.1)?;
+            device.queue_launch(ADD_UP, &self.add_up)
         }
     }
 }
@@ -256,8 +257,6 @@ impl Experts<'_> {
         let h = room_for(&mut buffers.h, row_room * shape.width, |len| device.buffer(len))?;
         let y = room_for(&mut buffers.y, row_room * shape.out, |len| device.buffer(len))?;
         let sums = room_for(&mut buffers.sums, outputs * shape.out, |len| device.buffer(len))?;
-        // Every launch leaves it as zeros.
-        let done = room_for(&mut buffers.done, shape.down_strips(), |len| device.zeros(len))?;
 
         sent.open();
         let counts = sent.put_in(groups, self.groups.iter().map(|(_, rows)| rows.len() as u32));
@@ -306,17 +305,20 @@ impl Experts<'_> {
             out: shape.out as u32,
             _pad: 0,
             y: y.address().0,
+        };
+        assert!(u32::try_from(outputs * shape.out).is_ok(), "{outputs} outputs of {} are too many", shape.out);
+        let add_up = AddUp {
+            y: y.address().0,
+            out: shape.out as u32,
             outputs: outputs as u32,
-            _pad2: 0,
             firsts: sent.view(firsts).of_len(outputs + 1),
             rows: sent.view(term_rows).of_len(term_room),
             weights: sent.view(weights).of_len(term_room),
             sums: sums.address().0,
-            done: done.address().0,
         };
         let most = self.groups.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0);
         let [gate_up_kernel, down_kernel] = kernels_for(shape.format, most);
-        Ok(Sent { gate_up: (gate_up_kernel, gate_up), down: (down_kernel, down), uses: PhantomData })
+        Ok(Sent { gate_up: (gate_up_kernel, gate_up), down: (down_kernel, down), add_up, uses: PhantomData })
     }
 }
 
@@ -358,14 +360,21 @@ struct Down {
     out: u32,
     _pad: u32,
     y: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+struct AddUp {
+    y: u64,
+    out: u32,
     outputs: u32,
-    _pad2: u32,
     firsts: u64,
     rows: u64,
     weights: u64,
     sums: u64,
-    done: u64,
 }
+
+const ADD_UP: Kernel = Kernel { name: "add_up_outputs", threads: 256, blocks_each: 6 };
 
 static GATE_UP_FP8: Sizes = sizes!("gate_up_fp8");
 static GATE_UP_BF16: Sizes = sizes!("gate_up_bf16");
@@ -373,7 +382,7 @@ static DOWN_FP8: Sizes = sizes!("down_fp8");
 static DOWN_BF16: Sizes = sizes!("down_bf16");
 
 pub(super) fn kernels() -> Vec<Kernel> {
-    [GATE_UP_FP8, GATE_UP_BF16, DOWN_FP8, DOWN_BF16].concat()
+    [&GATE_UP_FP8[..], &GATE_UP_BF16, &DOWN_FP8, &DOWN_BF16, &[ADD_UP]].concat()
 }
 
 fn kernels_for(format: Format, rows: usize) -> [Kernel; 2] {

@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytemuck::Pod;
 
+use super::pinned::{Pinned, Staging};
+
 /// Of a byte in a GPU's memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Address(pub u64);
@@ -96,6 +98,7 @@ pub unsafe trait Gpu: Send + Sync + fmt::Debug {
 pub struct Device {
     gpu: Arc<dyn Gpu>,
     arena: Arc<Arena>,
+    pinned: Arc<Pinned>,
     /// Where launches are kept instead of being queued.
     kept: Option<Arc<Mutex<Vec<Launch>>>>,
 }
@@ -106,7 +109,12 @@ impl Device {
         let arena_bytes = arena_bytes / ALIGNMENT * ALIGNMENT;
         let start = gpu.allocate(arena_bytes)?;
         let arena = Arena { start, bytes: arena_bytes, free: Mutex::new(Free::of(arena_bytes)) };
-        Ok(Self { arena: Arc::new(arena), gpu, kept: None })
+        Ok(Self { arena: Arc::new(arena), pinned: Pinned::new(gpu.clone()), gpu, kept: None })
+    }
+
+    /// The same GPU and queue with another arena.
+    pub fn with_arena(&self, bytes: usize) -> Result<Self, GpuError> {
+        Self::new(self.gpu.clone(), bytes)
     }
 
     pub fn properties(&self) -> &Properties {
@@ -154,9 +162,8 @@ impl Device {
     }
 
     /// Host memory for what goes to the GPU or comes from it.
-    pub(crate) fn staging(&self, bytes: usize) -> Result<Staging, GpuError> {
-        let bytes = bytes.max(1);
-        Ok(Staging { at: self.gpu.allocate_host(bytes)?, bytes, gpu: self.gpu.clone() })
+    pub(super) fn staging(&self, bytes: usize) -> Result<Staging, GpuError> {
+        self.pinned.staging(bytes.max(1))
     }
 
     /// Queues a copy of the first `bytes` bytes.
@@ -164,7 +171,7 @@ impl Device {
     /// # Safety
     ///
     /// The staging memory may not be written to before `finish`.
-    pub(crate) unsafe fn queue_write(&self, to: &Buffer<u8>, from: &Staging, bytes: usize) -> Result<(), GpuError> {
+    pub(super) unsafe fn queue_write(&self, to: &Buffer<u8>, from: &Staging, bytes: usize) -> Result<(), GpuError> {
         assert!(bytes <= to.len, "{bytes} bytes into a buffer of {}", to.len);
         // SAFETY: the buffer is this device's and large enough; the rest is the caller's promise.
         unsafe { self.gpu.queue_write(to.address(), &from.bytes()[..bytes]) }
@@ -421,43 +428,6 @@ impl<T: Pod> Returned<T> {
     /// What has come, once [`Device::finish`] was called since it was asked for.
     pub fn values(&self) -> &[T] {
         &bytemuck::cast_slice(self.staging.bytes())[..self.len]
-    }
-}
-
-/// Host memory of a GPU.
-pub(crate) struct Staging {
-    at: *mut u8,
-    bytes: usize,
-    gpu: Arc<dyn Gpu>,
-}
-
-// SAFETY: nobody else has the memory.
-unsafe impl Send for Staging {}
-
-impl Staging {
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: so many bytes were allocated, and zeroed; nobody else has them.
-        unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
-    }
-
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) }
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // Where waiting fails the GPU is lost, and reads nothing any more.
-        let _ = self.gpu.finish();
-        // SAFETY: the memory is this one's, and the queue is through with it.
-        unsafe { self.gpu.free_host(self.at, self.bytes) };
-    }
-}
-
-impl fmt::Debug for Staging {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Staging({} bytes)", self.bytes)
     }
 }
 

@@ -42,12 +42,13 @@ pub fn run(args: &Args, role: &str) -> Result<()> {
 }
 
 fn head(device: &Device, roof: &GpuRoof) -> String {
-    let (copy, product) = (roof.copy / 1e9, 2.0 * roof.fma / 1e12);
-    format!("{device}\nroof: a copy reads and writes {copy:.0} GB/s, a product of bf16 makes {product:.0} TFLOP/s\n")
+    let product =
+        roof.fma.map_or("is not known (no cuBLASLt)".into(), |fma| format!("makes {:.0} TFLOP/s", 2e-12 * fma));
+    format!("{device}\nroof: a copy reads and writes {:.0} GB/s, a product of bf16 {product}\n", roof.copy / 1e9)
 }
 
 fn as_json(device: &Device, roof: &GpuRoof, mut measured: Value) -> String {
     measured["device"] = device.to_string().into();
-    measured["roof"] = json!({ "copy_bytes_per_s": roof.copy, "flops": 2.0 * roof.fma });
+    measured["roof"] = json!({ "copy_bytes_per_s": roof.copy, "flops": roof.fma.map(|fma| 2.0 * fma) });
     format!("{measured:#}\n")
 }

@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use super::Args;
+use crate::processes::GPU_QUEUES;
 use crate::roles;
 
 /// A row's values, if no model is named: V3's.
@@ -185,7 +186,7 @@ async fn remote(args: &Args, hidden: usize, fabric: Option<Arc<dyn Fabric>>) -> 
     if fabric.is_some() {
         let device = args.device.as_deref().unwrap_or_default();
         // Both ends may be on one GPU: NCCL connects them only if it takes them for different hosts.
-        command.args(["--device", device]).env("NCCL_HOSTID", "echo");
+        command.args(["--device", device]).env("NCCL_HOSTID", "echo").env(GPU_QUEUES.0, GPU_QUEUES.1);
     }
     let mut peer = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn()?;
     let mut lines = BufReader::new(peer.stdout.take().context("no standard output")?).lines();
@@ -242,6 +243,10 @@ async fn measure(way: &'static str, dispatcher: &Dispatcher, hidden: usize, rows
         let bytes_per_s = (calls * (there + back)) as f64 / start.elapsed().as_secs_f64();
         let (p50, p99) = (times[times.len() / 2], times[times.len() * 99 / 100]);
         measured.push(Measured { way, rows, p50, p99, bytes_per_s });
+    }
+    // Frames of a lane that fails go over its stream.
+    for edge in dispatcher.edges() {
+        ensure!(edge.transport == way && edge.lane_failures == 0, "{way} has failed meanwhile: {}", edge.detail);
     }
     Ok(measured)
 }

@@ -13,7 +13,7 @@ use cudarc::driver::{DriverError, result, sys};
 use super::poll;
 use crate::error::Error;
 use crate::memory::Stream;
-use crate::shared::{State, rest};
+use crate::shared::{Closing, State, rest};
 
 /// The smallest buffer.
 const SMALLEST: usize = 64 << 10;
@@ -173,7 +173,9 @@ impl Gpu {
     /// Frees everything once the stream is through, on a thread of its own. What is not through in time, or cannot be
     /// asked, is left behind, and so is everything where there is no thread. The communicator is aborted.
     pub fn release(self, timeout: Duration) {
+        let closing = Closing::begin();
         let release = move || {
+            let _closing = closing;
             let start = Instant::now();
             if poll(|| self.is_through(), || State::Ready, Some(timeout), || start.elapsed(), rest) == Ok(true) {
                 // SAFETY: the stream is through, and nobody can queue anything more.
