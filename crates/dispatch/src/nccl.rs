@@ -32,9 +32,10 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 /// A side that has had nothing to send for that long sends a slot that says so: the other one need not wait for the next,
 /// which would keep a part of its GPU busy.
 pub const IDLE_AFTER: Duration = Duration::from_millis(50);
-/// Between two lanes of a stream, if the first has failed: doubled each time.
+/// Between two lanes of a stream, if the first has failed: doubled each time that one does not come up. Of each offer that the
+/// other side never joins, NCCL keeps two threads and two sockets: there may not be many.
 pub const BACKOFF_MIN: Duration = Duration::from_secs(1);
-pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+pub const BACKOFF_MAX: Duration = Duration::from_secs(30 * 60);
 /// Frames of a lane that are not answered; more go over the stream.
 pub const LANE_FRAMES_MAX: usize = 64;
 /// Lanes of a process, with those that are being connected: each has threads, and an offer may come at any time.

@@ -11,6 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use cudarc::driver::sys::CUcontext;
+use cudarc::driver::{result, sys};
 use cudarc::nccl::sys::{ncclComm, ncclComm_t};
 
 use crate::config::Config;
@@ -42,6 +44,29 @@ pub(crate) struct Shared {
     /// How closing went, once it has.
     closed: Mutex<Option<Result<(), Error>>>,
     closes: Condvar,
+    /// The GPU that it is on, for the thread that closes it: NCCL would open the first one there.
+    context: Option<Context>,
+}
+
+struct Context(CUcontext);
+
+// SAFETY: a context may be made current on any thread.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// This thread's, if there is a driver, and one.
+    fn current() -> Option<Self> {
+        // SAFETY: opens NVIDIA's library, and closes it.
+        let has_driver = unsafe { sys::is_culib_present() };
+        has_driver.then(result::ctx::get_current)?.ok()?.map(Self)
+    }
+
+    fn make_current(&self) {
+        // SAFETY: contexts are kept to the end of the process. Where it fails the driver is lost, and so is what is closed.
+        let _ = unsafe { result::ctx::set_current(self.0) };
+    }
 }
 
 /// Null once the communicator is closed.
@@ -71,6 +96,7 @@ impl Shared {
             is_closing: AtomicBool::new(false),
             closed: Mutex::new(None),
             closes: Condvar::new(),
+            context: Context::current(),
         }
     }
 
@@ -183,6 +209,9 @@ impl Shared {
     }
 
     fn close_here(&self, how: Close) {
+        if let Some(context) = &self.context {
+            context.make_current();
+        }
         let handle = std::mem::replace(&mut *self.lock(), Handle(null_mut()));
         let (function, close) = match how {
             Close::Abort => ("ncclCommAbort", self.api.abort),
