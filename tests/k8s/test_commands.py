@@ -23,7 +23,12 @@ def test_an_expert_worker_of_v3():
         "--tls=/etc/moesaic/tls",
     ]
     assert tomllib.loads(worker.files["/etc/moesaic/config/expert-worker.toml"])["expert_slots"] == 1280
-    assert worker.env == {"POD_NAME": "expert-worker-12", "POD_NAMESPACE": "moesaic-v3", "FAILURE_DOMAIN": "gpu-7"}
+    assert worker.env == {
+        "POD_NAME": "expert-worker-12",
+        "POD_NAMESPACE": "moesaic-v3",
+        "FAILURE_DOMAIN": "gpu-7",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    }
     assert worker.ports == {"metrics": 9090, "rpc": 7000}
     assert (worker.pre_stop_seconds, worker.grace_seconds) == (0, 150)
 
