@@ -145,6 +145,17 @@ DEVICE void add_shared(u64* to, u64 value) {
 DEVICE float bf16_value(u16 bits) { return bits_as_float(static_cast<u32>(bits) << 16); }
 DEVICE float larger(float a, float b) { return a > b ? a : b; }
 DEVICE float minus_infinity() { return bits_as_float(0xff800000); }
+DEVICE float number_or_least(float x) { return x == x ? x : minus_infinity(); }
+
+/// The sum over the lanes up to this one.
+template <class T>
+DEVICE T sum_up_to_lane(T value) {
+    for (u32 delta = 1; delta < 32; delta *= 2) {
+        T before = from_lane_before(value, delta);
+        if (thread() % 32 >= delta) value += before;
+    }
+    return value;
+}
 
 /// exp of a number that is not above 0, with the bits of `math.rs`.
 DEVICE float exact_exp(float x) {

@@ -58,7 +58,7 @@ struct Cut {
 
 /// In the order of values; both zeros are equal, and what is no number is the lowest.
 DEVICE u32 key_of(float x) {
-    if (x != x) x = minus_infinity();
+    x = number_or_least(x);
     u32 bits = x == 0 ? 0 : float_as_bits(x);
     return bits >> 31 ? ~bits : bits | 0x80000000;
 }
@@ -94,16 +94,6 @@ DEVICE u64 sum_of(Shared* s, u64 value) {
     for (u32 warp = 0; warp < WARPS; warp++) sum += s->of_warps[warp];
     block_sync();
     return sum;
-}
-
-/// The sum over the lanes up to this one.
-template <class T>
-DEVICE T sum_up_to_lane(T value) {
-    for (u32 delta = 1; delta < 32; delta *= 2) {
-        T before = from_lane_before(value, delta);
-        if (thread() % 32 >= delta) value += before;
-    }
-    return value;
 }
 
 /// The bin, from the highest down, at which `before` and the bins' sum reach `need`. By a warp; one lane says it.
@@ -252,7 +242,7 @@ KERNEL(draw_tokens, 1024, 1, Draws) {
         for (u32 i = thread(); i < draw.edits; i += THREADS) {
             Edit edit = call.edits[draw.first_edit + i];
             float x = logits[edit.token];
-            x = (x == x ? x : minus_infinity()) + edit.bias;
+            x = number_or_least(x) + edit.bias;
             x = x > 0 ? x / edit.repetition : x * edit.repetition;
             logits[edit.token] = x - edit.penalty;
         }

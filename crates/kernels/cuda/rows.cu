@@ -121,8 +121,6 @@ struct Routed {
     Choice chosen[32];
 };
 
-DEVICE float number_or_least(float x) { return x == x ? x : minus_infinity(); }
-
 /// logits become scores.
 DEVICE void scores_of(const Route& call, float (&x)[ROUTE_SLOTS]) {
     u32 lane = thread() % 32;

@@ -76,12 +76,7 @@ struct WorkList {
                 u32 group = first + lane;
                 u32 own_rows = group >= call.groups ? 0 : call.counts ? call.counts[group] : call.count;
                 u32 own_tiles = (own_rows + tokens - 1) / tokens * output_blocks;
-                u32 row_end = own_rows, tile_end = own_tiles;
-                for (u32 delta = 1; delta < 32; delta *= 2) {
-                    u32 rows_before = from_lane_before(row_end, delta), tiles_before = from_lane_before(tile_end, delta);
-                    row_end += lane >= delta ? rows_before : 0;
-                    tile_end += lane >= delta ? tiles_before : 0;
-                }
+                u32 row_end = sum_up_to_lane(own_rows), tile_end = sum_up_to_lane(own_tiles);
                 if (group < call.groups) {
                     rows[group] = row_sum + row_end - own_rows;
                     tiles[group] = tile_sum + tile_end - own_tiles;

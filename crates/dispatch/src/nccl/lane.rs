@@ -158,7 +158,7 @@ impl Lane {
         end: End,
         owner: Arc<dyn LaneOwner>,
     ) -> Result<Self, NotOpened> {
-        let place = Place::take()?;
+        let place = Counted::take(&LANES, LANES_MAX).ok_or(NotOpened::Many)?;
         let (sender, messages) = sync_channel(2 * LANE_FRAMES_MAX);
         let incoming = Mutex::new(Incoming::new(generation, FRAME_BYTES_MAX));
         let state = Arc::new(State { generation, owner, incoming, news: Condvar::new(), end: Mutex::default() });
@@ -233,39 +233,29 @@ pub enum NotOpened {
     Thread(#[from] std::io::Error),
 }
 
-/// One of the lanes that this process may have.
-struct Place;
-
-static TAKEN: AtomicUsize = AtomicUsize::new(0);
-
-impl Place {
-    fn take() -> Result<Self, NotOpened> {
-        let more = |taken| (taken < LANES_MAX).then_some(taken + 1);
-        let taken = TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        taken.map(|_| Self).map_err(|_| NotOpened::Many)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        TAKEN.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Threads that are there or about to be.
+/// Lanes of this process, and threads of lanes: those that are there or about to be.
+static LANES: AtomicUsize = AtomicUsize::new(0);
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
-struct Counted;
+/// One of what is counted, until it is dropped.
+struct Counted(&'static AtomicUsize);
+
+impl Counted {
+    /// None if there are `limit` already.
+    fn take(of: &'static AtomicUsize, limit: usize) -> Option<Self> {
+        let more = |taken| (taken < limit).then_some(taken + 1);
+        of.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok().map(|_| Self(of))
+    }
+}
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        THREADS.fetch_sub(1, Ordering::AcqRel);
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    THREADS.fetch_add(1, Ordering::AcqRel);
-    let counted = Counted;
+    let counted = Counted::take(&THREADS, usize::MAX);
     let run = move || {
         let _counted = counted;
         run();

@@ -12,6 +12,7 @@ pub(super) struct Pinned {
     free: Mutex<Vec<Block>>,
 }
 
+#[derive(Clone, Copy)]
 struct Block {
     at: *mut u8,
     bytes: usize,
@@ -26,7 +27,7 @@ impl Pinned {
     }
 
     pub fn staging(self: &Arc<Self>, bytes: usize) -> Result<Staging, GpuError> {
-        Ok(Staging { block: Some(self.take(bytes)?), bytes, pinned: self.clone() })
+        Ok(Staging { block: self.take(bytes)?, bytes, pinned: self.clone() })
     }
 
     fn free(&self) -> MutexGuard<'_, Vec<Block>> {
@@ -61,25 +62,20 @@ impl fmt::Debug for Pinned {
 
 /// Host memory of a GPU, of any content.
 pub(super) struct Staging {
-    /// Until it is dropped.
-    block: Option<Block>,
+    block: Block,
     bytes: usize,
     pinned: Arc<Pinned>,
 }
 
 impl Staging {
-    fn at(&self) -> *mut u8 {
-        self.block.as_ref().map_or(std::ptr::null_mut(), |block| block.at)
-    }
-
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the block has so many bytes, which were zeroed once; nobody else has them.
-        unsafe { std::slice::from_raw_parts(self.at(), self.bytes) }
+        unsafe { std::slice::from_raw_parts(self.block.at, self.bytes) }
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.at(), self.bytes) }
+        unsafe { std::slice::from_raw_parts_mut(self.block.at, self.bytes) }
     }
 }
 
@@ -87,7 +83,7 @@ impl Drop for Staging {
     fn drop(&mut self) {
         // Where waiting fails the GPU is lost, and reads nothing any more.
         let _ = self.pinned.gpu.finish();
-        self.pinned.free().extend(self.block.take());
+        self.pinned.free().push(self.block);
     }
 }
 
