@@ -118,7 +118,7 @@ fn run(pool: &Pool, groups: &[Group<'_>], x: RowsRef<'_>, y: &mut [f32]) {
                 |g| &g.ffn.down,
                 |g, cut, task| {
                     let place =
-                        Place { x_offset: g.first * g.ffn.down.steps(), y_offset: g.first * out, ..g.ffn.down.place() };
+                        Place { x_offset: g.first * g.ffn.down.x_len(), y_offset: g.first * out, ..g.ffn.down.place() };
                     Job { linear: &g.ffn.down, x: h, y, place, rows: g.rows }.run(cut.rows(task), cut.panels(task));
                 },
             );

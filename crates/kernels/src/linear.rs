@@ -26,9 +26,9 @@ pub(crate) use panels::{Bf16Pairs, F32Lanes, Weight};
 pub(crate) use rows::{Form, Ready, bf16_bits, pair, with_rows, with_scratch};
 
 use crate::pool::{Pool, Shared};
-use crate::{Dtype, Matrix, MatrixData, Numerics};
+use crate::{Dtype, Matrix, MatrixData, Numerics, e4m3_to_f32};
 use generic::Tiles;
-use panels::{Bf16Lanes, E4m3Lanes, E4m3Pairs, Packed, Scales};
+use panels::{Bf16Halves, E4m3Halves, E4m3Pairs, Packed, Scales};
 
 /// Packed weights of y = x Wᵀ.
 pub struct Linear {
@@ -39,8 +39,8 @@ pub struct Linear {
 
 enum Panels {
     F32(Packed<F32Lanes>),
-    Bf16(Packed<Bf16Lanes>),
-    E4m3(Packed<E4m3Lanes>),
+    Bf16(Packed<Bf16Halves>),
+    E4m3(Packed<E4m3Halves>),
     Bf16Pairs(Packed<Bf16Pairs>),
     E4m3Pairs(Packed<E4m3Pairs>),
 }
@@ -90,11 +90,13 @@ impl Linear {
             (MatrixData::Fp8 { q, scales, block }, _) => {
                 let scales = Some(Scales { values: scales, block: *block });
                 let read = |i: usize, to: &mut [u8]| to.copy_from_slice(&q[i..i + to.len()]);
-                if n.by_pairs() && block[1] % 2 == 0 {
-                    Panels::E4m3Pairs(source.panels(rows, cols, scales, read)?)
-                } else {
-                    // A pair cannot lie across two blocks: such a matrix is computed as in `bf16`.
-                    Panels::E4m3(source.panels(rows, cols, scales, read)?)
+                match (block[1] % 2, cols % 2, n.by_pairs()) {
+                    (0, _, true) => Panels::E4m3Pairs(source.panels(rows, cols, scales, read)?),
+                    (0, 0, false) => Panels::E4m3(source.panels(rows, cols, scales, read)?),
+                    // A pair cannot lie across two blocks, nor end beyond a row of x that is not made of pairs.
+                    _ => Panels::F32(source.panels(rows, cols, scales, |i, to| {
+                        to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = e4m3_to_f32(*code))
+                    })?),
                 }
             }
         };
@@ -153,13 +155,13 @@ impl Linear {
     }
 
     /// Elements of a row of x in this linear's form.
-    pub(crate) fn steps(&self) -> usize {
-        on_panels!(&self.panels, p => p.steps)
+    pub(crate) fn x_len(&self) -> usize {
+        on_panels!(&self.panels, p => p.x_len())
     }
 
     /// Dense rows of x and y.
     pub(crate) fn place<'a>(&self) -> Place<'a> {
-        Place { pick: None, x_stride: self.steps(), x_offset: 0, y_stride: self.out_features(), y_offset: 0 }
+        Place { pick: None, x_stride: self.x_len(), x_offset: 0, y_stride: self.out_features(), y_offset: 0 }
     }
 }
 
@@ -196,10 +198,15 @@ impl Source {
         cols: usize,
         read: impl Fn(usize, &mut [u16]),
     ) -> Result<Panels, UnfitBytes> {
-        Ok(if n.by_pairs() {
-            Panels::Bf16Pairs(self.panels(rows, cols, None, read)?)
-        } else {
-            Panels::Bf16(self.panels(rows, cols, None, read)?)
+        Ok(match (n.by_pairs(), cols % 2) {
+            (true, _) => Panels::Bf16Pairs(self.panels(rows, cols, None, read)?),
+            (false, 0) => Panels::Bf16(self.panels(rows, cols, None, read)?),
+            // The last pair would end beyond a row of x.
+            _ => Panels::F32(self.panels(rows, cols, None, |i, to| {
+                let mut bits = vec![0; to.len()];
+                read(i, &mut bits);
+                to.iter_mut().zip(bits).for_each(|(to, bits)| *to = f32::from_bits(u32::from(bits) << 16));
+            })?),
         })
     }
 }

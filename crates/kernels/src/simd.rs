@@ -158,9 +158,12 @@ pub(crate) trait Simd: Copy {
     fn prefetch<T>(self, at: &T);
 
     fn widen_bf16(self, x: &[u16; LANES]) -> Self::F;
-    fn widen_e4m3(self, x: &[u8; LANES]) -> Self::F;
     /// A pair is a u32: the high half is the lower k.
     fn pairs_bf16(self, x: &[u32; LANES]) -> Self::Pairs;
+    /// The same from memory, even if it has been read before: a compiler would keep it in a register, and lack that for sums.
+    fn pairs_bf16_again(self, x: &[u32; LANES]) -> Self::Pairs;
+    /// The high halves and the low halves, widened.
+    fn halves(self, v: Self::Pairs) -> [Self::F; 2];
     /// What `pairs_bf16` reads back.
     fn store_pairs(self, v: Self::Pairs, to: &mut [u32; LANES]);
     /// Bytes 2i + 1 and 2i become the high and the low half of pair i.

@@ -20,7 +20,7 @@ use crate::shards::map;
 use crate::{Checkpoint, ModelError};
 
 /// Of the layout of panels and of this file.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 4096;
 const ALIGNMENT: usize = 64;
 

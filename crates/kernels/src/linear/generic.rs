@@ -1,7 +1,7 @@
 //! y = x Wᵀ for a range of rows and a range of panels, on any instruction set.
 //!
 //! ```text
-//! for 8 (or 4) panels, for up to 6 rows of x:         a tile; its sums stay in registers
+//! for 8 (or 4) panels, for up to 8 rows of x:         a tile; its sums stay in registers
 //!     for each block of K (one, where weights have no scales):
 //!         part = 0;  for each step k ascending:  part[row][panel] = step(x[row][k], w[panel][k], part[row][panel])
 //!         acc = part, or fma(part, scale, acc)
@@ -10,10 +10,10 @@
 //! Tricks:
 //! 1. Lanes are outputs, so each output has one chain over K, as in the plain loop: rows, tiles, threads and instruction sets cannot change it.
 //! 2. A step waits for the one before it (4 cycles), so a tile always has several chains: few rows take many panels, many rows few.
-//! 3. Weights are read once for up to 6 rows; a group of panels stays in the second-level cache while all rows pass over it,
+//! 3. Weights are read once for up to 8 rows; a group of panels stays in the second-level cache while all rows pass over it,
 //!    and while they do, the next group is fetched.
-//! 4. FP8 weights are widened in registers for few rows, and once for many.
-//! 5. 3 or 5 rows run as 4 or 6 with the last row twice: cheaper than reading the weights twice, and less code.
+//! 4. FP8 weights are widened in registers for few rows, and once for many, to bf16.
+//! 5. 3, 5 or 7 rows run as 4, 6 or 8 with the last row twice: cheaper than reading the weights twice, and less code.
 
 use std::ops::Range;
 
@@ -41,23 +41,19 @@ pub(crate) struct Tiles<'a, W: Weight> {
     pub panels: Range<usize>,
 }
 
-const ROWS_MAX: usize = 6;
-/// Rows for which weights that widen are widened once, into a scratch that stays in the second-level cache.
-const WIDEN_ROWS_MIN: usize = 18;
-
 impl<W: Weight> Kernel for Tiles<'_, W> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let widens = W::WIDENS && self.rows.len() >= WIDEN_ROWS_MIN;
+        let widens = self.rows.len() >= W::WIDEN_ROWS_MIN;
         let group = if S::WIDE && !widens { 8 } else { 4 };
         let mut wide = W::take_wide();
         for first in self.panels.clone().step_by(group) {
             let panels = first..self.panels.end.min(first + group);
+            let next = lines(self.weights.panels(panels.end..self.panels.end.min(panels.end + group)));
             if !widens {
-                let next = panels.end..self.panels.end.min(panels.end + group);
-                self.pass(s, panels, self.weights.panels(next));
+                self.pass(s, panels, first > self.panels.start, next);
                 continue;
             }
             let narrow = self.weights.panels(panels.clone());
@@ -67,40 +63,47 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
             }
             let Self { weights, x, y, place, ref rows, .. } = self;
             let weights = weights.of(&wide, first);
-            Tiles { weights, x, y, place, rows: rows.clone(), panels: panels.clone() }.pass(s, panels, &[]);
+            Tiles { weights, x, y, place, rows: rows.clone(), panels: panels.clone() }.pass(s, panels, true, next);
         }
         W::give_back_wide(wide);
     }
 }
 
-/// 6 while there are many; 7 to 11 are cut into halves, not into 6 and a small rest.
-pub(crate) fn rows_of_tile(left: usize) -> usize {
-    if left > ROWS_MAX && left < 2 * ROWS_MAX { left.div_ceil(2) } else { left.min(ROWS_MAX) }
+/// A line of the processor's caches.
+type Line = [u8; 64];
+
+fn lines<W: Weight>(weights: &[W]) -> &[Line] {
+    bytemuck::cast_slice::<W, u8>(weights).as_chunks().0
+}
+
+/// Of `left` rows: `max` while there are many; fewer than twice as many are cut into halves, not into `max` and a small rest.
+pub(crate) fn rows_of_tile(left: usize, max: usize) -> usize {
+    if left > max && left < 2 * max { left.div_ceil(2) } else { left.min(max) }
 }
 
 /// `live` rows from `row`, for all `panels`.
-struct Strip<'a, W> {
+struct Strip<'a> {
     row: usize,
     live: usize,
     panels: Range<usize>,
-    /// Weights to fetch meanwhile.
-    ahead: &'a [W],
-    /// Nobody has read these panels before.
-    is_first: bool,
+    fetch: Fetch<'a>,
 }
 
 impl<W: Weight> Tiles<'_, W> {
-    /// All rows pass over a group of panels; meanwhile the `next` is fetched.
+    /// All rows pass over a group of panels, which may be near already; meanwhile the `next` is fetched.
     #[inline(always)]
-    fn pass<S: Simd>(&self, s: S, panels: Range<usize>, mut next: &[W]) {
+    fn pass<S: Simd>(&self, s: S, panels: Range<usize>, near: bool, mut next: &[Line]) {
+        // Weights that take work to open are opened for more rows.
+        let max = if S::WIDE && W::PARTS > 1 { 8 } else { 6 };
         let mut row = self.rows.start;
         while row < self.rows.end {
-            let rows = rows_of_tile(self.rows.end - row);
-            let is_first = row == self.rows.start;
-            // The first rows fetch their own.
-            let share = if is_first { 0 } else { next.len() / (self.rows.end - row).div_ceil(ROWS_MAX) };
-            let ahead = next.split_off(..share).unwrap_or_default();
-            let strip = Strip { row, live: rows, panels: panels.clone(), ahead, is_first };
+            let rows = rows_of_tile(self.rows.end - row, max);
+            let strips = (self.rows.end - row).div_ceil(max);
+            // The first rows fetch their own, unless others have.
+            let own = row == self.rows.start && (strips == 1 || !near);
+            let share = if own { 0 } else { next.len() / strips };
+            let fetch = Fetch { own, ahead: next.split_off(..share).unwrap_or_default() };
+            let strip = Strip { row, live: rows, panels: panels.clone(), fetch };
             match (rows, S::WIDE) {
                 (1, true) => self.strip::<S, 1, 8>(s, strip),
                 (1, false) => self.strip::<S, 1, 4>(s, strip),
@@ -108,7 +111,8 @@ impl<W: Weight> Tiles<'_, W> {
                 (2, false) => self.strip::<S, 2, 2>(s, strip),
                 (3..=4, true) => self.strip::<S, 4, 4>(s, strip),
                 (3..=4, false) => self.strip::<S, 4, 1>(s, strip),
-                (_, true) => self.strip::<S, 6, 4>(s, strip),
+                (5..=6, true) => self.strip::<S, 6, 4>(s, strip),
+                (_, true) => self.strip::<S, 8, 2>(s, strip),
                 (_, false) => self.strip::<S, 6, 1>(s, strip),
             }
             row += rows;
@@ -116,11 +120,11 @@ impl<W: Weight> Tiles<'_, W> {
     }
 
     #[inline(always)]
-    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_, W>)
+    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_>)
     where
         Tile: Sums<R, P> + Sums<R, 4> + Sums<R, 1>,
     {
-        let Strip { row, live, mut panels, mut ahead, is_first } = strip;
+        let Strip { row, live, mut panels, fetch: Fetch { own, mut ahead } } = strip;
         let mut x: [&[W::X]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
             *x = self.x_row(row + r.min(live - 1));
@@ -128,7 +132,7 @@ impl<W: Weight> Tiles<'_, W> {
         while panels.len() >= P {
             let tiles = panels.len() / P;
             let part = ahead.split_off(..ahead.len() / tiles).unwrap_or_default();
-            let fetch = Fetch { own: is_first, ahead: part };
+            let fetch = Fetch { own, ahead: part };
             s.apart(TileOf::<W, R, P> { tiles: self, x, row, live, panel: panels.start, fetch });
             panels.start += P;
         }
@@ -144,7 +148,7 @@ impl<W: Weight> Tiles<'_, W> {
     #[inline(always)]
     fn x_row(&self, row: usize) -> &[W::X] {
         let row = self.place.pick.map_or(row, |pick| pick[row] as usize);
-        &self.x[row * self.place.x_stride + self.place.x_offset..][..self.weights.steps]
+        &self.x[row * self.place.x_stride + self.place.x_offset..][..self.weights.steps * W::PARTS]
     }
 
     #[inline(always)]
@@ -171,7 +175,7 @@ struct TileOf<'a, W: Weight, const R: usize, const P: usize> {
     row: usize,
     live: usize,
     panel: usize,
-    fetch: Fetch<'a, W>,
+    fetch: Fetch<'a>,
 }
 
 impl<W: Weight, const R: usize, const P: usize> Kernel for TileOf<'_, W, R, P>
@@ -219,7 +223,7 @@ where
             let steps = first..weights.steps.min(first + weights.block_steps);
             let part = chain::<S, W, R, P>(s, self.x, panels, steps, fetch);
             for p in 0..P {
-                let scale = weights.scales(self.panel + p)[block].open(s);
+                let scale = weights.scales(self.panel + p)[block].open(s, 0);
                 for r in 0..R {
                     acc[r][p] = s.fma(part[r][p], scale, acc[r][p]);
                 }
@@ -231,14 +235,14 @@ where
 
 /// What is brought near while a tile is computed.
 #[derive(Clone, Copy)]
-struct Fetch<'a, W> {
+struct Fetch<'a> {
     /// The tile's own panels, some steps ahead: for the first rows, which find them in memory.
     own: bool,
     /// Up to AHEAD_LINES each step.
-    ahead: &'a [W],
+    ahead: &'a [Line],
 }
 
-impl<W> Fetch<'_, W> {
+impl Fetch<'_> {
     fn nothing() -> Self {
         Self { own: false, ahead: &[] }
     }
@@ -256,7 +260,7 @@ fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
     x: [&[W::X]; R],
     panels: [&[W]; P],
     steps: Range<usize>,
-    fetch: Fetch<'_, W>,
+    fetch: Fetch<'_>,
 ) -> [[S::F; P]; R]
 where
     Tile: Sums<R, P>,
@@ -279,7 +283,7 @@ pub(crate) trait Sums<const R: usize, const P: usize> {
         panels: [&[W]; P],
         steps: Range<usize>,
         acc: [[S::F; P]; R],
-        ahead: &[W],
+        ahead: &[Line],
     ) -> [[S::F; P]; R];
 }
 
@@ -299,19 +303,21 @@ macro_rules! tile {
                 panels: [&[W]; $P],
                 steps: Range<usize>,
                 mut acc: [[S::F; $P]; $R],
-                ahead: &[W],
+                ahead: &[Line],
             ) -> [[S::F; $P]; $R] {
-                assert!(x.iter().all(|x| steps.end <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
+                assert!(x.iter().all(|x| steps.end * W::PARTS <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
                 let mut ahead = ahead.iter();
                 for k in steps {
                     tile!(@fetch s, panels, k, ahead, $R, FETCH_OWN, $panels);
-                    // SAFETY: `k` is below the length of every row and panel.
-                    let w = unsafe { tile!(@open s, panels, k, $panels) };
-                    $(
-                        // SAFETY: as above.
-                        let value = unsafe { *x[$r].get_unchecked(k) };
-                        tile!(@step s, value, w, acc, $r, $panels);
-                    )*
+                    for part in 0..W::PARTS {
+                        // SAFETY: `k` is below the length of every panel, and of every row in steps.
+                        let w = unsafe { tile!(@open s, panels, k, part, $panels) };
+                        $(
+                            // SAFETY: as above.
+                            let value = unsafe { *x[$r].get_unchecked(k * W::PARTS + part) };
+                            tile!(@step s, value, w, acc, $r, $panels);
+                        )*
+                    }
                 }
                 acc
             }
@@ -328,8 +334,8 @@ macro_rules! tile {
             }
         }
     };
-    (@open $s:ident, $w:ident, $k:ident, [$($p:literal)*]) => {
-        [$($w[$p].get_unchecked($k).open($s)),*]
+    (@open $s:ident, $w:ident, $k:ident, $part:ident, [$($p:literal)*]) => {
+        [$($w[$p].get_unchecked($k).open($s, $part)),*]
     };
     (@step $s:ident, $x:ident, $w:ident, $acc:ident, $r:literal, [$($p:literal)*]) => {
         $($acc[$r][$p] = W::step($s, $x, $w[$p], $acc[$r][$p]);)*
@@ -340,3 +346,4 @@ tile!(1: [0], 1: [0], 4: [0 1 2 3], 8: [0 1 2 3 4 5 6 7]);
 tile!(2: [0 1], 1: [0], 2: [0 1], 4: [0 1 2 3]);
 tile!(4: [0 1 2 3], 1: [0], 4: [0 1 2 3]);
 tile!(6: [0 1 2 3 4 5], 1: [0], 4: [0 1 2 3]);
+tile!(8: [0 1 2 3 4 5 6 7], 1: [0], 2: [0 1], 4: [0 1 2 3]);

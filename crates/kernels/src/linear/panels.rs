@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! panel p holds outputs 16p .. 16p+16 (missing ones are zero); lanes[p][step] holds what one step of the chain over K needs for all 16
-//! step of f32, bf16, e4m3:  one k,          [w[16p][k], w[16p+1][k], ...]
-//! step of pairs:            k = 2s, 2s + 1, a u32 or two bytes for each output, the lower k in the upper half
+//! step of f32:         one k,            [w[16p][k], w[16p+1][k], ...]
+//! step of bf16, e4m3:  k = 2s, 2s + 1,   a u32 or two bytes for each output, the lower k in the upper half
 //! ```
-//! A forward pass then reads each panel from its first byte to its last.
+//! A forward pass then reads each panel from its first byte to its last. A pair is multiplied as it is, or by halves: one load and one
+//! operation widen the lower k's sixteen, one more the higher k's, where sixteen values of a single k would take two each.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -23,20 +24,23 @@ const STRETCH: usize = 64;
 pub(crate) trait Weight: Pod + Send + Sync {
     /// One weight as it is stored.
     type Element: Copy + Default;
-    /// What an activation row is made of: one step's worth of x.
+    /// What an activation row is made of.
     type X: Copy + Send + Sync;
-    /// The weights in registers.
+    /// A part of a step's weights in registers.
     type Open<S: Simd>: Copy;
     /// Values of k in a step.
     const PER_STEP: usize;
+    /// Elements of x in a step, one for each part of its weights.
+    const PARTS: usize;
     /// The same weights opened once and for all, where opening costs as much as multiplying (else Self). They take the same
     /// x and give the same bits.
     type Wide: Weight<X = Self::X>;
-    const WIDENS: bool;
+    /// Rows from which that pays.
+    const WIDEN_ROWS_MIN: usize;
 
     /// One output's weights of this step: PER_STEP of them.
     fn set(&mut self, lane: usize, w: &[Self::Element]);
-    fn open<S: Simd>(&self, s: S) -> Self::Open<S>;
+    fn open<S: Simd>(&self, s: S, part: usize) -> Self::Open<S>;
     fn step<S: Simd>(s: S, x: Self::X, w: Self::Open<S>, acc: S::F) -> S::F;
     fn widen<S: Simd>(&self, s: S) -> Self::Wide;
     /// A thread's scratch of any content, to be given back. (No closure: it would not be compiled for the instruction set.)
@@ -45,7 +49,7 @@ pub(crate) trait Weight: Pod + Send + Sync {
 }
 
 thread_local! {
-    static WIDE_LANES: Cell<Vec<F32Lanes>> = const { Cell::new(Vec::new()) };
+    static WIDE_HALVES: Cell<Vec<Bf16Halves>> = const { Cell::new(Vec::new()) };
     static WIDE_PAIRS: Cell<Vec<Bf16Pairs>> = const { Cell::new(Vec::new()) };
 }
 
@@ -53,7 +57,7 @@ thread_local! {
 macro_rules! as_it_is {
     () => {
         type Wide = Self;
-        const WIDENS: bool = false;
+        const WIDEN_ROWS_MIN: usize = usize::MAX;
 
         #[inline(always)]
         fn widen<S: Simd>(&self, _: S) -> Self {
@@ -66,16 +70,16 @@ macro_rules! as_it_is {
     };
 }
 
-/// Opened into `$wide`, with `$store`.
+/// e4m3 as bf16.
 macro_rules! widens {
-    ($wide:ident, $store:ident, $scratch:ident) => {
+    ($wide:ident, $scratch:ident, $rows_min:literal) => {
         type Wide = $wide;
-        const WIDENS: bool = true;
+        const WIDEN_ROWS_MIN: usize = $rows_min;
 
         #[inline(always)]
         fn widen<S: Simd>(&self, s: S) -> $wide {
             let mut wide = $wide::default();
-            s.$store(self.open(s), &mut wide.0);
+            s.store_pairs(s.pairs_e4m3(&self.0), &mut wide.0);
             wide
         }
         fn take_wide() -> Vec<$wide> {
@@ -87,108 +91,108 @@ macro_rules! widens {
     };
 }
 
-/// A weight whose step is one k, widened to f32.
-macro_rules! widened {
-    ($(#[$align:meta])* $name:ident, $element:ty, $load:ident, $($wide:tt)*) => {
-        $(#[$align])*
-        #[derive(Clone, Copy, Default, Zeroable, Pod)]
-        pub(crate) struct $name(pub [$element; LANES]);
-
-        impl Weight for $name {
-            type Element = $element;
-            type X = f32;
-            type Open<S: Simd> = S::F;
-            const PER_STEP: usize = 1;
-
-            #[inline(always)]
-            fn set(&mut self, lane: usize, w: &[$element]) {
-                self.0[lane] = w[0];
-            }
-            #[inline(always)]
-            fn open<S: Simd>(&self, s: S) -> S::F {
-                s.$load(&self.0)
-            }
-            #[inline(always)]
-            fn step<S: Simd>(s: S, x: f32, w: S::F, acc: S::F) -> S::F {
-                s.fma(s.splat(x), w, acc)
-            }
-            $($wide)*
-        }
-    };
-}
-
-/// A weight whose step is a pair of k, multiplied as bf16.
+/// A weight whose step is a pair of k: as pairs of bf16, or of e4m3.
 macro_rules! paired {
-    ($(#[$align:meta])* $name:ident, $element:ty, $store:ty, $len:expr, $set:expr, $load:ident, $($wide:tt)*) => {
-        $(#[$align])*
+    ($name:ident, bf16, $by:ident, $($wide:tt)*) => {
+        #[repr(C, align(64))]
         #[derive(Clone, Copy, Default, Zeroable, Pod)]
-        pub(crate) struct $name(pub [$store; $len]);
+        pub(crate) struct $name(pub [u32; LANES]);
 
         impl Weight for $name {
-            type Element = $element;
-            type X = u32;
-            type Open<S: Simd> = S::Pairs;
-            const PER_STEP: usize = 2;
+            type Element = u16;
+            #[inline(always)]
+            fn set(&mut self, lane: usize, w: &[u16]) {
+                self.0[lane] = u32::from(w[0]) << 16 | u32::from(w[1]);
+            }
+            $by!(pairs_bf16, pairs_bf16_again);
+            $($wide)*
+        }
+    };
+    ($name:ident, e4m3, $by:ident, $($wide:tt)*) => {
+        #[repr(C, align(32))]
+        #[derive(Clone, Copy, Default, Zeroable, Pod)]
+        pub(crate) struct $name(pub [u8; 2 * LANES]);
 
+        impl Weight for $name {
+            type Element = u8;
             #[inline(always)]
-            fn set(&mut self, lane: usize, w: &[$element]) {
-                let set: fn(&mut [$store; $len], usize, $element, $element) = $set;
-                set(&mut self.0, lane, w[0], w[1]);
+            fn set(&mut self, lane: usize, w: &[u8]) {
+                (self.0[2 * lane + 1], self.0[2 * lane]) = (w[0], w[1]);
             }
-            #[inline(always)]
-            fn open<S: Simd>(&self, s: S) -> S::Pairs {
-                s.$load(&self.0)
-            }
-            #[inline(always)]
-            fn step<S: Simd>(s: S, x: u32, w: S::Pairs, acc: S::F) -> S::F {
-                s.dot_pairs(x, w, acc)
-            }
+            $by!(pairs_e4m3, pairs_e4m3);
             $($wide)*
         }
     };
 }
 
-widened!(
-    #[repr(C, align(64))]
-    F32Lanes,
-    f32,
-    load,
+/// Multiplied as pairs of bf16.
+macro_rules! by_pairs {
+    ($load:ident, $load_again:ident) => {
+        type X = u32;
+        type Open<S: Simd> = S::Pairs;
+        const PER_STEP: usize = 2;
+        const PARTS: usize = 1;
+
+        #[inline(always)]
+        fn open<S: Simd>(&self, s: S, _: usize) -> S::Pairs {
+            s.$load(&self.0)
+        }
+        #[inline(always)]
+        fn step<S: Simd>(s: S, x: u32, w: S::Pairs, acc: S::F) -> S::F {
+            s.dot_pairs(x, w, acc)
+        }
+    };
+}
+
+/// Multiplied one by one, in f32.
+macro_rules! by_halves {
+    ($load:ident, $load_again:ident) => {
+        type X = f32;
+        type Open<S: Simd> = S::F;
+        const PER_STEP: usize = 2;
+        const PARTS: usize = 2;
+
+        #[inline(always)]
+        fn open<S: Simd>(&self, s: S, part: usize) -> S::F {
+            if part == 0 { s.halves(s.$load(&self.0))[0] } else { s.halves(s.$load_again(&self.0))[1] }
+        }
+        #[inline(always)]
+        fn step<S: Simd>(s: S, x: f32, w: S::F, acc: S::F) -> S::F {
+            s.fma(s.splat(x), w, acc)
+        }
+    };
+}
+
+paired!(Bf16Pairs, bf16, by_pairs, as_it_is!(););
+paired!(Bf16Halves, bf16, by_halves, as_it_is!(););
+paired!(E4m3Pairs, e4m3, by_pairs, widens!(Bf16Pairs, WIDE_PAIRS, 18););
+paired!(E4m3Halves, e4m3, by_halves, widens!(Bf16Halves, WIDE_HALVES, 9););
+
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Default, Zeroable, Pod)]
+pub(crate) struct F32Lanes(pub [f32; LANES]);
+
+impl Weight for F32Lanes {
+    type Element = f32;
+    type X = f32;
+    type Open<S: Simd> = S::F;
+    const PER_STEP: usize = 1;
+    const PARTS: usize = 1;
+
+    #[inline(always)]
+    fn set(&mut self, lane: usize, w: &[f32]) {
+        self.0[lane] = w[0];
+    }
+    #[inline(always)]
+    fn open<S: Simd>(&self, s: S, _: usize) -> S::F {
+        s.load(&self.0)
+    }
+    #[inline(always)]
+    fn step<S: Simd>(s: S, x: f32, w: S::F, acc: S::F) -> S::F {
+        s.fma(s.splat(x), w, acc)
+    }
     as_it_is!();
-);
-widened!(
-    #[repr(C, align(32))]
-    Bf16Lanes,
-    u16,
-    widen_bf16,
-    as_it_is!();
-);
-widened!(
-    #[repr(C, align(16))]
-    E4m3Lanes,
-    u8,
-    widen_e4m3,
-    widens!(F32Lanes, store, WIDE_LANES);
-);
-paired!(
-    #[repr(C, align(64))]
-    Bf16Pairs,
-    u16,
-    u32,
-    LANES,
-    |to, lane, first, second| to[lane] = u32::from(first) << 16 | u32::from(second),
-    pairs_bf16,
-    as_it_is!();
-);
-paired!(
-    #[repr(C, align(32))]
-    E4m3Pairs,
-    u8,
-    u8,
-    2 * LANES,
-    |to, lane, first, second| (to[2 * lane + 1], to[2 * lane]) = (first, second),
-    pairs_e4m3,
-    widens!(Bf16Pairs, store_pairs, WIDE_PAIRS);
-);
+}
 
 /// All panels of a matrix.
 pub(crate) struct Packed<W> {
@@ -280,6 +284,11 @@ impl<W: Weight> Packed<W> {
 
     pub fn panels(&self) -> usize {
         self.outputs.div_ceil(LANES)
+    }
+
+    /// Elements of a row of x.
+    pub fn x_len(&self) -> usize {
+        self.steps * W::PARTS
     }
 
     pub fn view(&self) -> View<'_, W> {

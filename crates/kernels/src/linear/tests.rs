@@ -274,14 +274,20 @@ fn bf16_is_rounded_right_next_to_every_tie() {
 
 #[test]
 fn says_its_sizes() {
-    let m = Samples::new(1).matrix(17, 5, Stored::Fp8([16, 4]), 1.0);
-    for n in Numerics::all() {
-        let linear = Linear::pack(&m.matrix(), n);
-        assert_eq!((linear.in_features(), linear.out_features()), (5, 17));
-        // Two panels of 16 outputs: five codes (six by pairs) and two scales each.
-        let steps = if n.name() == "bf16-dp" { 6 } else { 5 };
-        assert_eq!(linear.bytes(), 2 * 16 * (steps + 2 * size_of::<f32>()), "{n:?}");
-        assert_eq!(format!("{linear:?}"), format!("Linear(5 -> 17, {})", n.name()));
+    for (cols, block) in [(6, 4), (5, 4), (6, 3)] {
+        let m = Samples::new(1).matrix(17, cols, Stored::Fp8([16, block]), 1.0);
+        for n in Numerics::all() {
+            let linear = Linear::pack(&m.matrix(), n);
+            assert_eq!((linear.in_features(), linear.out_features()), (cols, 17));
+            // Codes stay codes where pairs are whole, and by pairs where the last is filled up.
+            let bytes = match (block, cols, n.name()) {
+                (4, 6, _) | (4, 5, "bf16-dp") => 6,
+                _ => cols * size_of::<f32>(),
+            };
+            // Two panels of 16 outputs with two scales each.
+            assert_eq!(linear.bytes(), 2 * 16 * (bytes + 2 * size_of::<f32>()), "{n:?}");
+            assert_eq!(format!("{linear:?}"), format!("Linear({cols} -> 17, {})", n.name()));
+        }
     }
 }
 

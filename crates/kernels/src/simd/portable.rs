@@ -116,12 +116,16 @@ impl Simd for Portable {
         x.map(|x| f32::from_bits(u32::from(x) << 16))
     }
     #[inline(always)]
-    fn widen_e4m3(self, x: &[u8; LANES]) -> F {
-        x.map(e4m3_to_f32)
-    }
-    #[inline(always)]
     fn pairs_bf16(self, x: &[u32; LANES]) -> [u32; LANES] {
         *x
+    }
+    #[inline(always)]
+    fn pairs_bf16_again(self, x: &[u32; LANES]) -> [u32; LANES] {
+        *x
+    }
+    #[inline(always)]
+    fn halves(self, v: [u32; LANES]) -> [F; 2] {
+        [v.map(|pair| f32::from_bits(pair & 0xffff_0000)), v.map(|pair| f32::from_bits(pair << 16))]
     }
     #[inline(always)]
     fn store_pairs(self, v: [u32; LANES], to: &mut [u32; LANES]) {

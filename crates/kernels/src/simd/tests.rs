@@ -99,14 +99,27 @@ impl Kernel for WidenBf16 {
     }
 }
 
-struct WidenE4m3([u8; LANES]);
+/// Widened halves of pairs of bf16.
+struct HalvesBf16([u32; LANES]);
 
-impl Kernel for WidenE4m3 {
-    type Out = F;
+impl Kernel for HalvesBf16 {
+    type Out = [F; 2];
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> F {
-        stored(s, s.widen_e4m3(&self.0))
+    fn run<S: Simd>(self, s: S) -> [F; 2] {
+        s.halves(s.pairs_bf16(&self.0)).map(|half| stored(s, half))
+    }
+}
+
+/// Widened halves of pairs of e4m3.
+struct HalvesE4m3([u8; 2 * LANES]);
+
+impl Kernel for HalvesE4m3 {
+    type Out = [F; 2];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> [F; 2] {
+        s.halves(s.pairs_e4m3(&self.0)).map(|half| stored(s, half))
     }
 }
 
@@ -289,11 +302,19 @@ fn widens_every_bf16() {
 }
 
 #[test]
-fn widens_every_e4m3() {
-    for first in (0..=u8::MAX).step_by(LANES) {
-        let x: [u8; LANES] = std::array::from_fn(|i| first + i as u8);
+fn halves_of_every_pair_are_widened() {
+    for first in (0..=u16::MAX).step_by(LANES) {
+        let bf16: [u32; LANES] =
+            std::array::from_fn(|i| u32::from(first + i as u16) << 16 | u32::from(!first - i as u16));
+        let e4m3: [u8; 2 * LANES] = std::array::from_fn(|i| (first / LANES as u16) as u8 ^ (8 * i) as u8);
         for isa in Isa::available() {
-            assert_bits(&isa.run(WidenE4m3(x)), &x.map(e4m3_to_f32), format_args!("{isa:?}, from {first}"));
+            let [upper, lower] = isa.run(HalvesBf16(bf16));
+            assert_bits(&upper, &bf16.map(high), format_args!("{isa:?}, high, {bf16:x?}"));
+            assert_bits(&lower, &bf16.map(low), format_args!("{isa:?}, low, {bf16:x?}"));
+            let [upper, lower] = isa.run(HalvesE4m3(e4m3));
+            let half = |half: usize| -> F { std::array::from_fn(|i| e4m3_to_f32(e4m3[2 * i + half])) };
+            assert_bits(&upper, &half(1), format_args!("{isa:?}, high, {e4m3:x?}"));
+            assert_bits(&lower, &half(0), format_args!("{isa:?}, low, {e4m3:x?}"));
         }
     }
 }

@@ -94,7 +94,7 @@ impl<W: Operand> Kernel for PageOf<'_, W> {
         }
         let mut row = 0;
         while !max.is_empty() {
-            let live = rows_of_tile(max.len());
+            let live = rows_of_tile(max.len(), 6);
             let state = State {
                 max: max.split_off_mut(..live).unwrap_or_default(),
                 sum: sum.split_off_mut(..live).unwrap_or_default(),

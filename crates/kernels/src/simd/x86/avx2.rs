@@ -75,7 +75,7 @@ fn decode(code: __m256i) -> __m256 {
 
 impl Simd for Avx2 {
     type F = F;
-    /// The high halves and the low halves, widened and flushed.
+    /// The high halves and the low halves, widened.
     type Pairs = [F; 2];
     const WIDE: bool = false;
 
@@ -172,22 +172,23 @@ impl Simd for Avx2 {
         [half(0), half(1)]
     }
     #[inline(always)]
-    fn widen_e4m3(self, x: &[u8; LANES]) -> F {
-        // SAFETY: 16 values are there to be read.
-        let half = |i: usize| unsafe { decode(_mm256_cvtepu8_epi32(_mm_loadl_epi64(x.as_ptr().add(8 * i).cast()))) };
-        [half(0), half(1)]
-    }
-    #[inline(always)]
     fn pairs_bf16(self, x: &[u32; LANES]) -> [F; 2] {
         // SAFETY: 16 values are there to be read.
-        let x: [__m256i; 2] =
-            unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] };
+        let x = unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] };
         // SAFETY: as in `each`.
         let high =
             |x: __m256i| unsafe { _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000_u32 as i32))) };
         // SAFETY: as in `each`.
         let low = |x: __m256i| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)) };
-        [flush([high(x[0]), high(x[1])]), flush([low(x[0]), low(x[1])])]
+        [[high(x[0]), high(x[1])], [low(x[0]), low(x[1])]]
+    }
+    #[inline(always)]
+    fn pairs_bf16_again(self, x: &[u32; LANES]) -> [F; 2] {
+        self.pairs_bf16(x)
+    }
+    #[inline(always)]
+    fn halves(self, v: [F; 2]) -> [F; 2] {
+        v
     }
     #[inline(always)]
     fn store_pairs(self, v: [F; 2], to: &mut [u32; LANES]) {
@@ -210,6 +211,6 @@ impl Simd for Avx2 {
     fn dot_pairs(self, x: u32, w: [F; 2], acc: F) -> F {
         let high = flush(self.splat(f32::from_bits(x & 0xffff_0000)));
         let low = flush(self.splat(f32::from_bits(x << 16)));
-        zfma(self, low, w[1], zfma(self, high, w[0], flush(acc)))
+        zfma(self, low, flush(w[1]), zfma(self, high, flush(w[0]), flush(acc)))
     }
 }

@@ -28,6 +28,10 @@ static MAGNITUDES: [u16; 128] = {
     table
 };
 
+/// In memory at any address.
+#[repr(C, packed)]
+struct Unaligned<T>(T);
+
 /// Denormals to zeros of the same sign.
 #[inline(always)]
 fn flush(v: __m512) -> __m512 {
@@ -51,24 +55,6 @@ fn zfma<const DOT: bool>(s: Avx512<DOT>, a: __m512, b: __m512, c: __m512) -> __m
     let lift = s.splat(LIFT);
     let lifted = s.fma(s.mul(a, lift), s.mul(b, lift), s.mul(c, s.splat(LIFT * LIFT)));
     zero_where_small(s.fma(a, b, c), lifted, LIFTED_MIN)
-}
-
-/// e4m3 codes in u32 lanes. The exponent is moved by 120; a denormal is read as 2^-6 * (1 + m/8) and loses its 2^-6; NaN is put in at the end.
-#[inline(always)]
-fn decode(code: __m512i) -> __m512 {
-    // SAFETY: as in `zero_where_small`.
-    unsafe {
-        let magnitude = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
-        let denormal = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
-        let bits = _mm512_add_epi32(_mm512_slli_epi32::<20>(magnitude), _mm512_set1_epi32(120 << 23));
-        let bits = _mm512_mask_add_epi32(bits, denormal, bits, _mm512_set1_epi32(1 << 23));
-        let value = _mm512_castsi512_ps(bits);
-        let value = _mm512_mask_sub_ps(value, denormal, value, _mm512_set1_ps(1.0 / 64.0));
-        let nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
-        let value = _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(f32::NAN));
-        let sign = _mm512_slli_epi32::<24>(_mm512_and_si512(code, _mm512_set1_epi32(0x80)));
-        _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign))
-    }
 }
 
 impl<const DOT: bool> Simd for Avx512<DOT> {
@@ -168,14 +154,22 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         }
     }
     #[inline(always)]
-    fn widen_e4m3(self, x: &[u8; LANES]) -> __m512 {
-        // SAFETY: `self` proves the features; 16 values are there to be read.
-        decode(unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast())) })
-    }
-    #[inline(always)]
     fn pairs_bf16(self, x: &[u32; LANES]) -> __m512i {
         // SAFETY: `self` proves the features; 16 values are there to be read.
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn pairs_bf16_again(self, x: &[u32; LANES]) -> __m512i {
+        // SAFETY: 16 values are there to be read, as bytes of any alignment.
+        unsafe { std::ptr::from_ref(x).cast::<Unaligned<__m512i>>().read_volatile() }.0
+    }
+    #[inline(always)]
+    fn halves(self, v: __m512i) -> [__m512; 2] {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let high = _mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(high), _mm512_castsi512_ps(_mm512_slli_epi32::<16>(v))]
+        }
     }
     #[inline(always)]
     fn store_pairs(self, v: __m512i, to: &mut [u32; LANES]) {
@@ -205,13 +199,8 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
             };
         }
         // SAFETY: `self` proves the features.
-        let high =
-            |v: __m512i| unsafe { _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32 as i32))) };
-        // SAFETY: `self` proves the features.
-        let low = |v: __m512i| unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(v)) };
-        // SAFETY: `self` proves the features.
-        let x = unsafe { _mm512_set1_epi32(x as i32) };
-        let first = zfma(self, flush(high(x)), flush(high(w)), flush(acc));
-        zfma(self, flush(low(x)), flush(low(w)), first)
+        let x = self.halves(unsafe { _mm512_set1_epi32(x as i32) }).map(flush);
+        let w = self.halves(w).map(flush);
+        zfma(self, x[1], w[1], zfma(self, x[0], w[0], flush(acc)))
     }
 }
