@@ -159,7 +159,10 @@ fn each_part<'a>(
     of: impl Fn(&Group<'a>) -> &'a Linear,
     run: impl Fn(&Group<'a>, Cut, usize) + Sync,
 ) {
-    let cut = |g: &Group<'a>| Cut::new(pool, work / groups.len(), g.rows, of(g).panels());
+    let rows: usize = groups.iter().map(|g| g.rows).sum::<usize>().max(1);
+    // About as much work in each task: a hot expert is cut, a cold one stays whole.
+    let parts = |g: &Group<'a>| (pool.parts(work) * g.rows).div_ceil(rows).max(1);
+    let cut = |g: &Group<'a>| Cut::into(parts(g), g.rows, of(g).panels());
     if pool.is_inline(work) {
         return groups.iter().for_each(|g| (0..cut(g).tasks()).for_each(|task| run(g, cut(g), task)));
     }

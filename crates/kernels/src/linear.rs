@@ -276,7 +276,11 @@ const ROWS_EACH_MIN: usize = 24;
 
 impl Cut {
     pub fn new(pool: &Pool, work: usize, rows: usize, panels: usize) -> Self {
-        let parts = pool.parts(work);
+        Self::into(pool.parts(work), rows, panels)
+    }
+
+    /// Into about so many tasks.
+    pub fn into(parts: usize, rows: usize, panels: usize) -> Self {
         let panels_each = panels.div_ceil(parts).next_multiple_of(PANELS_EACH_MIN).max(PANELS_EACH_MIN);
         let across = panels.div_ceil(panels_each);
         let down = parts.div_ceil(across.max(1));

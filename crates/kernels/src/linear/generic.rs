@@ -238,7 +238,7 @@ where
 struct Fetch<'a> {
     /// The tile's own panels, some steps ahead: for the first rows, which find them in memory.
     own: bool,
-    /// Up to AHEAD_LINES each step.
+    /// Evenly over the steps.
     ahead: &'a [Line],
 }
 
@@ -250,8 +250,6 @@ impl Fetch<'_> {
 
 /// How many steps ahead a tile's own panels are fetched.
 const OWN_STEPS: usize = 24;
-/// How many lines of the next panels are fetched in a step: all of them while the second of two strips is computed.
-const AHEAD_LINES: usize = 4;
 
 /// Sums of R rows and P panels over `steps`, from zero.
 #[inline(always)]
@@ -306,9 +304,10 @@ macro_rules! tile {
                 ahead: &[Line],
             ) -> [[S::F; $P]; $R] {
                 assert!(x.iter().all(|x| steps.end * W::PARTS <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
+                let pace = ahead.len().div_ceil(steps.len().max(1));
                 let mut ahead = ahead.iter();
                 for k in steps {
-                    tile!(@fetch s, panels, k, ahead, $R, FETCH_OWN, $panels);
+                    tile!(@fetch s, panels, k, ahead, pace, $R, FETCH_OWN, $panels);
                     for part in 0..W::PARTS {
                         // SAFETY: `k` is below the length of every panel, and of every row in steps.
                         let w = unsafe { tile!(@open s, panels, k, part, $panels) };
@@ -323,13 +322,13 @@ macro_rules! tile {
             }
         }
     };
-    (@fetch $s:ident, $w:ident, $k:ident, $ahead:ident, $R:literal, $own:ident, [$($p:literal)*]) => {
+    (@fetch $s:ident, $w:ident, $k:ident, $ahead:ident, $pace:ident, $R:literal, $own:ident, [$($p:literal)*]) => {
         if $own {
             $(if let Some(line) = $w[$p].get($k + OWN_STEPS) {
                 $s.prefetch(line);
             })*
         } else if $R > 2 {
-            for line in $ahead.by_ref().take(AHEAD_LINES) {
+            for line in $ahead.by_ref().take($pace) {
                 $s.prefetch(line);
             }
         }
