@@ -11,10 +11,11 @@
 //! out[d] = o[d] * (1 / l)
 //! ```
 //! Tricks:
-//! 1. Lanes are heads: sixteen heads read one key, so a token's value is one broadcast for all of them, nothing is ever added across lanes, and every
-//!    sum is the plain loop's. Fewer heads than lanes waste the rest.
-//! 2. q is turned to [d][head] once for a task, and o back; a bf16 page is widened once for a task.
-//! 3. Tokens are scored 16 (or 4) at a time, o is updated 16 (or 4) d at a time, so that many chains are on their way.
+//! 1. Of scores lanes are heads: sixteen heads read one key, so a token's value is one broadcast for all of them, nothing is ever added across lanes,
+//!    and every sum is the plain loop's. Of o lanes are d, so that a page is read as it lies. Fewer heads than lanes waste the rest.
+//! 2. q is turned to [d][head] once for a task.
+//! 3. Tokens are scored 16 (or 4) at a time, o is updated for 16 (or 4) heads at a time, so that many chains are on their way.
+//! 4. A bf16 page fits the first-level cache, where it would not in f32: it is widened by the sixteen tokens for scores, and in registers for o.
 
 mod expanded;
 mod pairs;
@@ -39,7 +40,7 @@ pub struct Query<'a> {
 
 thread_local! {
     static LANES_SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
-    static PAGE_SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static F32_SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// out is [rows, heads, latent].
@@ -91,10 +92,13 @@ pub(crate) fn mla_attend_on(isa: Isa, pool: &Pool, call: Call<'_>, out: &mut [f3
         if cache.by_pairs() {
             return pairs::heads(isa, call, query, out);
         }
-        with_scratch(&LANES_SCRATCH, width + PAGE_TOKENS + latent, |lanes| {
-            let (q, rest) = lanes.split_at_mut(width);
-            let (p, o) = rest.split_at_mut(PAGE_TOKENS);
-            with_scratch(&PAGE_SCRATCH, PAGE_TOKENS * width, |page| isa.run(Heads { call, query, q, p, o, page, out }));
+        let padded = latent.next_multiple_of(LANES);
+        with_scratch(&LANES_SCRATCH, width + PAGE_TOKENS, |lanes| {
+            let (q, p) = lanes.split_at_mut(width);
+            with_scratch(&F32_SCRATCH, LANES * (padded + width), |f32s| {
+                let (o, block) = f32s.split_at_mut(LANES * padded);
+                isa.run(Heads { call, query, q, p, o, block, out });
+            });
         });
     });
 }
@@ -108,10 +112,10 @@ struct Heads<'a> {
     q: &'a mut [Lanes],
     /// Scores, then probabilities of a page: [t][head].
     p: &'a mut [Lanes],
-    /// [d][head]
-    o: &'a mut [Lanes],
-    /// A page, widened.
-    page: &'a mut [f32],
+    /// [head][d], each padded to whole lanes.
+    o: &'a mut [f32],
+    /// Some tokens, widened.
+    block: &'a mut [f32],
     out: &'a mut [f32],
 }
 
@@ -119,29 +123,84 @@ impl Kernel for Heads<'_> {
     type Out = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { call, query, q, p, o, page, out } = self;
-        let width = call.cache.width();
-        turn(query.q, q);
-        o.fill(Lanes::default());
-        let (mut max, mut sum) = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
-        for (i, id) in query.pages.iter().enumerate().take(query.context.div_ceil(PAGE_TOKENS)) {
-            let live = PAGE_TOKENS.min(query.context - i * PAGE_TOKENS);
-            let kv = widened(s, call.cache.page(call.layer, *id), live * width, page);
-            scores(s, q, kv, &mut p[..live], call.scale);
-            let factor;
-            (max, sum, factor) = probabilities(s, &mut p[..live], max, sum);
-            if S::WIDE {
-                values::<S, 16>(s, &p[..live], kv, width, factor, o);
-            } else {
-                values::<S, 4>(s, &p[..live], kv, width, factor, o);
-            }
+    fn run<S: Simd>(mut self, s: S) {
+        turn(self.query.q, self.q);
+        self.o.fill(0.0);
+        let mut state = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
+        let Query { pages, context, .. } = self.query;
+        for (i, id) in pages.iter().enumerate().take(context.div_ceil(PAGE_TOKENS)) {
+            let live = PAGE_TOKENS.min(context - i * PAGE_TOKENS);
+            state = match (self.call.cache.page(self.call.layer, *id), S::WIDE) {
+                (Page::F32(kv), true) => self.page::<S, f32, 16>(s, kv, live, state),
+                (Page::F32(kv), false) => self.page::<S, f32, 4>(s, kv, live, state),
+                (Page::Bf16(kv), true) => self.page::<S, u16, 16>(s, kv, live, state),
+                (Page::Bf16(kv), false) => self.page::<S, u16, 4>(s, kv, live, state),
+            };
         }
-        let inverse = s.div(s.splat(1.0), sum);
-        for o in o.iter_mut() {
-            s.store(s.mul(s.load(&o.0), inverse), &mut o.0);
+        let mut inverse = Lanes::default();
+        s.store(s.div(s.splat(1.0), state.1), &mut inverse.0);
+        let latent = self.call.cache.latent;
+        let heads = self.out.chunks_exact_mut(latent).zip(self.o.chunks_exact(latent.next_multiple_of(LANES)));
+        for ((out, o), inverse) in heads.zip(inverse.0) {
+            out.iter_mut().zip(o).for_each(|(out, o)| *out = o * inverse);
         }
-        turn_back(o, out);
+    }
+}
+
+impl Heads<'_> {
+    /// Adds `live` tokens of a page, N tokens or heads at a time; takes and gives each head's maximum and sum.
+    #[inline(always)]
+    fn page<S: Simd, V: Value, const N: usize>(
+        &mut self,
+        s: S,
+        kv: &[V],
+        live: usize,
+        (max, sum): (S::F, S::F),
+    ) -> (S::F, S::F) {
+        let p = &mut self.p[..live];
+        scores::<S, V, N>(s, self.q, kv, self.block, p, self.call.scale);
+        let (max, sum, factor) = probabilities(s, p, max, sum);
+        let mut factors = Lanes::default();
+        s.store(factor, &mut factors.0);
+        values::<S, V, N>(s, p, kv, self.call.cache.width(), self.call.cache.latent, &factors, self.o);
+        (max, sum)
+    }
+}
+
+/// What a page holds.
+trait Value: Copy + Default {
+    fn lanes<S: Simd>(s: S, x: &[Self; LANES]) -> S::F;
+    /// All of x in f32, in `block` if it is not.
+    fn widened<'a, S: Simd>(s: S, x: &'a [Self], block: &'a mut [f32]) -> &'a [f32];
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    fn lanes<S: Simd>(s: S, x: &[f32; LANES]) -> S::F {
+        s.load(x)
+    }
+    #[inline(always)]
+    fn widened<'a, S: Simd>(_: S, x: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
+        x
+    }
+}
+
+impl Value for u16 {
+    #[inline(always)]
+    fn lanes<S: Simd>(s: S, x: &[u16; LANES]) -> S::F {
+        s.widen_bf16(x)
+    }
+    #[inline(always)]
+    fn widened<'a, S: Simd>(s: S, x: &'a [u16], block: &'a mut [f32]) -> &'a [f32] {
+        let (x_whole, x_rest) = x.as_chunks::<LANES>();
+        let (whole, rest) = block[..x.len()].as_chunks_mut::<LANES>();
+        for (to, x) in whole.iter_mut().zip(x_whole) {
+            s.store(s.widen_bf16(x), to);
+        }
+        for (to, x) in rest.iter_mut().zip(x_rest) {
+            *to = f32::from_bits(u32::from(*x) << 16);
+        }
+        &block[..x.len()]
     }
 }
 
@@ -165,43 +224,22 @@ fn turn_back(from: &[Lanes], rows: &mut [f32]) {
     }
 }
 
-/// The page in f32; of a bf16 page only the first `live` values.
+/// p[t] = scale * (q · kv[t]), T tokens at a time. A last block that is not whole reads what lies behind in the page, and forgets it.
 #[inline(always)]
-fn widened<'a, S: Simd>(s: S, page: Page<'a>, live: usize, to: &'a mut [f32]) -> &'a [f32] {
-    match page {
-        Page::F32(values) => values,
-        Page::Bf16(values) => {
-            let (x, x_rest) = values[..live].as_chunks::<LANES>();
-            let (to_whole, to_rest) = to[..live].as_chunks_mut::<LANES>();
-            for (to, x) in to_whole.iter_mut().zip(x) {
-                s.store(s.widen_bf16(x), to);
-            }
-            for (to, x) in to_rest.iter_mut().zip(x_rest) {
-                *to = f32::from_bits(u32::from(*x) << 16);
-            }
-            to
-        }
-    }
-}
-
-/// p[t] = scale * (q · kv[t])
-#[inline(always)]
-fn scores<S: Simd>(s: S, q: &[Lanes], kv: &[f32], p: &mut [Lanes], scale: f32) {
-    if S::WIDE {
-        scores_by::<S, 16>(s, q, kv, p, scale);
-    } else {
-        scores_by::<S, 4>(s, q, kv, p, scale);
-    }
-}
-
-/// T tokens at a time. A last block that is not whole reads what lies behind in the page, and forgets it.
-#[inline(always)]
-fn scores_by<S: Simd, const T: usize>(s: S, q: &[Lanes], kv: &[f32], p: &mut [Lanes], scale: f32) {
+fn scores<S: Simd, V: Value, const T: usize>(
+    s: S,
+    q: &[Lanes],
+    kv: &[V],
+    block: &mut [f32],
+    p: &mut [Lanes],
+    scale: f32,
+) {
     let width = q.len();
-    for (block, p) in p.chunks_mut(T).enumerate() {
+    for (p, kv) in p.chunks_mut(T).zip(kv.chunks_exact(T * width)) {
+        let kv = V::widened(s, kv, block);
         let mut tokens: [&[f32]; T] = [&[]; T];
         for (t, token) in tokens.iter_mut().enumerate() {
-            *token = &kv[(block * T + t) * width..][..width];
+            *token = &kv[t * width..][..width];
         }
         let mut acc = [s.splat(0.0); T];
         for (d, q) in q.iter().enumerate() {
@@ -234,41 +272,43 @@ fn probabilities<S: Simd>(s: S, p: &mut [Lanes], max: S::F, sum: S::F) -> (S::F,
     (new, s.fma(sum, factor, page_sum), factor)
 }
 
-/// o[d] = o[d] * factor + p · kv[..][d], D of d at a time.
+/// o[d] = o[d] * factor + p · kv[..][d], for H heads at a time.
 #[inline(always)]
-fn values<S: Simd, const D: usize>(s: S, p: &[Lanes], kv: &[f32], width: usize, factor: S::F, o: &mut [Lanes]) {
-    let (blocks, rest) = o.as_chunks_mut::<D>();
-    let done = blocks.len() * D;
-    for (block, o) in blocks.iter_mut().enumerate() {
-        values_block(s, p, &kv[block * D..], width, factor, o);
-    }
-    for (i, o) in rest.iter_mut().enumerate() {
-        values_block::<S, 1>(s, p, &kv[done + i..], width, factor, std::array::from_mut(o));
-    }
-}
-
-#[inline(always)]
-fn values_block<S: Simd, const D: usize>(
+fn values<S: Simd, V: Value, const H: usize>(
     s: S,
     p: &[Lanes],
-    kv: &[f32],
+    kv: &[V],
     width: usize,
-    factor: S::F,
-    o: &mut [Lanes; D],
+    latent: usize,
+    factors: &Lanes,
+    o: &mut [f32],
 ) {
-    let mut acc = [factor; D];
-    for d in 0..D {
-        acc[d] = s.mul(s.load(&o[d].0), factor);
-    }
-    for (t, p) in p.iter().enumerate() {
-        let p = s.load(&p.0);
-        let kv = &kv[t * width..][..D];
-        for d in 0..D {
-            acc[d] = s.fma(p, s.splat(kv[d]), acc[d]);
+    let padded = o.len() / LANES;
+    for d in (0..latent).step_by(LANES) {
+        for first in (0..LANES).step_by(H) {
+            let mut acc = [s.splat(0.0); H];
+            for (h, acc) in acc.iter_mut().enumerate() {
+                let o = &o[(first + h) * padded + d..].as_chunks().0[0];
+                *acc = s.mul(s.load(o), s.splat(factors.0[first + h]));
+            }
+            for (p, kv) in p.iter().zip(kv.chunks_exact(width)) {
+                let kv = match kv[d..latent].first_chunk() {
+                    Some(kv) => V::lanes(s, kv),
+                    None => {
+                        let mut lanes = [V::default(); LANES];
+                        lanes[..latent - d].copy_from_slice(&kv[d..latent]);
+                        V::lanes(s, &lanes)
+                    }
+                };
+                let p = &p.0[first..][..H];
+                for h in 0..H {
+                    acc[h] = s.fma(s.splat(p[h]), kv, acc[h]);
+                }
+            }
+            for (h, acc) in acc.into_iter().enumerate() {
+                s.store(acc, &mut o[(first + h) * padded + d..].as_chunks_mut().0[0]);
+            }
         }
-    }
-    for d in 0..D {
-        s.store(acc[d], &mut o[d].0);
     }
 }
 
