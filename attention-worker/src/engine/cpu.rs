@@ -211,7 +211,7 @@ impl Arithmetic for Cpu {
     }
 
     fn rows(&self, b: &Buffers) -> Rows {
-        match self.weights.numerics.dtype() {
+        match self.weights.numerics.activations() {
             Dtype::F32 => Rows::F32(b.x.clone()),
             Dtype::Bf16 => Rows::Bf16(b.x.iter().map(|&x| bf16::from_f32(x)).collect()),
         }

@@ -8,6 +8,7 @@ use moesaic_model::{Checkpoint, ModelError};
 use super::cpu;
 use super::decoder::Buffers;
 use super::thread::LOGITS_MAX;
+use super::weights::numerics_per_head;
 
 /// What decides the size of the latent cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +87,8 @@ impl fmt::Display for MemoryPlan {
 fn weight_bytes(checkpoint: &Checkpoint, n: Numerics) -> Result<u64, ModelError> {
     let c = checkpoint.config();
     // All of a checkpoint's projections are stored alike, but not its head.
-    let stored = value_bytes(&checkpoint.layer(0)?.mla.o, n);
+    let mla = checkpoint.layer(0)?.mla;
+    let stored = value_bytes(&mla.o, n);
     let matrix = |size: usize, out: usize, inputs: usize| (out.next_multiple_of(16) * inputs * size) as u64;
     let ffn = |width: usize| 2 * matrix(stored, width, c.hidden_size) + matrix(stored, c.hidden_size, width);
     let heads = c.num_attention_heads;
@@ -94,7 +96,7 @@ fn weight_bytes(checkpoint: &Checkpoint, n: Numerics) -> Result<u64, ModelError>
         None => matrix(stored, heads * c.qk_head_dim(), c.hidden_size),
         Some(rank) => matrix(stored, rank, c.hidden_size) + matrix(stored, heads * c.qk_head_dim(), rank),
     };
-    let computed = |out: usize, inputs: usize| matrix(dtype_bytes(n), out, inputs);
+    let computed = |out: usize, inputs: usize| matrix(dtype_bytes(numerics_per_head(&mla.kv_b, n)), out, inputs);
     let (latent, nope) = (c.kv_lora_rank, c.qk_nope_head_dim);
     let head = computed(nope, latent) + computed(latent, nope) + computed(c.v_head_dim, latent);
     let attention = query

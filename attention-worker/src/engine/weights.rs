@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use moesaic_kernels::{Ffn, GateParams, Linear, Matrix, Numerics, PerHead, RopeTable};
+use moesaic_kernels::{Dtype, Ffn, GateParams, Linear, Matrix, MatrixData, Numerics, PerHead, RopeTable};
 use moesaic_model::{Checkpoint, Config, FfnBlock, LayerBlock, MlaBlock, MlpBlock, ModelError, QueryBlock, load};
 
 pub struct Weights {
@@ -136,6 +136,7 @@ impl Mla {
     fn pack(c: &Config, block: &MlaBlock<'_>, n: Numerics) -> Self {
         let [key_up, absorb, value_up] = split(c, &block.kv_b);
         let (heads, latent) = (c.num_attention_heads, c.kv_lora_rank);
+        let per_head = numerics_per_head(&block.kv_b, n);
         Self {
             q: match &block.q {
                 QueryBlock::Direct(q) => Query::Direct(Linear::pack(q, n)),
@@ -145,12 +146,18 @@ impl Mla {
             },
             kv_a: Linear::pack(&block.kv_a, n),
             kv_a_norm: block.kv_a_norm.clone(),
-            key_up: PerHead::pack_f32(heads, c.qk_nope_head_dim, latent, &key_up, n),
-            absorb: PerHead::pack_f32(heads, latent, c.qk_nope_head_dim, &absorb, n),
-            value_up: PerHead::pack_f32(heads, c.v_head_dim, latent, &value_up, n),
+            key_up: PerHead::pack_f32(heads, c.qk_nope_head_dim, latent, &key_up, per_head),
+            absorb: PerHead::pack_f32(heads, latent, c.qk_nope_head_dim, &absorb, per_head),
+            value_up: PerHead::pack_f32(heads, c.v_head_dim, latent, &value_up, per_head),
             o: Linear::pack(&block.o, n),
         }
     }
+}
+
+/// In which kv_b is computed: FP8 with its scales is not exact in bf16, which nothing else is rounded to where products are of f32.
+pub(super) fn numerics_per_head(kv_b: &Matrix<'_>, n: Numerics) -> Numerics {
+    let is_exact = !matches!(kv_b.data, MatrixData::Fp8 { .. });
+    if is_exact || n.activations() == Dtype::Bf16 { n } else { n.as_f32() }
 }
 
 /// kv_b [heads * (nope + v), latent] as [heads, nope, latent], the same turned to [heads, latent, nope], and [heads, v, latent].

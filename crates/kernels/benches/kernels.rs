@@ -1,4 +1,4 @@
-//! `cargo bench -p moesaic-kernels [-- NAME]`: each kernel's speed beside the machine's roofs, measured in the same run.
+//! `cargo bench -p moesaic-kernels [-- NAME [DTYPE]]`: each kernel's speed in bf16, or DTYPE, beside the machine's roofs, measured in the same run.
 //!
 //! Weights are far larger than the caches, as they are in a model. Before a kernel is timed, a row computed alone must
 //! have the bits that it has in the batch; the tests compare every kernel with its plain reference.
@@ -7,8 +7,8 @@
 use std::time::Instant;
 
 use moesaic_kernels::{
-    Draw, Dtype, Expand, Ffn, LatentPages, Linear, Matrix, MatrixData, Numerics, PAGE_TOKENS, PerHead, Pool, Query,
-    Roof, RowsRef, Span, draw, grouped_experts, mla_attend, mla_attend_expanded,
+    Draw, DtypeChoice, Expand, Ffn, LatentPages, Linear, Matrix, MatrixData, Numerics, PAGE_TOKENS, PerHead, Pool,
+    Query, Roof, RowsRef, Span, draw, grouped_experts, mla_attend, mla_attend_expanded,
 };
 
 /// Weights that a test passes over before it meets the first again. Third-level caches of servers have hundreds of megabytes.
@@ -19,6 +19,7 @@ struct Bench {
     pool: Pool,
     roof: Roof,
     filter: Option<String>,
+    n: Numerics,
 }
 
 /// What one call of a kernel takes at least.
@@ -90,8 +91,8 @@ fn linear(bench: &Bench, fp8: bool) {
         false => MatrixData::Bf16(&bytes),
     };
     let matrix = Matrix { rows: out, cols: in_, data };
-    let linears: Vec<Linear> = (0..count).map(|_| Linear::pack(&matrix, Numerics::detect(Dtype::Bf16))).collect();
-    for rows in [1, 2, 4, 8, 16, 64, 512] {
+    let linears: Vec<Linear> = (0..count).map(|_| Linear::pack(&matrix, bench.n)).collect();
+    for rows in [1, 2, 4, 8, 16, 32, 64, 512] {
         let x = values(rows * in_, 2);
         let (mut y, mut alone) = (vec![0.0; rows * out], vec![0.0; out]);
         linears[0].forward(&bench.pool, RowsRef::F32(&x), &mut y);
@@ -114,7 +115,7 @@ fn experts(bench: &Bench) {
     let (up, down) = (bf16_bytes(&values(width * hidden, 1)), bf16_bytes(&values(width * hidden, 2)));
     let up = Matrix { rows: width, cols: hidden, data: MatrixData::Bf16(&up) };
     let down = Matrix { rows: hidden, cols: width, data: MatrixData::Bf16(&down) };
-    let n = Numerics::detect(Dtype::Bf16);
+    let n = bench.n;
     let layer_bytes = experts * 3 * width * hidden * 2;
     let layer = || (0..experts).map(|_| Ffn::pack(&up, &up, &down, n)).collect::<Vec<Ffn>>();
     let layers: Vec<Vec<Ffn>> = (0..WORKING_SET_BYTES / layer_bytes).map(|_| layer()).collect();
@@ -161,7 +162,7 @@ fn attention(bench: &Bench) {
         return;
     }
     let (heads, latent, rope) = (16, 256, 32);
-    let n = Numerics::detect(Dtype::Bf16);
+    let n = bench.n;
     for (rows, context) in [(1usize, 512usize), (1, 4096), (64, 512), (256, 1024)] {
         let (cache, table) = cached(n, context, latent, rope);
         let q = values(rows * heads * (latent + rope), 9);
@@ -187,7 +188,7 @@ fn prompt_attention(bench: &Bench) {
         return;
     }
     let (heads, latent, rope, nope, v, rows) = (16, 256, 32, 64, 64, 512);
-    let n = Numerics::detect(Dtype::Bf16);
+    let n = bench.n;
     let per_head = |out: usize, seed| PerHead::pack_f32(heads, out, latent, &values(heads * out * latent, seed), n);
     let (key, value) = (per_head(nope, 1), per_head(v, 2));
     let expand = Expand { key: &key, value: &value };
@@ -235,10 +236,11 @@ fn draws(bench: &Bench) {
 }
 
 fn main() {
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
+    let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
+    let filter = arguments.next();
+    let n = arguments.next().map_or(DtypeChoice::Bf16, |dtype| dtype.parse().unwrap()).numerics();
     let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
     let roof = Roof::measure(&pool);
-    let n = Numerics::detect(Dtype::Bf16);
     println!(
         "{} on {}, {} threads; roof: reads {:.1} GB/s, {:.0} GFLOP/s\n",
         n.name(),
@@ -247,7 +249,7 @@ fn main() {
         roof.read / 1e9,
         2.0 * roof.bf16 / 1e9
     );
-    let bench = Bench { pool, roof, filter };
+    let bench = Bench { pool, roof, filter, n };
     linear(&bench, false);
     linear(&bench, true);
     experts(&bench);

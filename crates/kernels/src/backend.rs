@@ -32,6 +32,15 @@ impl Backend {
         }
     }
 
+    /// As [`Numerics::activations`].
+    pub fn activations(&self) -> Dtype {
+        match self {
+            Self::Cpu(numerics, _) => numerics.activations(),
+            Self::Gpu(_) => Dtype::Bf16,
+        }
+    }
+
+    /// As [`Numerics::dtype`].
     pub fn dtype(&self) -> Dtype {
         match self {
             Self::Cpu(numerics, _) => numerics.dtype(),

@@ -3,8 +3,8 @@
 //! ```text
 //! y[r, o] = one chain over k ascending from 0:                 acc = fma(x[r, k], w[o, k], acc)
 //! FP8:      for each block b of K its own chain over the codes, then  acc = fma(chain_b, scale[o, b], acc), b ascending
-//! bf16:     x and w rounded to bf16 first (FP8 codes are exact in it); sums are f32
-//! bf16-dp:  the same chains, denormals flushed at every step (`Simd::dot_pairs`)
+//! bf16-fma: w rounded to bf16 first (FP8 codes are exact in it)
+//! bf16-dp:  x too, and denormals flushed at every step (`Simd::dot_pairs`)
 //! ```
 
 mod generic;
@@ -139,7 +139,7 @@ impl Linear {
     }
 
     pub(crate) fn form(&self) -> Form {
-        match (&self.panels, self.numerics.dtype()) {
+        match (&self.panels, self.numerics.activations()) {
             (Panels::Bf16Pairs(_) | Panels::E4m3Pairs(_), _) => Form::Pairs,
             (_, Dtype::Bf16) => Form::Rounded,
             (_, Dtype::F32) => Form::Full,

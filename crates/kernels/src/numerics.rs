@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use crate::simd::Isa;
 
-/// The type that weights and activations are rounded to.
+/// What values are rounded to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Dtype {
     F32,
@@ -61,7 +61,7 @@ impl DtypeChoice {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Numerics {
     dtype: Dtype,
-    /// bf16 products go by pairs, with denormals flushed: `bf16-dp`; else one by one: `bf16-fma`.
+    /// Products are of pairs of bf16, with denormals flushed: `bf16-dp`; else of f32, with weights in bf16: `bf16-fma`.
     pairs: bool,
     isa: Isa,
 }
@@ -99,8 +99,14 @@ impl Numerics {
         }
     }
 
+    /// Weights: of those that a checkpoint has in more.
     pub fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    /// Rows, queries and the latent cache.
+    pub fn activations(&self) -> Dtype {
+        if self.pairs { Dtype::Bf16 } else { Dtype::F32 }
     }
 
     /// The name of the instruction set, for logs.

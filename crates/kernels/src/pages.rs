@@ -6,7 +6,7 @@ use crate::{Dtype, Numerics};
 /// Tokens of a page. Part of the numerics: attention merges page by page.
 pub const PAGE_TOKENS: usize = 64;
 
-/// [layers, pages, PAGE_TOKENS, latent + rope], f32 or (in the bf16 numerics) bf16.
+/// [layers, pages, PAGE_TOKENS, latent + rope], f32 or (in `bf16-dp`) bf16.
 #[derive(Debug)]
 pub struct LatentPages {
     values: Values,
@@ -35,7 +35,7 @@ impl LatentPages {
     pub fn new(n: Numerics, layers: usize, pages: usize, latent: usize, rope: usize) -> Self {
         let len = layers * pages * PAGE_TOKENS * (latent + rope);
         // Zeroed memory that is not touched before it is written to.
-        let values = match n.dtype() {
+        let values = match n.activations() {
             Dtype::F32 => Values::F32(vec![0.0; len]),
             Dtype::Bf16 => Values::Bf16(vec![0; len]),
         };
@@ -44,7 +44,7 @@ impl LatentPages {
 
     /// Bytes of one page in all layers.
     pub fn page_bytes(n: Numerics, layers: usize, latent: usize, rope: usize) -> usize {
-        let size = match n.dtype() {
+        let size = match n.activations() {
             Dtype::F32 => size_of::<f32>(),
             Dtype::Bf16 => size_of::<u16>(),
         };

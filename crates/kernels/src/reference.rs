@@ -7,7 +7,7 @@ use crate::{Choice, Dtype, GateParams, GroupScore, Matrix, MatrixData, Numerics,
 
 /// One row of x: [cols] to [rows of the matrix].
 pub(crate) fn linear(m: &Matrix<'_>, n: Numerics, x: &[f32]) -> Vec<f32> {
-    let x: Vec<f32> = x.iter().map(|x| rounded(n, *x)).collect();
+    let x: Vec<f32> = x.iter().map(|x| rounded(n.activations(), *x)).collect();
     (0..m.rows).map(|o| linear_output(m, n, o, &x)).collect()
 }
 
@@ -16,7 +16,7 @@ fn linear_output(m: &Matrix<'_>, n: Numerics, o: usize, x: &[f32]) -> f32 {
     let MatrixData::Fp8 { q, scales, block } = &m.data else {
         let mut w = vec![0.0; m.cols];
         m.row_to_f32(o, &mut w);
-        w.iter_mut().for_each(|w| *w = rounded(n, *w));
+        w.iter_mut().for_each(|w| *w = rounded(n.dtype(), *w));
         return chain(by_pairs, x, &w);
     };
     let by_pairs = by_pairs && block[1] % 2 == 0;
@@ -31,8 +31,8 @@ fn linear_output(m: &Matrix<'_>, n: Numerics, o: usize, x: &[f32]) -> f32 {
 }
 
 /// What an operand of a linear becomes first.
-fn rounded(n: Numerics, x: f32) -> f32 {
-    match n.dtype() {
+fn rounded(to: Dtype, x: f32) -> f32 {
+    match to {
         Dtype::F32 => x,
         Dtype::Bf16 => bf16::from_f32(x).to_f32(),
     }
@@ -208,9 +208,9 @@ pub(crate) fn attend_expanded(
     scale: f32,
 ) -> Vec<f32> {
     let by_pairs = n.name() == "bf16-dp";
-    let operands = |x: Vec<f32>| if by_pairs { x.iter().map(|x| rounded(n, *x)).collect() } else { x };
+    let operands = |x: Vec<f32>| if by_pairs { x.iter().map(|x| rounded(n.activations(), *x)).collect() } else { x };
     let step = |x: f32, w: f32, acc: f32| if by_pairs { flushing_step(x, w, acc) } else { x.mul_add(w, acc) };
-    let q: Vec<f32> = q.iter().map(|q| rounded(n, *q)).collect();
+    let q: Vec<f32> = q.iter().map(|q| rounded(n.activations(), *q)).collect();
     let keys = tokens.iter().map(|kv| [&linear(key, n, &kv[..key.cols])[..], &kv[key.cols..]].concat());
     let keys: Vec<Vec<f32>> = keys.map(operands).collect();
     let values: Vec<Vec<f32>> = tokens.iter().map(|kv| operands(linear(value, n, &kv[..key.cols]))).collect();
@@ -231,13 +231,13 @@ pub(crate) fn attend_expanded(
 
 fn attend_by_pairs(n: Numerics, q: &[f32], tokens: &[Vec<f32>], latent: usize, scale: f32) -> Vec<f32> {
     let odd_first = |x: &[f32]| x.chunks(2).flat_map(|x| [x[1], x[0]]).collect::<Vec<f32>>();
-    let q: Vec<f32> = odd_first(q).iter().map(|q| rounded(n, *q)).collect();
+    let q: Vec<f32> = odd_first(q).iter().map(|q| rounded(n.activations(), *q)).collect();
     let (mut max, mut sum, mut o) = (f32::NEG_INFINITY, 0.0f32, vec![0.0; latent]);
     for page in tokens.chunks(PAGE_TOKENS) {
         let scores: Vec<f32> = page.iter().map(|kv| scale * chain(true, &odd_first(kv), &q)).collect();
         let new = scores.iter().copied().fold(max, f32::max);
         let factor = exp(max - new);
-        let mut p: Vec<f32> = scores.iter().map(|s| rounded(n, exp(s - new))).collect();
+        let mut p: Vec<f32> = scores.iter().map(|s| rounded(n.activations(), exp(s - new))).collect();
         sum = sum.mul_add(factor, p.iter().fold(0.0, |sum, p| sum + p));
         p.resize(p.len().next_multiple_of(2), 0.0);
         for (d, o) in o.iter_mut().enumerate() {

@@ -151,14 +151,14 @@ impl Plan {
     /// Bytes of the latent cache that one token takes in all layers.
     pub fn cache_bytes_per_token(&self) -> u64 {
         let config = self.checkpoint.config();
-        (config.num_hidden_layers * config.latent_width()) as u64 * self.value_bytes()
+        (config.num_hidden_layers * config.latent_width()) as u64 * bytes_of(self.backend.activations())
     }
+}
 
-    fn value_bytes(&self) -> u64 {
-        match self.backend.dtype() {
-            Dtype::F32 => 4,
-            Dtype::Bf16 => 2,
-        }
+fn bytes_of(dtype: Dtype) -> u64 {
+    match dtype {
+        Dtype::F32 => 4,
+        Dtype::Bf16 => 2,
     }
 }
 
@@ -210,7 +210,7 @@ impl fmt::Display for Plan {
         let p = Parameters::of(config);
         let (total, active) = (millions(p.total), millions(p.active));
         let weights = if config.quantization.is_some() { "FP8" } else { &self.args.dtype };
-        let stored = if config.quantization.is_some() { 1 } else { self.value_bytes() };
+        let stored = if config.quantization.is_some() { 1 } else { bytes_of(self.backend.dtype()) };
         let a = self.args.attention_workers;
         let e = self.args.expert_workers;
         let place = match (self.args.processes, self.args.registry.as_deref()) {

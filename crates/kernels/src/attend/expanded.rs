@@ -11,7 +11,7 @@
 //!     o[d] = chain over t from fma(o[d], a, 0) of fma(p[t], v[t][d], .)
 //!     m    = m'
 //! out[d] = o[d] * (1 / l)
-//! in bf16 q is rounded first; in bf16-dp k, v and p are, too, and the chains are `Simd::dot_pairs`
+//! in bf16-dp q, k, v and p are rounded first, and the chains are `Simd::dot_pairs`
 //! ```
 //! A row's tokens beyond its context get p = 0, which changes no finite sum (nor its sign: after fma(., ., 0) none is -0): so rows of one page are
 //! computed together, whatever their contexts.

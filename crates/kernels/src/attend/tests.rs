@@ -112,7 +112,7 @@ impl Cached {
 
 /// What the cache makes of a value.
 fn kept(n: Numerics, x: f32) -> f32 {
-    if n.dtype() == Dtype::F32 { x } else { bf16::from_f32(x).to_f32() }
+    if n.activations() == Dtype::F32 { x } else { bf16::from_f32(x).to_f32() }
 }
 
 /// f32, bf16, and bf16-dp.

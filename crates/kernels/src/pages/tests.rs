@@ -23,7 +23,7 @@ proptest! {
         seed in any::<u64>(),
     ) {
         for n in [Numerics::portable(Dtype::F32), Numerics::portable(Dtype::Bf16)] {
-            let stored = |x: f32| if n.dtype() == Dtype::F32 { x } else { bf16::from_f32(x).to_f32() };
+            let stored = |x: f32| if n.activations() == Dtype::F32 { x } else { bf16::from_f32(x).to_f32() };
             let mut s = Samples::new(seed);
             let mut cache = LatentPages::new(n, layers, pages, latent, rope);
             let mut expected = vec![0.0; layers * pages * PAGE_TOKENS * (latent + rope)];

@@ -86,7 +86,7 @@ fn a_file_that_does_not_fit_is_refused_by_name() {
         ("header: ", Box::new(|b| b[..4096].fill(0xff))),
         ("expected", Box::new(|b| b.truncate(5000))),
         ("expected", Box::new(|b| b.extend([0; 64]))),
-        ("version is 2, expected 1", Box::new(move |b| header(b, "\"version\":1", "\"version\":2"))),
+        ("version is 1, expected 2", Box::new(move |b| header(b, "\"version\":2", "\"version\":1"))),
         ("numerics is f32, expected", Box::new(move |b| header(b, numerics()[1].name(), "f32"))),
         ("more than the file has", Box::new(move |b| header(b, "\"bytes\":[", "\"bytes\":[999999999"))),
     ];

@@ -64,7 +64,7 @@ impl Roofline {
             }
             Test::Serve { .. } => return None,
         };
-        let rate = if self.numerics.dtype() == Dtype::Bf16 { self.roof.bf16 } else { self.roof.fma };
+        let rate = if self.numerics.activations() == Dtype::Bf16 { self.roof.bf16 } else { self.roof.fma };
         Some((bytes / self.roof.read).max(fma / rate))
     }
 }

@@ -106,7 +106,7 @@ impl Sequence {
 }
 
 fn kept(n: Numerics, x: f32) -> f32 {
-    if n.dtype() == Dtype::F32 { x } else { crate::bf16::from_f32(x).to_f32() }
+    if n.activations() == Dtype::F32 { x } else { crate::bf16::from_f32(x).to_f32() }
 }
 
 /// f32, bf16, and bf16-dp.
