@@ -54,14 +54,16 @@ async fn a_gpu_serves_a_processor_and_the_reverse() {
 fn a_rank_of_random_weights_is_measured() {
     let device = device(4);
     let config = moesaic_model::Config::read(&folder("v3-fp8")).unwrap();
-    // On a GPU the difference is small.
-    let rounds = if std::env::var_os(NAMED).is_some() { 50 } else { 1 };
+    // What is part of what shows on a GPU alone: the emulator runs once, beside other tests.
+    let is_gpu = std::env::var_os(NAMED).is_some();
+    let rounds = if is_gpu { 50 } else { 1 };
+    let takes_longer = |whole: Duration, part: Duration| !part.is_zero() && (whole > part || !is_gpu);
     let experts = experts::Rank::of(&config, 4).unwrap().measure(&device, &[3, 20], rounds).unwrap();
     assert_eq!(experts.rows().iter().map(|row| row.rows).collect::<Vec<_>>(), [3, 20]);
-    assert!(experts.rows().iter().all(|row| row.step > row.layer && !row.layer.is_zero()), "{experts:?}");
+    assert!(experts.rows().iter().all(|row| takes_longer(row.step, row.layer)), "{experts:?}");
     let attention = attention::measure(&device, &config, &[1, 5], 70, rounds).unwrap();
     for row in attention.rows() {
-        assert!(row.step > row.attention && row.attention > row.head && !row.head.is_zero(), "{row:?}");
+        assert!(takes_longer(row.step, row.attention) && takes_longer(row.attention, row.head), "{row:?}");
     }
     let roof = GpuRoof { copy: 1e9, fma: Some(1e9) };
     let tables = [experts.table(&roof), attention.table(&roof)];

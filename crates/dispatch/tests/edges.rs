@@ -6,7 +6,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use moesaic_dispatch::grpc::{EDGE_FRAMES_MAX, STREAM_FRAMES_MAX};
 use moesaic_dispatch::{DispatchError, Dispatcher, Route, Rows};
@@ -242,24 +242,27 @@ async fn frames_for_which_a_workers_queue_has_no_room_wait_for_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frame_for_which_no_queue_has_room_is_taken_by_another_holder() {
     const ROWS: usize = 1024;
-    let hosts = [FakeHost::new(Mood::Keeps), FakeHost::new(Mood::Keeps)];
-    let (dispatcher, _workers) = remote(&hosts, &blocks(1), PATIENT).await;
-    let full = replicas(2);
+    let hosts = [FakeHost::new(Mood::Keeps), FakeHost::new(Mood::Answers)];
+    let (dispatcher, workers) = remote(&hosts, &blocks(1), PATIENT).await;
     let (x, routes) = micro_batch(ROWS, 1);
     let mut pending = Vec::new();
+    // Until the connection takes no more out of the queue, either.
     while pending.len() == dispatcher.outstanding() {
         pending.push(send(&dispatcher, &x, &routes).unwrap());
+        let settled = Instant::now() + Duration::from_millis(200);
+        while pending.len() > dispatcher.outstanding() && Instant::now() < settled {
+            tokio::time::sleep(POLL).await;
+        }
     }
     assert_eq!(hosts[1].frame_count(), 0);
-    let workers = [&_workers[0], &_workers[1]];
-    dispatcher.set_view(placement_at(2, 2, &full), &members(workers.into_iter().enumerate()));
-    until(|| hosts[1].frame_count() == 1).await;
-    assert_eq!(dispatcher.outstanding(), pending.len());
-    hosts.iter().for_each(|host| host.set_mood(Mood::Answers));
-    hosts.iter().for_each(|host| host.answer_held());
+    dispatcher.set_view(placement_at(2, 2, &replicas(2)), &members(workers.iter().enumerate()));
     let wanted = expected(&x, &routes);
-    for pending in pending {
-        assert!(combined(pending, ROWS).await.is_ok_and(|y| bits(&y) == bits(&wanted)));
+    let is_answered = async |call| combined(call, ROWS).await.is_ok_and(|y| bits(&y) == bits(&wanted));
+    assert!(is_answered(pending.pop().unwrap()).await);
+    hosts[0].set_mood(Mood::Answers);
+    hosts[0].answer_held();
+    for call in pending {
+        assert!(is_answered(call).await);
     }
 }
 
