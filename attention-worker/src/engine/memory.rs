@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use moesaic_kernels::{Dtype, LatentPages, Matrix, MatrixData, Numerics, PAGE_TOKENS};
+use moesaic_kernels::{LatentPages, Matrix, MatrixData, Numerics, PAGE_TOKENS};
 use moesaic_model::{Checkpoint, ModelError};
 
 use super::cpu;
@@ -96,7 +96,7 @@ fn weight_bytes(checkpoint: &Checkpoint, n: Numerics) -> Result<u64, ModelError>
         None => matrix(stored, heads * c.qk_head_dim(), c.hidden_size),
         Some(rank) => matrix(stored, rank, c.hidden_size) + matrix(stored, heads * c.qk_head_dim(), rank),
     };
-    let computed = |out: usize, inputs: usize| matrix(dtype_bytes(numerics_per_head(&mla.kv_b, n)), out, inputs);
+    let computed = |out: usize, inputs: usize| matrix(numerics_per_head(&mla.kv_b, n).dtype().bytes(), out, inputs);
     let (latent, nope) = (c.kv_lora_rank, c.qk_nope_head_dim);
     let head = computed(nope, latent) + computed(latent, nope) + computed(c.v_head_dim, latent);
     let attention = query
@@ -117,13 +117,6 @@ fn value_bytes(matrix: &Matrix<'_>, n: Numerics) -> usize {
     match &matrix.data {
         MatrixData::Fp8 { .. } => 1,
         MatrixData::Bf16(_) => 2,
-        MatrixData::F32(_) | MatrixData::F16(_) => dtype_bytes(n),
-    }
-}
-
-fn dtype_bytes(n: Numerics) -> usize {
-    match n.dtype() {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
+        MatrixData::F32(_) | MatrixData::F16(_) => n.dtype().bytes(),
     }
 }

@@ -15,7 +15,6 @@
 //!    and every sum is the plain loop's. Of o lanes are d, so that a page is read as it lies. Fewer heads than lanes waste the rest.
 //! 2. q is turned to [d][head] once for a task.
 //! 3. Tokens are scored 16 (or 4) at a time, o is updated for 16 (or 4) heads at a time, so that many chains are on their way.
-//! 4. A bf16 page fits the first-level cache, where it would not in f32: it is widened by the sixteen tokens for scores, and in registers for o.
 
 mod expanded;
 mod pairs;
@@ -25,7 +24,7 @@ use std::cell::Cell;
 pub use expanded::{Expand, Span, mla_attend_expanded};
 
 use crate::linear::with_scratch;
-use crate::math::exp;
+use crate::math::{exp, load_part};
 use crate::pages::{LatentPages, PAGE_TOKENS, Page};
 use crate::pool::{Pool, Shared};
 use crate::simd::{Isa, Kernel, LANES, Lanes, Simd};
@@ -95,10 +94,7 @@ pub(crate) fn mla_attend_on(isa: Isa, pool: &Pool, call: Call<'_>, out: &mut [f3
         let padded = latent.next_multiple_of(LANES);
         with_scratch(&LANES_SCRATCH, width + PAGE_TOKENS, |lanes| {
             let (q, p) = lanes.split_at_mut(width);
-            with_scratch(&F32_SCRATCH, LANES * (padded + width), |f32s| {
-                let (o, block) = f32s.split_at_mut(LANES * padded);
-                isa.run(Heads { call, query, q, p, o, block, out });
-            });
+            with_scratch(&F32_SCRATCH, LANES * padded, |o| isa.run(Heads { call, query, q, p, o, out }));
         });
     });
 }
@@ -114,8 +110,6 @@ struct Heads<'a> {
     p: &'a mut [Lanes],
     /// [head][d], each padded to whole lanes.
     o: &'a mut [f32],
-    /// Some tokens, widened.
-    block: &'a mut [f32],
     out: &'a mut [f32],
 }
 
@@ -130,12 +124,11 @@ impl Kernel for Heads<'_> {
         let Query { pages, context, .. } = self.query;
         for (i, id) in pages.iter().enumerate().take(context.div_ceil(PAGE_TOKENS)) {
             let live = PAGE_TOKENS.min(context - i * PAGE_TOKENS);
-            state = match (self.call.cache.page(self.call.layer, *id), S::WIDE) {
-                (Page::F32(kv), true) => self.page::<S, f32, 16>(s, kv, live, state),
-                (Page::F32(kv), false) => self.page::<S, f32, 4>(s, kv, live, state),
-                (Page::Bf16(kv), true) => self.page::<S, u16, 16>(s, kv, live, state),
-                (Page::Bf16(kv), false) => self.page::<S, u16, 4>(s, kv, live, state),
+            let Page::F32(kv) = self.call.cache.page(self.call.layer, *id) else {
+                unreachable!("pages of bf16 are attended to by pairs");
             };
+            state =
+                if S::WIDE { self.page::<S, 16>(s, kv, live, state) } else { self.page::<S, 4>(s, kv, live, state) };
         }
         let mut inverse = Lanes::default();
         s.store(s.div(s.splat(1.0), state.1), &mut inverse.0);
@@ -150,57 +143,20 @@ impl Kernel for Heads<'_> {
 impl Heads<'_> {
     /// Adds `live` tokens of a page, N tokens or heads at a time; takes and gives each head's maximum and sum.
     #[inline(always)]
-    fn page<S: Simd, V: Value, const N: usize>(
+    fn page<S: Simd, const N: usize>(
         &mut self,
         s: S,
-        kv: &[V],
+        kv: &[f32],
         live: usize,
         (max, sum): (S::F, S::F),
     ) -> (S::F, S::F) {
         let p = &mut self.p[..live];
-        scores::<S, V, N>(s, self.q, kv, self.block, p, self.call.scale);
+        scores::<S, N>(s, self.q, kv, p, self.call.scale);
         let (max, sum, factor) = probabilities(s, p, max, sum);
         let mut factors = Lanes::default();
         s.store(factor, &mut factors.0);
-        values::<S, V, N>(s, p, kv, self.call.cache.width(), self.call.cache.latent, &factors, self.o);
+        values::<S, N>(s, p, kv, self.call.cache.width(), self.call.cache.latent, &factors, self.o);
         (max, sum)
-    }
-}
-
-/// What a page holds.
-trait Value: Copy + Default {
-    fn lanes<S: Simd>(s: S, x: &[Self; LANES]) -> S::F;
-    /// All of x in f32, in `block` if it is not.
-    fn widened<'a, S: Simd>(s: S, x: &'a [Self], block: &'a mut [f32]) -> &'a [f32];
-}
-
-impl Value for f32 {
-    #[inline(always)]
-    fn lanes<S: Simd>(s: S, x: &[f32; LANES]) -> S::F {
-        s.load(x)
-    }
-    #[inline(always)]
-    fn widened<'a, S: Simd>(_: S, x: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
-        x
-    }
-}
-
-impl Value for u16 {
-    #[inline(always)]
-    fn lanes<S: Simd>(s: S, x: &[u16; LANES]) -> S::F {
-        s.widen_bf16(x)
-    }
-    #[inline(always)]
-    fn widened<'a, S: Simd>(s: S, x: &'a [u16], block: &'a mut [f32]) -> &'a [f32] {
-        let (x_whole, x_rest) = x.as_chunks::<LANES>();
-        let (whole, rest) = block[..x.len()].as_chunks_mut::<LANES>();
-        for (to, x) in whole.iter_mut().zip(x_whole) {
-            s.store(s.widen_bf16(x), to);
-        }
-        for (to, x) in rest.iter_mut().zip(x_rest) {
-            *to = f32::from_bits(u32::from(*x) << 16);
-        }
-        &block[..x.len()]
     }
 }
 
@@ -215,28 +171,11 @@ fn turn(rows: &[f32], to: &mut [Lanes]) {
     }
 }
 
-#[inline(always)]
-fn turn_back(from: &[Lanes], rows: &mut [f32]) {
-    for (head, row) in rows.chunks_exact_mut(from.len()).enumerate() {
-        for (x, from) in row.iter_mut().zip(from) {
-            *x = from.0[head];
-        }
-    }
-}
-
 /// p[t] = scale * (q · kv[t]), T tokens at a time. A last block that is not whole reads what lies behind in the page, and forgets it.
 #[inline(always)]
-fn scores<S: Simd, V: Value, const T: usize>(
-    s: S,
-    q: &[Lanes],
-    kv: &[V],
-    block: &mut [f32],
-    p: &mut [Lanes],
-    scale: f32,
-) {
+fn scores<S: Simd, const T: usize>(s: S, q: &[Lanes], kv: &[f32], p: &mut [Lanes], scale: f32) {
     let width = q.len();
     for (p, kv) in p.chunks_mut(T).zip(kv.chunks_exact(T * width)) {
-        let kv = V::widened(s, kv, block);
         let mut tokens: [&[f32]; T] = [&[]; T];
         for (t, token) in tokens.iter_mut().enumerate() {
             *token = &kv[t * width..][..width];
@@ -274,10 +213,10 @@ fn probabilities<S: Simd>(s: S, p: &mut [Lanes], max: S::F, sum: S::F) -> (S::F,
 
 /// o[d] = o[d] * factor + p · kv[..][d], for H heads at a time.
 #[inline(always)]
-fn values<S: Simd, V: Value, const H: usize>(
+fn values<S: Simd, const H: usize>(
     s: S,
     p: &[Lanes],
-    kv: &[V],
+    kv: &[f32],
     width: usize,
     latent: usize,
     factors: &Lanes,
@@ -292,14 +231,7 @@ fn values<S: Simd, V: Value, const H: usize>(
                 *acc = s.mul(s.load(o), s.splat(factors.0[first + h]));
             }
             for (p, kv) in p.iter().zip(kv.chunks_exact(width)) {
-                let kv = match kv[d..latent].first_chunk() {
-                    Some(kv) => V::lanes(s, kv),
-                    None => {
-                        let mut lanes = [V::default(); LANES];
-                        lanes[..latent - d].copy_from_slice(&kv[d..latent]);
-                        V::lanes(s, &lanes)
-                    }
-                };
+                let kv = load_part(s, &kv[d..latent.min(d + LANES)], 0.0);
                 let p = &p.0[first..][..H];
                 for h in 0..H {
                     acc[h] = s.fma(s.splat(p[h]), kv, acc[h]);

@@ -13,6 +13,16 @@ pub enum Dtype {
     Bf16,
 }
 
+impl Dtype {
+    /// Of a value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::Bf16 => size_of::<half::bf16>(),
+        }
+    }
+}
+
 /// `--dtype`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum DtypeChoice {

@@ -6,7 +6,7 @@ use crate::{Dtype, Numerics};
 /// Tokens of a page. Part of the numerics: attention merges page by page.
 pub const PAGE_TOKENS: usize = 64;
 
-/// [layers, pages, PAGE_TOKENS, latent + rope], f32 or (in `bf16-dp`) bf16.
+/// [layers, pages, PAGE_TOKENS, latent + rope], bf16 where attention multiplies pairs of it, else f32.
 #[derive(Debug)]
 pub struct LatentPages {
     values: Values,
@@ -14,7 +14,8 @@ pub struct LatentPages {
     pages: usize,
     pub(crate) latent: usize,
     pub(crate) rope: usize,
-    by_pairs: bool,
+    /// What is written is rounded to it.
+    activations: Dtype,
 }
 
 #[derive(Debug)]
@@ -35,20 +36,16 @@ impl LatentPages {
     pub fn new(n: Numerics, layers: usize, pages: usize, latent: usize, rope: usize) -> Self {
         let len = layers * pages * PAGE_TOKENS * (latent + rope);
         // Zeroed memory that is not touched before it is written to.
-        let values = match n.activations() {
+        let values = match stored(n, latent + rope) {
             Dtype::F32 => Values::F32(vec![0.0; len]),
             Dtype::Bf16 => Values::Bf16(vec![0; len]),
         };
-        Self { values, layers, pages, latent, rope, by_pairs: n.by_pairs() && (latent + rope).is_multiple_of(2) }
+        Self { values, layers, pages, latent, rope, activations: n.activations() }
     }
 
     /// Bytes of one page in all layers.
     pub fn page_bytes(n: Numerics, layers: usize, latent: usize, rope: usize) -> usize {
-        let size = match n.activations() {
-            Dtype::F32 => size_of::<f32>(),
-            Dtype::Bf16 => size_of::<u16>(),
-        };
-        layers * PAGE_TOKENS * (latent + rope) * size
+        layers * PAGE_TOKENS * (latent + rope) * stored(n, latent + rope).bytes()
     }
 
     /// Bytes of everything.
@@ -71,16 +68,22 @@ impl LatentPages {
         let start = self.start(layer, page) + slot * width;
         let token = latent.iter().chain(k_pe);
         match &mut self.values {
-            Values::F32(v) => v[start..start + width].iter_mut().zip(token).for_each(|(to, x)| *to = *x),
+            Values::F32(v) => {
+                let kept = |x: f32| match self.activations {
+                    Dtype::F32 => x,
+                    Dtype::Bf16 => f32::from_bits(bf16_bits(x) << 16),
+                };
+                v[start..start + width].iter_mut().zip(token).for_each(|(to, x)| *to = kept(*x));
+            }
             Values::Bf16(v) => {
                 v[start..start + width].iter_mut().zip(token).for_each(|(to, x)| *to = bf16_bits(*x) as u16)
             }
         }
     }
 
-    /// Whether attention multiplies pairs (of an odd width it cannot: that is computed as in `bf16`).
+    /// Whether attention multiplies pairs.
     pub(crate) fn by_pairs(&self) -> bool {
-        self.by_pairs
+        matches!(self.values, Values::Bf16(_))
     }
 
     pub(crate) fn width(&self) -> usize {
@@ -105,6 +108,11 @@ impl LatentPages {
         );
         (layer * self.pages + page as usize) * PAGE_TOKENS * self.width()
     }
+}
+
+/// As what values are kept: of an odd width pairs cannot be multiplied, and bf16 is computed in f32.
+fn stored(n: Numerics, width: usize) -> Dtype {
+    if width.is_multiple_of(2) { n.activations() } else { Dtype::F32 }
 }
 
 #[cfg(test)]

@@ -157,7 +157,6 @@ pub(crate) trait Simd: Copy {
     /// Asks for the memory at `at` to be brought near; changes nothing.
     fn prefetch<T>(self, at: &T);
 
-    fn widen_bf16(self, x: &[u16; LANES]) -> Self::F;
     /// A pair is a u32: the high half is the lower k.
     fn pairs_bf16(self, x: &[u32; LANES]) -> Self::Pairs;
     /// The same from memory, even if it has been read before: a compiler would keep it in a register, and lack that for sums.

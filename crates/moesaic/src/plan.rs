@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use moesaic_dispatch::nccl::Transport;
 use moesaic_kernels::cuda::{DeviceChoice, UnknownDevice};
-use moesaic_kernels::{Backend, Dtype, DtypeChoice, Numerics, Pool, UnknownDtype};
+use moesaic_kernels::{Backend, DtypeChoice, Numerics, Pool, UnknownDtype};
 use moesaic_model::inspect::Parameters;
 use moesaic_model::{Checkpoint, Family};
 use moesaic_node::Tls;
@@ -151,14 +151,7 @@ impl Plan {
     /// Bytes of the latent cache that one token takes in all layers.
     pub fn cache_bytes_per_token(&self) -> u64 {
         let config = self.checkpoint.config();
-        (config.num_hidden_layers * config.latent_width()) as u64 * bytes_of(self.backend.activations())
-    }
-}
-
-fn bytes_of(dtype: Dtype) -> u64 {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
+        (config.num_hidden_layers * config.latent_width() * self.backend.activations().bytes()) as u64
     }
 }
 
@@ -210,7 +203,7 @@ impl fmt::Display for Plan {
         let p = Parameters::of(config);
         let (total, active) = (millions(p.total), millions(p.active));
         let weights = if config.quantization.is_some() { "FP8" } else { &self.args.dtype };
-        let stored = if config.quantization.is_some() { 1 } else { bytes_of(self.backend.dtype()) };
+        let stored = if config.quantization.is_some() { 1 } else { self.backend.dtype().bytes() as u64 };
         let a = self.args.attention_workers;
         let e = self.args.expert_workers;
         let place = match (self.args.processes, self.args.registry.as_deref()) {

@@ -99,7 +99,7 @@ impl Kernel for PairHeads<'_> {
         for o in o.iter_mut() {
             s.store(s.mul(s.load(&o.0), inverse), &mut o.0);
         }
-        super::turn_back(o, out);
+        turn_back(o, out);
     }
 }
 
@@ -110,6 +110,16 @@ fn turn(rows: &[f32], to: &mut [PairLanes]) {
     for (head, row) in rows.chunks_exact(2 * to.len()).enumerate() {
         for (to, [low, high]) in to.iter_mut().zip(row.as_chunks::<2>().0) {
             to.0[head] = bf16_bits(*high) << 16 | bf16_bits(*low);
+        }
+    }
+}
+
+/// [d][head] to [head][d].
+#[inline(always)]
+fn turn_back(from: &[Lanes], rows: &mut [f32]) {
+    for (head, row) in rows.chunks_exact_mut(from.len()).enumerate() {
+        for (x, from) in row.iter_mut().zip(from) {
+            *x = from.0[head];
         }
     }
 }

@@ -91,46 +91,46 @@ macro_rules! widens {
     };
 }
 
-/// A weight whose step is a pair of k: as pairs of bf16, or of e4m3.
+/// A weight whose step is a pair of k, kept as `$kept`.
 macro_rules! paired {
-    ($name:ident, bf16, $by:ident, $($wide:tt)*) => {
-        #[repr(C, align(64))]
+    ($name:ident, $align:literal, [$element:ty; $len:expr] of $kept:ty, $set:expr, $($by:tt)*) => {
+        #[repr(C, align($align))]
         #[derive(Clone, Copy, Default, Zeroable, Pod)]
-        pub(crate) struct $name(pub [u32; LANES]);
+        pub(crate) struct $name(pub [$kept; $len]);
 
         impl Weight for $name {
-            type Element = u16;
+            type Element = $element;
+            const PER_STEP: usize = 2;
+
             #[inline(always)]
-            fn set(&mut self, lane: usize, w: &[u16]) {
-                self.0[lane] = u32::from(w[0]) << 16 | u32::from(w[1]);
+            fn set(&mut self, lane: usize, w: &[$element]) {
+                let set: fn(&mut [$kept; $len], usize, $element, $element) = $set;
+                set(&mut self.0, lane, w[0], w[1]);
             }
-            $by!(pairs_bf16, pairs_bf16_again);
-            $($wide)*
+            $($by)*
         }
     };
-    ($name:ident, e4m3, $by:ident, $($wide:tt)*) => {
-        #[repr(C, align(32))]
-        #[derive(Clone, Copy, Default, Zeroable, Pod)]
-        pub(crate) struct $name(pub [u8; 2 * LANES]);
+}
 
-        impl Weight for $name {
-            type Element = u8;
-            #[inline(always)]
-            fn set(&mut self, lane: usize, w: &[u8]) {
-                (self.0[2 * lane + 1], self.0[2 * lane]) = (w[0], w[1]);
-            }
-            $by!(pairs_e4m3, pairs_e4m3);
-            $($wide)*
-        }
+/// u32 of bf16.
+macro_rules! paired_bf16 {
+    ($name:ident, $($by:tt)*) => {
+        paired!($name, 64, [u16; LANES] of u32, |to, lane, a, b| to[lane] = u32::from(a) << 16 | u32::from(b), $($by)*);
+    };
+}
+
+/// Two bytes of e4m3.
+macro_rules! paired_e4m3 {
+    ($name:ident, $($by:tt)*) => {
+        paired!($name, 32, [u8; 2 * LANES] of u8, |to, lane, a, b| (to[2 * lane + 1], to[2 * lane]) = (a, b), $($by)*);
     };
 }
 
 /// Multiplied as pairs of bf16.
 macro_rules! by_pairs {
-    ($load:ident, $load_again:ident) => {
+    ($load:ident) => {
         type X = u32;
         type Open<S: Simd> = S::Pairs;
-        const PER_STEP: usize = 2;
         const PARTS: usize = 1;
 
         #[inline(always)]
@@ -149,7 +149,6 @@ macro_rules! by_halves {
     ($load:ident, $load_again:ident) => {
         type X = f32;
         type Open<S: Simd> = S::F;
-        const PER_STEP: usize = 2;
         const PARTS: usize = 2;
 
         #[inline(always)]
@@ -163,10 +162,10 @@ macro_rules! by_halves {
     };
 }
 
-paired!(Bf16Pairs, bf16, by_pairs, as_it_is!(););
-paired!(Bf16Halves, bf16, by_halves, as_it_is!(););
-paired!(E4m3Pairs, e4m3, by_pairs, widens!(Bf16Pairs, WIDE_PAIRS, 18););
-paired!(E4m3Halves, e4m3, by_halves, widens!(Bf16Halves, WIDE_HALVES, 9););
+paired_bf16!(Bf16Pairs, by_pairs!(pairs_bf16); as_it_is!(););
+paired_bf16!(Bf16Halves, by_halves!(pairs_bf16, pairs_bf16_again); as_it_is!(););
+paired_e4m3!(E4m3Pairs, by_pairs!(pairs_e4m3); widens!(Bf16Pairs, WIDE_PAIRS, 18););
+paired_e4m3!(E4m3Halves, by_halves!(pairs_e4m3, pairs_e4m3); widens!(Bf16Halves, WIDE_HALVES, 9););
 
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Default, Zeroable, Pod)]

@@ -22,7 +22,7 @@ proptest! {
         writes in 1..60usize,
         seed in any::<u64>(),
     ) {
-        for n in [Numerics::portable(Dtype::F32), Numerics::portable(Dtype::Bf16)] {
+        for n in Numerics::all() {
             let stored = |x: f32| if n.activations() == Dtype::F32 { x } else { bf16::from_f32(x).to_f32() };
             let mut s = Samples::new(seed);
             let mut cache = LatentPages::new(n, layers, pages, latent, rope);

@@ -112,10 +112,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn prefetch<T>(self, _: &T) {}
     #[inline(always)]
-    fn widen_bf16(self, x: &[u16; LANES]) -> F {
-        x.map(|x| f32::from_bits(u32::from(x) << 16))
-    }
-    #[inline(always)]
     fn pairs_bf16(self, x: &[u32; LANES]) -> [u32; LANES] {
         *x
     }

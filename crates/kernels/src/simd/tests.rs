@@ -88,17 +88,6 @@ impl Kernel for Scale {
     }
 }
 
-struct WidenBf16([u16; LANES]);
-
-impl Kernel for WidenBf16 {
-    type Out = F;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> F {
-        stored(s, s.widen_bf16(&self.0))
-    }
-}
-
 /// Widened halves of pairs of bf16.
 struct HalvesBf16([u32; LANES]);
 
@@ -283,20 +272,6 @@ fn operations_on_special_values() {
         for other in 0..LANES {
             let turned = |by: usize| std::array::from_fn(|i| special[(i + by) % LANES]);
             check_elementwise(special, turned(shift), turned(other));
-        }
-    }
-}
-
-#[test]
-fn widens_every_bf16() {
-    for first in (0..=u16::MAX).step_by(LANES) {
-        let x: [u16; LANES] = std::array::from_fn(|i| first + i as u16);
-        for isa in Isa::available() {
-            assert_bits(
-                &isa.run(WidenBf16(x)),
-                &x.map(|x| f32::from_bits(u32::from(x) << 16)),
-                format_args!("{isa:?}"),
-            );
         }
     }
 }

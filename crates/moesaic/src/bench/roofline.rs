@@ -27,8 +27,7 @@ impl Roofline {
     pub fn new(checkpoint: &Checkpoint, numerics: Numerics, roof: Roof) -> Result<Self> {
         let config = checkpoint.config().clone();
         let plan = MemoryPlan::new(checkpoint, numerics, CacheSize::Tokens(1), 0)?;
-        let dtype = if numerics.dtype() == Dtype::F32 { 4.0 } else { 2.0 };
-        let value = if config.quantization.is_some() { 1.0 } else { dtype };
+        let value = if config.quantization.is_some() { 1.0 } else { numerics.dtype().bytes() as f64 };
         let expert = 3.0 * (config.hidden_size * config.moe_intermediate_size) as f64;
         let head = (config.vocab_size * config.hidden_size) as f64;
         Ok(Self {

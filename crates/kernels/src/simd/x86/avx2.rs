@@ -163,15 +163,6 @@ impl Simd for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) };
     }
     #[inline(always)]
-    fn widen_bf16(self, x: &[u16; LANES]) -> F {
-        // SAFETY: 16 values are there to be read.
-        let half = |i: usize| unsafe {
-            let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(8 * i).cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
-        };
-        [half(0), half(1)]
-    }
-    #[inline(always)]
     fn pairs_bf16(self, x: &[u32; LANES]) -> [F; 2] {
         // SAFETY: 16 values are there to be read.
         let x = unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] };

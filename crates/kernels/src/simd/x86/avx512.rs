@@ -146,14 +146,6 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) };
     }
     #[inline(always)]
-    fn widen_bf16(self, x: &[u16; LANES]) -> __m512 {
-        // SAFETY: `self` proves the features; 16 values are there to be read.
-        unsafe {
-            let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x))
-        }
-    }
-    #[inline(always)]
     fn pairs_bf16(self, x: &[u32; LANES]) -> __m512i {
         // SAFETY: `self` proves the features; 16 values are there to be read.
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
