@@ -4,11 +4,13 @@
 //! `run` is `#[inline(always)]`, so it is generated with the features of the wrapper it ends up in) and picks one at run time.
 //!
 //! Tricks:
-//! 1. The vector is always 16 lanes: one zmm, two ymm, or an array. Each trait operation is exactly defined for one lane, so a kernel gives the same bits
+//! 1. The vector is always 16 lanes: one zmm, two ymm, four of NEON's, or an array. Each trait operation is exactly defined for one lane, so a kernel gives the same bits
 //!    everywhere and no kernel needs a test of its own against every instruction set to be believed; the tests do it all the same.
 //! 2. A `Simd` value is a proof: it can only be made (unsafely) where its features were found, so kernels over it are safe code.
 //! 3. `bf16` pairs: see [`Simd::dot_pairs`].
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -41,6 +43,8 @@ pub(crate) trait Kernel {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum Isa {
     Portable,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
@@ -59,6 +63,8 @@ impl Isa {
     /// What this processor can run.
     pub fn available() -> Vec<Self> {
         let mut found = vec![Self::Portable];
+        #[cfg(target_arch = "aarch64")]
+        found.push(Self::Neon);
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
@@ -73,6 +79,8 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
@@ -96,6 +104,8 @@ impl Isa {
     pub fn run<K: Kernel>(self, kernel: K) -> K::Out {
         match self {
             Self::Portable => kernel.run(portable::Portable),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => kernel.run(neon::Neon),
             // SAFETY: these variants are made by `available` alone, which found the features.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { x86::run_avx2(kernel) },
