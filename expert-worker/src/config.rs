@@ -212,8 +212,9 @@ impl Config {
 
     /// Opens what moves rows from GPU to GPU, if there is to be any.
     pub fn fabric(&self, backend: &Backend) -> Result<Option<Arc<dyn Fabric>>, InvalidConfig> {
-        let gpu = matches!(backend, Backend::Gpu(_)).then(|| self.device().map(DeviceChoice::number)).transpose()?;
-        Ok(self.transport()?.open(gpu, self.tls.is_some())?)
+        let device = backend.gpu();
+        let gpu = device.map(|_| self.device().map(DeviceChoice::number)).transpose()?;
+        Ok(self.transport()?.open(gpu, device, self.tls.is_some())?)
     }
 
     /// What makes it a member of its cluster.

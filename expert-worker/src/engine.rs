@@ -9,13 +9,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use moesaic_dispatch::{Activations, ExpertHost, Refusal, ReplySender, RequestFrame, Shape};
+use moesaic_kernels::cuda::GpuError;
 use moesaic_kernels::{Backend, Dtype};
 use moesaic_proto::v1::RefusalReason;
 use tokio::sync::oneshot;
 
-use crate::core::batch;
 use crate::core::inbox::{Inbox, Job};
-use crate::experts::{Input, Scratch};
+use crate::experts::Scratch;
 use crate::shard::Shards;
 
 /// What one call of the kernels may produce: bounds the thread's scratch memory whatever callers ask for, and is
@@ -130,7 +130,7 @@ impl Engine {
     }
 
     fn check(&self, frame: &RequestFrame) -> Result<(), Refusal> {
-        if matches!(frame.activations(), Activations::Bf16(_)) && self.backend.dtype() == Dtype::F32 {
+        if !matches!(frame.activations(), Activations::F32(_)) && self.backend.dtype() == Dtype::F32 {
             let detail = format!("header: flags {:#06x} say bf16 rows; this worker computes f32", frame.header.flags);
             return Err(Refusal::new(RefusalReason::Malformed, detail));
         }
@@ -170,21 +170,28 @@ impl Engine {
         let hidden = self.shape.hidden;
         let frames: Vec<&RequestFrame> = jobs.iter().map(|job| &job.frame).collect();
         let layer = frames[0].header.layer;
-        let x = Input::of(&frames, hidden);
-        let mut answers: Vec<Vec<f32>> = frames.iter().map(|f| vec![0.0; f.output_count() * hidden]).collect();
-        for chunk in batch::chunks(&frames, self.terms_max()) {
-            let held = |expert| shard.expert(layer, expert).expect("checked when the frame was taken");
-            if let Err(error) = scratch.compute(&chunk, held, &x, hidden, &mut answers) {
-                tracing::error!(%error, "the GPU has failed: this worker ends");
-                self.stop();
-                let refusal = Refusal::new(RefusalReason::Stopping, format!("the worker's GPU has failed: {error}"));
+        let held = |expert| shard.expert(layer, expert).expect("checked when the frame was taken");
+        let answers = match scratch.answers(&frames, held, hidden, self.terms_max()) {
+            Ok(answers) => answers,
+            Err(error) => {
+                let refusal = self.refusal(&error);
                 return jobs.into_iter().for_each(|job| job.reply.send(Err(refusal.clone())));
             }
-        }
+        };
         self.profile.add(start.elapsed(), frames.iter().map(|frame| frame.terms().len()).sum());
         for (job, answer) in jobs.into_iter().zip(answers) {
-            job.reply.send(Ok(answer.into()));
+            job.reply.send(Ok(answer));
         }
+    }
+
+    /// Where memory is missing, others' rows and answers take it for a while; else the GPU is lost, and this worker with it.
+    fn refusal(&self, error: &GpuError) -> Refusal {
+        if matches!(error, GpuError::Full { .. }) {
+            return Refusal::new(RefusalReason::Busy, error.to_string());
+        }
+        tracing::error!(%error, "the GPU has failed: this worker ends");
+        self.stop();
+        Refusal::new(RefusalReason::Stopping, format!("the worker's GPU has failed: {error}"))
     }
 }
 

@@ -3,14 +3,14 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use moesaic_dispatch::{Activations, RequestFrame};
-use moesaic_kernels::cuda::{Device, Experts as GpuExperts, GpuError, GpuFfn, Output, Workspace};
+use moesaic_dispatch::{Activations, Payload, RequestFrame, Values};
+use moesaic_kernels::cuda::{Device, Experts as GpuExperts, GpuBytes, GpuError, GpuFfn, Output, Workspace, X};
 use moesaic_kernels::{Backend, Ffn, Pool, RowsRef, bf16, combine_first, combine_next, grouped_experts};
 use moesaic_model::packed::Experts as Packed;
 use moesaic_model::{Checkpoint, ModelError};
 use moesaic_proto::ExpertId;
 
-use crate::core::batch::{Chunk, Target};
+use crate::core::batch::{self, Chunk, Target};
 
 /// An expert where it is computed.
 #[derive(Clone, Debug)]
@@ -74,8 +74,31 @@ impl Scratch {
         }
     }
 
-    /// Computes a chunk's outputs into `answers`, by the additions of rule 1(c). `expert` finds those of the chunk.
-    pub fn compute<'e>(
+    /// What frames of one layer ask for, by the additions of rule 1(c). `expert` finds theirs. Rows that lie on the GPU are
+    /// answered there, if it has room. One call of the kernels has at most `terms_max` terms.
+    pub fn answers<'e>(
+        &mut self,
+        frames: &[&RequestFrame],
+        expert: impl Fn(ExpertId) -> &'e Expert + Copy,
+        hidden: usize,
+        terms_max: usize,
+    ) -> Result<Vec<Values>, GpuError> {
+        let x = Input::of(frames, hidden, self.device())?;
+        let chunks = batch::chunks(frames, terms_max);
+        if let (Input::There(_), [chunk]) = (&x, &chunks[..])
+            && let Some(sums) = self.compute_there(chunk, expert, &x)?
+        {
+            return Ok(parted(&sums, frames, hidden));
+        }
+        let mut answers: Vec<Vec<f32>> = frames.iter().map(|f| vec![0.0; f.output_count() * hidden]).collect();
+        for chunk in &chunks {
+            self.compute(chunk, expert, &x, hidden, &mut answers)?;
+        }
+        Ok(answers.into_iter().map(Values::from).collect())
+    }
+
+    /// Computes a chunk's outputs into `answers`.
+    fn compute<'e>(
         &mut self,
         chunk: &Chunk,
         expert: impl Fn(ExpertId) -> &'e Expert,
@@ -94,27 +117,75 @@ impl Scratch {
                 add_up(chunk, results, hidden, answers);
             }
             Self::Gpu(workspace) => {
-                let groups: Vec<(&GpuFfn, &[u32])> = groups(chunk, expert, |expert| match expert {
-                    Expert::Gpu(ffn) => Some(&**ffn),
-                    Expert::Cpu(_) => None,
-                });
-                // A single expert's row is wanted as it is.
-                let weight = |target: &Target, weight: f32| if target.is_weighted { weight } else { 1.0 };
-                let mut terms = Vec::with_capacity(chunk.terms.len());
-                for target in &chunk.outputs {
-                    let own = chunk.terms[target.terms.clone()].iter();
-                    terms.extend(own.map(|term| (term.row, weight(target, term.weight))));
-                }
-                let outputs: Vec<Output<'_>> =
-                    chunk.outputs.iter().map(|target| Output { terms: &terms[target.terms.clone()] }).collect();
-                let sums = GpuExperts { groups: &groups, x: &x.bf16(), outputs: &outputs }.run(workspace)?;
-                for (target, sum) in chunk.outputs.iter().zip(sums.chunks_exact(hidden)) {
+                let len = queue(workspace, chunk, expert, x)?;
+                for (target, sum) in chunk.outputs.iter().zip(workspace.sums(len)?.chunks_exact(hidden)) {
                     answers[target.frame][target.output * hidden..][..hidden].copy_from_slice(sum);
                 }
             }
         }
         Ok(())
     }
+
+    /// The same of a GPU's, where the outputs [outputs, hidden] stay. `None`: experts are not computed on one, or it has no room.
+    fn compute_there<'e>(
+        &mut self,
+        chunk: &Chunk,
+        expert: impl Fn(ExpertId) -> &'e Expert,
+        x: &Input<'_>,
+    ) -> Result<Option<GpuBytes>, GpuError> {
+        let Self::Gpu(workspace) = self else { return Ok(None) };
+        let len = queue(workspace, chunk, expert, x)?;
+        match workspace.take_sums(len) {
+            Ok(sums) => Ok(Some(sums)),
+            Err(GpuError::Full { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where experts are computed, if that is a GPU.
+    fn device(&self) -> Option<&Device> {
+        match self {
+            Self::Cpu(..) => None,
+            Self::Gpu(workspace) => Some(workspace.device()),
+        }
+    }
+}
+
+/// Each frame's answer, of those of all frames one after the other; brought here for those whose rows are here.
+fn parted(sums: &GpuBytes, frames: &[&RequestFrame], hidden: usize) -> Vec<Values> {
+    let mut end = 0;
+    let own = |frame: &&RequestFrame| {
+        let start = end;
+        end += frame.output_count() * hidden * size_of::<f32>();
+        let values = Values::There(sums.slice(start..end));
+        if frame.activations().are_there() { values } else { values.brought().into() }
+    };
+    frames.iter().map(own).collect()
+}
+
+/// Queues a chunk's outputs, and says how many values they are.
+fn queue<'e>(
+    workspace: &mut Workspace,
+    chunk: &Chunk,
+    expert: impl Fn(ExpertId) -> &'e Expert,
+    x: &Input<'_>,
+) -> Result<usize, GpuError> {
+    let groups: Vec<(&GpuFfn, &[u32])> = groups(chunk, expert, |expert| match expert {
+        Expert::Gpu(ffn) => Some(&**ffn),
+        Expert::Cpu(_) => None,
+    });
+    // A single expert's row is wanted as it is.
+    let weight = |target: &Target, weight: f32| if target.is_weighted { weight } else { 1.0 };
+    let mut terms = Vec::with_capacity(chunk.terms.len());
+    for target in &chunk.outputs {
+        let own = chunk.terms[target.terms.clone()].iter();
+        terms.extend(own.map(|term| (term.row, weight(target, term.weight))));
+    }
+    let outputs: Vec<Output<'_>> =
+        chunk.outputs.iter().map(|target| Output { terms: &terms[target.terms.clone()] }).collect();
+    let here = x.bf16();
+    let x = if let Input::There(pieces) = x { X::There(pieces) } else { X::Here(&here) };
+    GpuExperts { groups: &groups, x, outputs: &outputs }.queue(workspace)
 }
 
 fn groups<'c, 'e: 'c, T>(
@@ -130,32 +201,31 @@ fn groups<'c, 'e: 'c, T>(
 
 /// All rows of a batch: one frame's activations as they are, or those of several one after the other.
 pub enum Input<'a> {
-    Shared(&'a Activations),
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
+    F32(Cow<'a, [f32]>),
+    Bf16(Cow<'a, [bf16]>),
+    /// On the GPU, in pieces.
+    There(Vec<GpuBytes>),
 }
 
 impl<'a> Input<'a> {
-    pub fn of(frames: &[&'a RequestFrame], hidden: usize) -> Self {
-        match (frames, frames[0].activations()) {
-            ([_], activations) => Self::Shared(activations),
-            (_, Activations::F32(_)) => Self::F32(gather(frames, hidden, |frame| match frame.activations() {
-                Activations::F32(values) => values,
-                Activations::Bf16(_) => &[],
-            })),
-            (_, Activations::Bf16(_)) => Self::Bf16(gather(frames, hidden, |frame| match frame.activations() {
-                Activations::Bf16(values) => values,
-                Activations::F32(_) => &[],
-            })),
+    /// For experts that are computed on `device`, if they are on one.
+    pub fn of(frames: &[&'a RequestFrame], hidden: usize, device: Option<&Device>) -> Result<Self, GpuError> {
+        match (frames, frames[0].activations(), device) {
+            (_, _, Some(device)) if frames.iter().any(|frame| frame.activations().are_there()) => {
+                there(frames, hidden, device).map(Self::There)
+            }
+            ([_], Activations::F32(_), _) => f32s(frames[0].activations()).map(Self::F32),
+            ([_], _, _) => bf16s(frames[0].activations()).map(Self::Bf16),
+            (_, Activations::F32(_), _) => Ok(Self::F32(gather(frames, hidden, f32s)?.into())),
+            _ => Ok(Self::Bf16(gather(frames, hidden, bf16s)?.into())),
         }
     }
 
     fn rows(&self) -> RowsRef<'_> {
         match self {
-            Self::Shared(Activations::F32(values)) => RowsRef::F32(values),
-            Self::Shared(Activations::Bf16(values)) => RowsRef::Bf16(values),
             Self::F32(values) => RowsRef::F32(values),
             Self::Bf16(values) => RowsRef::Bf16(values),
+            Self::There(_) => RowsRef::Bf16(&[]),
         }
     }
 
@@ -167,19 +237,48 @@ impl<'a> Input<'a> {
     }
 }
 
+/// The rows of several frames, of their activations.
 fn gather<'a, T: Copy + 'a>(
     frames: &[&'a RequestFrame],
     hidden: usize,
-    values: impl Fn(&'a RequestFrame) -> &'a [T],
-) -> Vec<T> {
+    values: impl Fn(&'a Activations) -> Result<Cow<'a, [T]>, GpuError>,
+) -> Result<Vec<T>, GpuError> {
     let mut x = Vec::with_capacity(frames.iter().map(|frame| frame.row_count() * hidden).sum());
     for frame in frames {
-        let values = values(frame);
+        let values = values(frame.activations())?;
         for row in 0..frame.row_count() {
             x.extend_from_slice(&values[frame.position(row as u16) as usize * hidden..][..hidden]);
         }
     }
-    x
+    Ok(x)
+}
+
+fn f32s(activations: &Activations) -> Result<Cow<'_, [f32]>, GpuError> {
+    Ok(if let Activations::F32(values) = activations { Cow::Borrowed(values) } else { Cow::Borrowed(&[]) })
+}
+
+fn bf16s(activations: &Activations) -> Result<Cow<'_, [bf16]>, GpuError> {
+    Ok(match activations {
+        Activations::Bf16(values) => Cow::Borrowed(values),
+        Activations::There(bytes) => bytes.read()?.into(),
+        Activations::F32(_) => Cow::Borrowed(&[]),
+    })
+}
+
+/// The rows of frames on the GPU, and those that are not there yet.
+fn there(frames: &[&RequestFrame], hidden: usize, device: &Device) -> Result<Vec<GpuBytes>, GpuError> {
+    let mut pieces = Vec::with_capacity(frames.len());
+    for frame in frames {
+        // One frame's rows are where its activations have them.
+        match (frames, frame.activations()) {
+            ([_], Activations::There(bytes)) => pieces.push(bytes.clone()),
+            _ => match frame.rows(hidden) {
+                Payload::There(own) => pieces.extend(own),
+                Payload::Here(bytes) => pieces.push(GpuBytes::new(device, device.buffer_of(&bytes)?)),
+            },
+        }
+    }
+    Ok(pieces)
 }
 
 /// The outputs of a chunk from its experts' results, by the additions of rule 1(c).

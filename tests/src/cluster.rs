@@ -112,7 +112,12 @@ impl Cluster {
             None => Backend::Cpu(options.dtype.parse::<DtypeChoice>().unwrap().numerics(), pool.clone()),
         };
         let (attention, experts) = (backend(&options.attention_gpu), backend(&options.experts_gpu));
-        let fabric = options.fabric.clone().map(|fabric| Arc::new(fabric) as Arc<dyn Fabric>);
+        // A worker's rows lie where it computes.
+        let fabric = |gpu: &Option<Device>| -> Option<Arc<dyn Fabric>> {
+            let fabric = options.fabric.clone()?;
+            Some(Arc::new(gpu.clone().map_or(fabric.clone(), |gpu| fabric.on(gpu))))
+        };
+        let (attention_fabric, experts_fabric) = (fabric(&options.attention_gpu), fabric(&options.experts_gpu));
         let expert_numerics = (attention.numerics() != experts.numerics()).then(|| experts.numerics());
         let stop = CancellationToken::new();
         let mut nodes = Vec::new();
@@ -127,7 +132,7 @@ impl Cluster {
                 membership: registry.clone().into(),
                 hub: hub.clone(),
                 backend: experts.clone(),
-                fabric: fabric.clone(),
+                fabric: experts_fabric.clone(),
                 checkpoint: checkpoint.clone(),
                 profile: Arc::default(),
             };
@@ -151,7 +156,7 @@ impl Cluster {
                 membership: registry.clone().into(),
                 hub: hub.clone(),
                 backend: attention.clone(),
-                fabric: fabric.clone(),
+                fabric: attention_fabric.clone(),
                 checkpoint: checkpoint.clone(),
                 profile: Arc::default(),
             };

@@ -5,6 +5,7 @@ use moesaic::bench::rank::{attention, experts};
 use std::process::Command;
 use std::time::Duration;
 
+use moesaic_dispatch::nccl::fake::FakeFabric;
 use moesaic_emulator::NAMED;
 use moesaic_kernels::cuda::{Device, GpuRoof};
 use moesaic_proto::v1::GenerateRequest;
@@ -143,6 +144,39 @@ async fn tokens_do_not_depend_on_what_runs_beside_them() {
             assert_eq!((&answer.prompt, &answer.tokens), (&expected.prompt, &expected.tokens));
         }
     }
+}
+
+/// Rows go from GPU to GPU and back without the processor's memory, as far as this machine has any; and through it whenever
+/// lanes fail. Tokens and log-probabilities are those of streams.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_stay_on_gpus_change_no_token() {
+    let (attention_gpu, experts_gpu) = (Some(device(6)), Some(device(8)));
+    let streams = Options { attention_gpu, experts_gpu, transport: Transport::Grpc, ..options("v3-fp8") };
+    let requests: Vec<_> =
+        [&[5, 9, 300, 2][..], &[7], &[1, 2, 3, 4, 5, 6, 7, 8, 9]].map(|prompt| greedy(prompt, 8)).into();
+    let cluster = Cluster::start(&streams).await;
+    let expected = cluster.alone(&requests).await;
+    cluster.stop().await;
+
+    let fabric = FakeFabric::default();
+    let cluster = Cluster::start(&Options { fabric: Some(fabric.clone()), ..streams }).await;
+    let edges = async || cluster.loads().await.into_iter().flat_map(|load| load.edges).collect::<Vec<_>>();
+    for fails in [false, true] {
+        until(PATIENCE, async || edges().await.iter().all(|edge| edge.transport == "nccl")).await;
+        let before = fabric.taken_there();
+        let break_off = async {
+            while fails && fabric.taken_there() < before + 10 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            if fails {
+                fabric.fail_all("a cable is pulled");
+            }
+        };
+        let (answers, ()) = tokio::join!(cluster.at_once(&requests), break_off);
+        assert!(answers == expected, "lanes fail: {fails}");
+        assert!(fabric.taken_there() > before, "rows came by the processor");
+    }
+    cluster.stop().await;
 }
 
 /// The GPU draws tokens, and the processor where log-probabilities are wanted, too: both draw the same.

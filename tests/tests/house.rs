@@ -121,7 +121,9 @@ fn unsafe_code_stays_in_its_rooms() {
         .into_iter()
         .filter(|(_, text)| text.contains(&marker))
         .filter(|(name, _)| {
-            !["crates/kernels/", "crates/emulator/", "crates/nccl-rs/"].iter().any(|room| name.starts_with(room))
+            // The last one: where a lane says to NCCL what memory is whose.
+            let rooms = ["crates/kernels/", "crates/emulator/", "crates/nccl-rs/", "crates/dispatch/src/nccl/gpu.rs"];
+            !rooms.iter().any(|room| name.starts_with(room))
         })
         .map(|(name, _)| name)
         .collect();

@@ -8,7 +8,7 @@
 //! ```
 //! h, x and what is made of them stay in the micro-batch's buffers, wherever those are.
 
-use moesaic_dispatch::Rows;
+use moesaic_dispatch::{Addends, Rows};
 use moesaic_kernels::{Choice, Draw, GateParams};
 use moesaic_model::Config;
 
@@ -31,16 +31,36 @@ pub trait Arithmetic {
     fn attend(&self, layer: usize, parts: &[Part], b: &mut Self::Buffers) -> Result<(), Self::Failure>;
     /// x = norm(h)
     fn norm(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
-    /// Appends the experts that each row of x goes to.
-    fn choose(&self, layer: usize, b: &mut Self::Buffers, choices: &mut Vec<Choice>) -> Result<(), Self::Failure>;
-    /// x, for experts; after [`Arithmetic::choose`].
-    fn rows(&self, b: &Self::Buffers) -> Rows;
+    /// Appends the experts that each row of x goes to. `stays`: x need not leave the device that computes.
+    fn choose(
+        &self,
+        layer: usize,
+        stays: bool,
+        b: &mut Self::Buffers,
+        choices: &mut Vec<Choice>,
+    ) -> Result<(), Self::Failure>;
+    /// x, for experts; after [`Arithmetic::choose`], which has said whether it stays.
+    fn rows<'a>(&'a self, stays: bool, b: &'a Self::Buffers) -> Rows<'a>;
     /// ffn(x), or shared(x) if there is any.
     fn dense(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
-    /// h = h + what the layer's `dense` made, and experts(x) [rows, hidden], which may be changed.
-    fn add(&self, layer: usize, experts: &mut [f32], b: &mut Self::Buffers) -> Result<(), Self::Failure>;
+    /// h = h + what the layer's `dense` made, and experts(x).
+    fn add(&self, layer: usize, experts: Option<Experts<'_>>, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
     /// Of some rows, after the last layer, the tokens that are drawn, or the logits.
     fn read(&self, asked: &[Asked], b: &mut Self::Buffers) -> Result<Reading, Self::Failure>;
+}
+
+/// What makes up experts(x), and where the processor may add it up: [rows, hidden].
+pub struct Experts<'a> {
+    pub addends: Addends,
+    pub room: &'a mut [f32],
+}
+
+impl<'a> Experts<'a> {
+    /// experts(x)
+    pub fn added_up(self) -> &'a mut [f32] {
+        self.addends.add_up(self.room);
+        self.room
+    }
 }
 
 /// A row that is read after the last layer.

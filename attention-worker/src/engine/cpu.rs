@@ -11,7 +11,7 @@ use moesaic_kernels::{
 };
 use moesaic_model::Config;
 
-use super::arithmetic::{Arithmetic, Asked, Reading, positions, tokens};
+use super::arithmetic::{Arithmetic, Asked, Experts, Reading, positions, tokens};
 use super::weights::{Mla, Mlp, Query, Weights};
 use crate::core::batcher::Part;
 
@@ -200,7 +200,7 @@ impl Arithmetic for Cpu {
         Ok(())
     }
 
-    fn choose(&self, layer: usize, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), Infallible> {
+    fn choose(&self, layer: usize, _: bool, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), Infallible> {
         if let Mlp::Moe { gate, bias, .. } = &self.weights.layers[layer].mlp {
             self.linear(gate, &b.x, &mut b.gate);
             for logits in b.gate.chunks_exact(gate.out_features()) {
@@ -210,7 +210,7 @@ impl Arithmetic for Cpu {
         Ok(())
     }
 
-    fn rows(&self, b: &Buffers) -> Rows {
+    fn rows<'a>(&'a self, _: bool, b: &'a Buffers) -> Rows<'a> {
         match self.weights.numerics.activations() {
             Dtype::F32 => Rows::F32(b.x.clone()),
             Dtype::Bf16 => Rows::Bf16(b.x.iter().map(|&x| bf16::from_f32(x)).collect()),
@@ -227,15 +227,16 @@ impl Arithmetic for Cpu {
         Ok(())
     }
 
-    fn add(&self, layer: usize, experts: &mut [f32], b: &mut Buffers) -> Result<(), Infallible> {
-        match &self.weights.layers[layer].mlp {
-            Mlp::Dense(_) => add(&mut b.h, &b.y),
-            Mlp::Moe { shared, .. } => {
+    fn add(&self, layer: usize, experts: Option<Experts<'_>>, b: &mut Buffers) -> Result<(), Infallible> {
+        match (&self.weights.layers[layer].mlp, experts) {
+            (Mlp::Moe { shared, .. }, Some(experts)) => {
+                let experts = experts.added_up();
                 if shared.is_some() {
                     add(experts, &b.shared);
                 }
                 add(&mut b.h, experts);
             }
+            _ => add(&mut b.h, &b.y),
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use moesaic_model::Config;
 use moesaic_node::trace::{Kind, Span as Trace};
 use moesaic_proto::{ExpertId, LayerId};
 
-use super::arithmetic::{Arithmetic, Asked, Reading};
+use super::arithmetic::{Arithmetic, Asked, Experts, Reading};
 use super::expert_counts::ExpertCounts;
 use super::profile::{Part as Time, Profile};
 use crate::core::batcher::Part;
@@ -97,13 +97,15 @@ impl<A: Arithmetic> Decoder<A> {
                 false => None,
             };
             profile.time(Time::Dense, || a.dense(layer, &mut b.own)).map_err(StepError::Device)?;
+            let mut experts = None;
             if let Some(away) = away {
                 let start = Instant::now();
-                let combined = away.combine(&mut b.sums).await;
-                combined.inspect_err(|error| trace.fail(error)).map_err(StepError::Experts)?;
+                let addends = away.addends().await;
+                let addends = addends.inspect_err(|error| trace.fail(error)).map_err(StepError::Experts)?;
                 profile.add(Time::Wait, start.elapsed());
+                experts = Some(Experts { addends, room: &mut b.sums });
             }
-            profile.time(Time::Rest, || a.add(layer, &mut b.sums, &mut b.own)).map_err(StepError::Device)?;
+            profile.time(Time::Rest, || a.add(layer, experts, &mut b.own)).map_err(StepError::Device)?;
         }
         profile.count_step(rows);
         Ok(())
@@ -123,12 +125,13 @@ impl<A: Arithmetic> Decoder<A> {
         b: &mut Buffers<A::Buffers>,
         trace: &Trace,
     ) -> Result<Pending, StepError<A::Failure>> {
-        self.profile.time(Time::Gate, || self.choose(layer, b)).map_err(StepError::Device)?;
+        let stays = self.dispatcher.has_lanes();
+        self.profile.time(Time::Gate, || self.choose(layer, stays, b)).map_err(StepError::Device)?;
         let len = rows * self.config().hidden_size;
         b.sums.reserve_exact(len.saturating_sub(b.sums.len()));
         b.sums.resize(len, 0.0);
         let dispatch = || {
-            let (rows, top_k) = (self.arithmetic.rows(&b.own), self.arithmetic.gate_params().top_k);
+            let (rows, top_k) = (self.arithmetic.rows(stays, &b.own), self.arithmetic.gate_params().top_k);
             let layer = LayerId(layer as u8);
             self.dispatcher.dispatch_within(trace.traceparent(), layer, micro_batch, rows, top_k, &b.routes)
         };
@@ -136,9 +139,9 @@ impl<A: Arithmetic> Decoder<A> {
     }
 
     /// The experts that each row goes to.
-    fn choose(&self, layer: usize, b: &mut Buffers<A::Buffers>) -> Result<(), A::Failure> {
+    fn choose(&self, layer: usize, stays: bool, b: &mut Buffers<A::Buffers>) -> Result<(), A::Failure> {
         b.choices.clear();
-        self.arithmetic.choose(layer, &mut b.own, &mut b.choices)?;
+        self.arithmetic.choose(layer, stays, &mut b.own, &mut b.choices)?;
         b.routes.clear();
         b.routes.extend(b.choices.iter().map(|c| Route { expert: ExpertId(c.expert), weight: c.weight }));
         b.chosen.clear();

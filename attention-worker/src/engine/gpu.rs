@@ -5,15 +5,15 @@ mod weights;
 
 use std::cell::RefCell;
 
-use moesaic_dispatch::Rows;
+use moesaic_dispatch::{Addends, Rows, Values};
 use moesaic_kernels::cuda::{
-    self, Append, Attend, Buffer, Device, Drawn, GpuError, Normed, Pages, Parcel, Part as Place, Returned, Rotate,
-    Routed, Strides, View,
+    self, Append, Attend, Buffer, Device, Drawn, GpuBytes, GpuError, Normed, Pages, Parcel, Part as Place, Returned,
+    Rotate, Routed, Strides, View,
 };
 use moesaic_kernels::{Choice, Edit, GateParams, PAGE_TOKENS, bf16};
 use moesaic_model::{Checkpoint, Config, ModelError};
 
-use super::arithmetic::{Arithmetic, Asked, Reading, positions, tokens};
+use super::arithmetic::{Arithmetic, Asked, Experts, Reading, positions, tokens};
 use super::thread::LOGITS_MAX;
 use crate::core::batcher::Part;
 use weights::{Mlp, Query, Weights};
@@ -78,6 +78,9 @@ pub struct Buffers {
     choices: Returned<Routed>,
     rows: Returned<u16>,
     experts: Parcel,
+    /// What experts have answered on the GPU, and how it is added up, until that is through.
+    answers: Vec<GpuBytes>,
+    addends: Option<Parcel>,
     step: Option<Step>,
     /// What h has still to be changed by: the next norm does.
     pending: Pending,
@@ -88,9 +91,9 @@ enum Pending {
     Nothing,
     /// y
     Own,
-    /// The experts' sums, and what shared ones made.
+    /// The experts' sums, which are in y or else came from the processor, and what shared ones made.
     Experts {
-        sums: Place<f32>,
+        sums: Option<Place<f32>>,
         shared: bool,
     },
 }
@@ -208,7 +211,10 @@ impl Gpu {
         let (y, shared) = match b.pending {
             Pending::Nothing => (None, None),
             Pending::Own => (Some(b.y.view()), None),
-            Pending::Experts { sums, shared } => (Some(b.experts.view(sums)), shared.then(|| b.shared.view())),
+            Pending::Experts { sums, shared } => {
+                let sums = sums.map_or(b.y.view(), |sums| b.experts.view(sums));
+                (Some(sums), shared.then(|| b.shared.view()))
+            }
         };
         let normed = Normed {
             y,
@@ -222,6 +228,43 @@ impl Gpu {
         cuda::norm(&self.device, rows, self.config().hidden_size, b.h.view(), normed)?;
         b.pending = Pending::Nothing;
         Ok(())
+    }
+
+    /// Queues y = the experts' sums, if any of their answers lies on the GPU, and it has room for the others.
+    fn add_there(&self, addends: &mut Addends, b: &mut Buffers) -> Result<bool, GpuError> {
+        let device = &self.device;
+        if !addends.answers.iter().any(|answer| matches!(answer, Values::There(_))) {
+            return Ok(false);
+        }
+        for answer in &mut addends.answers {
+            if let Values::Here(values) = answer {
+                match device.buffer_of(&values.bytes()) {
+                    Ok(sent) => *answer = Values::There(GpuBytes::new(device, sent)),
+                    Err(GpuError::Full { .. }) => return Ok(false),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        let there = |answer: &Values| if let Values::There(bytes) = answer { Some(bytes.clone()) } else { None };
+        b.answers = addends.answers.iter().filter_map(there).collect();
+        let (recipe, hidden) = (&addends.recipe, self.config().hidden_size);
+        let ends = recipe.ends().iter().map(|end| *end as u32);
+        // The layer before is through: this one's gate was waited for.
+        let addends = recipe.addends().iter().copied();
+        match cuda::add_up(device, &b.answers, addends, ends, hidden, &mut b.addends, b.y.view()) {
+            Ok(()) => Ok(true),
+            Err(GpuError::Full { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The experts' sums, added up by the processor.
+    fn send_sums(&self, experts: Experts<'_>, b: &mut Buffers) -> Result<Place<f32>, GpuError> {
+        // As above.
+        b.experts.open();
+        let sums = b.experts.put(experts.added_up());
+        b.experts.send(&self.device)?;
+        Ok(sums)
     }
 
     fn queries(&self, query: &Query, step: &Step, b: &Buffers) -> Result<(), GpuError> {
@@ -285,6 +328,8 @@ impl Arithmetic for Gpu {
             choices: device.returned(rows * self.weights.choices_of_row())?,
             rows: device.returned(hidden)?,
             experts: Parcel::new(device, Parcel::room(&[hidden * 4]))?,
+            answers: Vec::new(),
+            addends: None,
             step: None,
             pending: Pending::Nothing,
         })
@@ -293,6 +338,7 @@ impl Arithmetic for Gpu {
     fn embed(&self, parts: &[Part], b: &mut Buffers) -> Result<(), GpuError> {
         // What was sent for the step before is read no more.
         self.device.finish()?;
+        b.answers.clear();
         let step = Step::send(&self.device, parts, b.step.take().map(|step| step.sent))?;
         let (table, hidden) = (self.weights.embedding.view(), self.config().hidden_size);
         cuda::embed(&self.device, step.view(step.tokens), table, hidden, b.h.view())?;
@@ -355,7 +401,7 @@ impl Arithmetic for Gpu {
         self.norm_rows(b, Some(&weights.post_norm), None, rows, self.config().is_moe(layer))
     }
 
-    fn choose(&self, layer: usize, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), GpuError> {
+    fn choose(&self, layer: usize, stays: bool, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), GpuError> {
         let Mlp::Moe { gate, bias, .. } = &self.weights.layers[layer].mlp else { return Ok(()) };
         let (c, device, rows) = (self.config(), &self.device, b.row_count());
         let experts = c.n_routed_experts;
@@ -364,13 +410,19 @@ impl Arithmetic for Gpu {
         let bias = bias.as_ref().map(Buffer::view);
         cuda::route(device, rows, b.gate.view(), bias, (gate, experts), b.routed.view())?;
         device.queue_return(b.routed.view(), &mut b.choices, rows * of_row)?;
-        device.queue_return(b.x.view(), &mut b.rows, rows * c.hidden_size)?;
+        if !stays {
+            device.queue_return(b.x.view(), &mut b.rows, rows * c.hidden_size)?;
+        }
         device.finish()?;
+        b.answers.clear();
         choices.extend(b.choices.values()[..rows * of_row].iter().map(|routed| Choice::from(*routed)));
         Ok(())
     }
 
-    fn rows(&self, b: &Buffers) -> Rows {
+    fn rows<'a>(&'a self, stays: bool, b: &'a Buffers) -> Rows<'a> {
+        if stays {
+            return Rows::There(&self.device, b.x.view());
+        }
         let values = &b.rows.values()[..b.row_count() * self.config().hidden_size];
         Rows::Bf16(values.iter().map(|bits| bf16::from_bits(*bits)).collect())
     }
@@ -384,14 +436,16 @@ impl Arithmetic for Gpu {
         ffn.queue(&self.device, b.row_count(), b.x.view(), b.wide.view(), y.view())
     }
 
-    fn add(&self, layer: usize, experts: &mut [f32], b: &mut Buffers) -> Result<(), GpuError> {
+    fn add(&self, layer: usize, experts: Option<Experts<'_>>, b: &mut Buffers) -> Result<(), GpuError> {
         b.pending = match &self.weights.layers[layer].mlp {
             Mlp::Dense(_) => Pending::Own,
             Mlp::Moe { shared, .. } => {
-                // The layer before is through: this one's gate was waited for.
-                b.experts.open();
-                let sums = b.experts.put(experts);
-                b.experts.send(&self.device)?;
+                let mut sums = None;
+                if let Some(mut experts) = experts
+                    && !self.add_there(&mut experts.addends, b)?
+                {
+                    sums = Some(self.send_sums(experts, b)?);
+                }
                 Pending::Experts { sums, shared: shared.is_some() }
             }
         };

@@ -60,6 +60,7 @@ fn answer(ffns: &BTreeMap<(LayerId, ExpertId), Ffn>, pool: &Pool, frame: &Reques
         let x = match frame.activations() {
             Activations::F32(values) => RowsRef::F32(&values[row]),
             Activations::Bf16(values) => RowsRef::Bf16(&values[row]),
+            Activations::There(_) => panic!("a processor's rows on a GPU"),
         };
         let mut single = vec![0.0; hidden];
         for (i, term) in terms.iter().enumerate() {

@@ -4,10 +4,13 @@
 //! them, the placement says who holds them, and the tracker which of them are asked. A new placement comes into use when
 //! every expert has a holder under it that can be reached; until then the one before it is used.
 
+mod pending;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Duration;
 
+use moesaic_kernels::cuda::GpuError;
 use moesaic_node::Connector;
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId, v1};
 use tokio::runtime::Handle;
@@ -17,14 +20,16 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::combine::CombineOps;
 use crate::error::{Cause, DispatchError};
-use crate::frame::{Activations, AnswerFrame, Header, RequestFrame, Rows};
+use crate::frame::{AnswerFrame, Header, RequestFrame, Rows};
 use crate::grpc::{Edge, EdgeConfig, EdgeOwner};
 use crate::local::{ExpertHost, Hub, ReplySender};
 use crate::nccl::Fabric;
-use crate::plan::{self, Layout, Plan, Recipe};
+use crate::plan::{self, Layout, Plan};
 use crate::tracker::{
     Action, Answer, CallId, Counts, Destination, EdgeId, Event, Figures, FrameKey, Rank, Tracker, Ways,
 };
+
+pub use pending::{Addends, Pending};
 
 /// One chosen expert of a row and its weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -205,6 +210,11 @@ impl Dispatcher {
         self.inner.ways().is_none_or(|ways| ways.destinations().all(|to| to.edge.is_none()))
     }
 
+    /// Whether rows leave this process over lanes, to some workers at least: they may stay on the GPU then.
+    pub fn has_lanes(&self) -> bool {
+        self.inner.views().workers.values().any(|known| known.edge.as_ref().is_some_and(Edge::has_lane))
+    }
+
     /// The ways to all workers of the placement in use, by id.
     pub fn edges(&self) -> Vec<v1::EdgeStatus> {
         let Some(ways) = self.inner.ways() else { return Vec::new() };
@@ -250,7 +260,7 @@ impl Dispatcher {
         &self,
         layer: LayerId,
         micro_batch: u8,
-        rows: Rows,
+        rows: Rows<'_>,
         top_k: usize,
         routes: &[Route],
     ) -> Result<Pending, DispatchError> {
@@ -263,30 +273,31 @@ impl Dispatcher {
         traceparent: Option<Arc<str>>,
         layer: LayerId,
         micro_batch: u8,
-        rows: Rows,
+        rows: Rows<'_>,
         top_k: usize,
         routes: &[Route],
     ) -> Result<Pending, DispatchError> {
-        let activations = Activations::from(rows);
         let ways = self.inner.ways().ok_or(DispatchError::NoPlacement { layer })?;
         let DispatchConfig { hidden, experts, groups, .. } = self.inner.config;
-        check_input(&activations, hidden, experts, top_k, routes)?;
+        check_input(&rows, hidden, experts, top_k, routes)?;
         let (call, ranks) = self.inner.begin(&ways);
         let chosen = || routes.iter().map(|route| route.expert);
         let holders = ways.holders(&ranks, layer, chosen(), call.0, Rank::Silent);
         if ranks.iter().any(|rank| *rank > Rank::Good) {
             self.inner.core().tracker.count_steered(&ways, layer, chosen(), &holders, call.0);
         }
-        let layout = Layout::new(hidden, activations.value_bytes(), experts.div_ceil(groups), top_k);
-        let Plan { parts, recipe } = plan::split(&layout, routes, |expert| holders[usize::from(expert.0)]);
+        let layout = Layout::new(hidden, rows.value_bytes(), experts.div_ceil(groups), top_k);
+        let Plan { mut parts, recipe } = plan::split(&layout, routes, |expert| holders[usize::from(expert.0)]);
 
         let header = self.inner.header(ways.epoch(), layer, micro_batch);
-        let frames = parts.into_iter().map(|part| {
-            let frame = RequestFrame::new(header, activations.clone(), hidden, part.content);
+        let of_gpu = |error: GpuError| DispatchError::Gpu { layer, error: error.to_string() };
+        let activations = rows.shared(hidden, &mut parts).map_err(of_gpu)?;
+        let frames = parts.into_iter().zip(activations).map(|(part, activations)| {
+            let frame = RequestFrame::new(header, activations, hidden, part.content);
             (ways.destination(part.worker).cloned(), frame.within(traceparent.clone()))
         });
         let answers = self.inner.call(call, Event::Call { call, layer, layout, frames: frames.collect() });
-        Ok(Pending { inner: self.inner.clone(), call, answers, recipe })
+        Ok(Pending::new(self.inner.clone(), call, answers, recipe))
     }
 
     /// What became of frames, since the start.
@@ -297,38 +308,6 @@ impl Dispatcher {
     /// Frames that wait for their answers.
     pub fn outstanding(&self) -> usize {
         self.inner.core().tracker.outstanding()
-    }
-}
-
-/// A layer call on its way. Dropping it gives the call up.
-pub struct Pending {
-    inner: Arc<Inner>,
-    call: CallId,
-    answers: oneshot::Receiver<Answers>,
-    recipe: Recipe,
-}
-
-impl Pending {
-    /// Waits for all answers, at most until the layer's deadline, and adds them up into `y` [rows, hidden],
-    /// overwriting it. The additions run on the caller's thread.
-    pub async fn combine(mut self, y: &mut [f32]) -> Result<(), DispatchError> {
-        let DispatchConfig { hidden, ops, .. } = self.inner.config;
-        let expected = self.recipe.rows() * hidden;
-        if y.len() != expected {
-            let detail = format!("y has {} values; expected {expected}", y.len());
-            return Err(DispatchError::Input { detail });
-        }
-        let answers = (&mut self.answers).await.unwrap_or(Err(DispatchError::Stopped))?;
-        let answers: Vec<_> = answers.into_iter().map(|answer| answer.into_values(&ops, hidden)).collect();
-        self.recipe.combine(&ops, &answers, hidden, y);
-        Ok(())
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        self.inner.core().waiting.remove(&self.call);
-        self.inner.on(Event::Abandoned { call: self.call });
     }
 }
 
@@ -556,15 +535,20 @@ async fn watch_deadlines(inner: Weak<Inner>, wake: Arc<Notify>, stop: Cancellati
 }
 
 fn check_input(
-    activations: &Activations,
+    x: &Rows<'_>,
     hidden: usize,
     experts: usize,
     top_k: usize,
     routes: &[Route],
 ) -> Result<(), DispatchError> {
-    let rows = activations.len() / hidden;
-    if top_k == 0 || !activations.len().is_multiple_of(hidden) || rows * top_k != routes.len() {
-        let (values, routes) = (activations.len(), routes.len());
+    let rows = x.len() / hidden;
+    let fits = match x {
+        // Others may be behind them.
+        Rows::There(..) => rows * top_k >= routes.len() && top_k > 0 && routes.len().is_multiple_of(top_k),
+        _ => x.len().is_multiple_of(hidden) && rows * top_k == routes.len() && top_k > 0,
+    };
+    if !fits {
+        let (values, routes) = (x.len(), routes.len());
         let detail = format!("{values} values of rows of {hidden}, and {routes} routes of {top_k} a row");
         return Err(DispatchError::Input { detail });
     }

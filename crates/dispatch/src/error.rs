@@ -15,6 +15,8 @@ pub enum DispatchError {
     Unreachable { layer: LayerId, experts: ExpertList, after: Duration, holders: String },
     #[error("layer {layer}, {experts}: worker {worker} {cause}")]
     Lost { layer: LayerId, experts: ExpertList, worker: WorkerId, cause: Cause },
+    #[error("layer {layer}: {error}")]
+    Gpu { layer: LayerId, error: String },
     #[error("dispatch was called with what does not fit: {detail}")]
     Input { detail: String },
     #[error("the dispatcher has stopped")]

@@ -9,10 +9,13 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use bytes::Bytes;
 use half::bf16;
+use moesaic_kernels::cuda::{Device, GpuBytes, GpuError, View, pick_rows};
 use moesaic_proto::limits::{FRAME_BYTES_MAX, FRAME_ROWS_MAX};
 use moesaic_proto::v1::{self, RefusalReason};
 use moesaic_proto::{Epoch, ExpertId, LayerId};
 
+use crate::payload::{Payload, Values};
+use crate::plan::Part;
 use crate::shared::Shared;
 
 /// Set in every answer.
@@ -78,10 +81,66 @@ impl Header {
 }
 
 /// A micro-batch's activations, row-major, in the compute dtype.
-#[derive(Clone, Debug)]
-pub enum Rows {
+#[derive(Debug)]
+pub enum Rows<'a> {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
+    /// bf16 on a GPU, and maybe others behind them. Frames get rows of their own there.
+    There(&'a Device, View<'a, u16>),
+}
+
+impl Rows<'_> {
+    /// How many numbers.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+            Self::There(_, values) => values.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn value_bytes(&self) -> usize {
+        if matches!(self, Self::F32(_)) { size_of::<f32>() } else { size_of::<bf16>() }
+    }
+
+    /// The activations of each part's frame. On a GPU they are the part's own, which then has all of them: a frame lives
+    /// longer than what a layer is computed in. Where the GPU has no room for that, they are brought here.
+    pub(crate) fn shared(self, hidden: usize, parts: &mut [Part]) -> Result<Vec<Activations>, GpuError> {
+        let all = match self {
+            Self::F32(values) => values.into(),
+            Self::Bf16(values) => values.into(),
+            Self::There(device, x) => {
+                let picks: Vec<u32> = parts.iter().flat_map(|part| part.content.rows.iter().copied()).collect();
+                match pick_rows(device, x, hidden, &picks) {
+                    Ok(picked) => return Ok(parted(&picked, hidden * size_of::<bf16>(), parts)),
+                    Err(GpuError::Full { .. }) => {
+                        let rows = picks.iter().max().map_or(0, |last| *last as usize + 1);
+                        let mut values = vec![bf16::ZERO; rows * hidden];
+                        device.read(x, bytemuck::cast_slice_mut(&mut values))?;
+                        values.into()
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        Ok(vec![all; parts.len()])
+    }
+}
+
+/// Each part's rows, of those of all parts one after the other.
+fn parted(picked: &GpuBytes, row_bytes: usize, parts: &mut [Part]) -> Vec<Activations> {
+    let mut end = 0;
+    let own = |part: &mut Part| {
+        let (rows, start) = (part.content.rows.len(), end);
+        part.content.rows = (0..rows as u32).collect();
+        end += rows * row_bytes;
+        Activations::There(picked.slice(start..end))
+    };
+    parts.iter_mut().map(own).collect()
 }
 
 /// Activations as frames share them.
@@ -89,14 +148,19 @@ pub enum Rows {
 pub enum Activations {
     F32(Shared<f32>),
     Bf16(Shared<bf16>),
+    /// bf16 on the worker's GPU.
+    There(GpuBytes),
 }
 
-impl From<Rows> for Activations {
-    fn from(rows: Rows) -> Self {
-        match rows {
-            Rows::F32(values) => Self::F32(values.into()),
-            Rows::Bf16(values) => Self::Bf16(values.into()),
-        }
+impl From<Vec<f32>> for Activations {
+    fn from(values: Vec<f32>) -> Self {
+        Self::F32(values.into())
+    }
+}
+
+impl From<Vec<bf16>> for Activations {
+    fn from(values: Vec<bf16>) -> Self {
+        Self::Bf16(values.into())
     }
 }
 
@@ -106,6 +170,7 @@ impl Activations {
         match self {
             Self::F32(values) => values.len(),
             Self::Bf16(values) => values.len(),
+            Self::There(bytes) => bytes.len() / size_of::<bf16>(),
         }
     }
 
@@ -116,7 +181,7 @@ impl Activations {
     pub fn value_bytes(&self) -> usize {
         match self {
             Self::F32(_) => size_of::<f32>(),
-            Self::Bf16(_) => size_of::<bf16>(),
+            Self::Bf16(_) | Self::There(_) => size_of::<bf16>(),
         }
     }
 
@@ -124,14 +189,26 @@ impl Activations {
         if matches!(self, Self::F32(_)) { FLAG_F32 } else { 0 }
     }
 
-    /// These rows of `hidden` values, one after the other; no copy where all are asked for.
-    fn gather(&self, hidden: usize, index: Option<&[u32]>) -> Bytes {
-        match (self, index) {
+    /// Whether they lie on a GPU.
+    pub fn are_there(&self) -> bool {
+        matches!(self, Self::There(_))
+    }
+
+    /// These rows of `hidden` values, one after the other; no copy where all are asked for, or where they lie on a GPU.
+    fn gather(&self, hidden: usize, index: Option<&[u32]>) -> Payload {
+        Payload::Here(match (self, index) {
             (Self::F32(values), None) => values.bytes(),
             (Self::Bf16(values), None) => values.bytes(),
             (Self::F32(values), Some(index)) => gather(values, hidden, index).bytes(),
             (Self::Bf16(values), Some(index)) => gather(values, hidden, index).bytes(),
-        }
+            (Self::There(bytes), None) => return Payload::There(vec![bytes.clone()]),
+            (Self::There(bytes), Some(index)) => {
+                let row_bytes = hidden * size_of::<bf16>();
+                let runs = index.chunk_by(|a, b| a + 1 == *b);
+                let run = |rows: &[u32]| rows[0] as usize * row_bytes..(rows[0] as usize + rows.len()) * row_bytes;
+                return Payload::There(runs.map(|rows| bytes.slice(run(rows))).collect());
+            }
+        })
     }
 }
 
@@ -249,7 +326,13 @@ impl RequestFrame {
     }
 
     /// Checks a received frame against itself and the model; its header has been decoded already.
-    pub fn decode(header: Header, frame: v1::Frame, shape: Shape) -> Result<Self, FrameError> {
+    pub fn decode(header: Header, mut frame: v1::Frame, shape: Shape) -> Result<Self, FrameError> {
+        let rows = Payload::Here(std::mem::take(&mut frame.rows));
+        Self::join(header, frame, rows, shape)
+    }
+
+    /// The same where its rows came beside it: what `split` has parted.
+    pub fn join(header: Header, frame: v1::Frame, rows: Payload, shape: Shape) -> Result<Self, FrameError> {
         if header.flags & !FLAG_F32 != 0 {
             return Err(FrameError::Flags { flags: header.flags, expected: "a request's: 0, or 4 for f32 rows" });
         }
@@ -257,33 +340,48 @@ impl RequestFrame {
             return Err(FrameError::Slot { slot: header.slot });
         }
         let value_bytes = if header.flags & FLAG_F32 != 0 { size_of::<f32>() } else { size_of::<bf16>() };
-        let (len, row_bytes) = (frame.rows.len(), shape.hidden * value_bytes);
-        let rows = len / row_bytes;
-        if rows == 0 || rows > FRAME_ROWS_MAX || !len.is_multiple_of(row_bytes) {
+        let (len, row_bytes) = (rows.len(), shape.hidden * value_bytes);
+        let count = len / row_bytes;
+        if count == 0 || count > FRAME_ROWS_MAX || !len.is_multiple_of(row_bytes) {
             return Err(FrameError::Rows { len, row_bytes });
         }
         let outputs = table(&frame.outputs, "outputs")?;
         let terms = table(&frame.terms, "terms")?;
-        check_outputs(&outputs, &terms, rows, shape)?;
-        let activations = match value_bytes {
-            4 => Shared::from_bytes(frame.rows).map(Activations::F32),
-            _ => Shared::from_bytes(frame.rows).map(Activations::Bf16),
+        check_outputs(&outputs, &terms, count, shape)?;
+        let activations = match (value_bytes, rows) {
+            (2, Payload::There(pieces)) if pieces.len() == 1 => pieces.into_iter().next().map(Activations::There),
+            (2, rows) => Shared::from_bytes(rows.brought()).map(Activations::Bf16),
+            (_, rows) => Shared::from_bytes(rows.brought()).map(Activations::F32),
         }
+        .filter(|activations| activations.len() == count * shape.hidden)
         .ok_or(FrameError::Rows { len, row_bytes })?;
         let traceparent = (!frame.traceparent.is_empty()).then(|| frame.traceparent.into());
-        Ok(Self { header, rows, activations, index: None, outputs, terms, traceparent })
+        Ok(Self { header, rows: count, activations, index: None, outputs, terms, traceparent })
     }
 
-    /// The message of this frame; rows are gathered here if the frame has only some of its activations.
-    pub fn encode(&self, hidden: usize) -> v1::Frame {
-        v1::Frame {
+    /// The message of this frame without its rows, and these; they are gathered here if the frame has only some of its
+    /// activations.
+    pub fn split(&self, hidden: usize) -> (v1::Frame, Payload) {
+        let message = v1::Frame {
             header: Bytes::copy_from_slice(&self.header.encode()),
-            rows: self.activations.gather(hidden, self.index.as_deref()),
+            rows: Bytes::new(),
             outputs: self.outputs.bytes(),
             terms: self.terms.bytes(),
             refusal: None,
             traceparent: self.traceparent.as_deref().unwrap_or_default().to_owned(),
-        }
+        };
+        (message, self.rows(hidden))
+    }
+
+    /// Its rows, one after the other.
+    pub fn rows(&self, hidden: usize) -> Payload {
+        self.activations.gather(hidden, self.index.as_deref())
+    }
+
+    /// The message of this frame, with its rows.
+    pub fn encode(&self, hidden: usize) -> v1::Frame {
+        let (message, rows) = self.split(hidden);
+        v1::Frame { rows: rows.brought(), ..message }
     }
 
     /// The same frame with another header.
@@ -385,43 +483,60 @@ fn check_terms(output: usize, terms: &[Term], experts: usize) -> Result<(), Fram
 pub struct AnswerFrame {
     pub header: Header,
     /// One row for each output that was asked for, in order.
-    pub result: Result<Shared<f32>, Refusal>,
+    pub result: Result<Values, Refusal>,
 }
 
 impl AnswerFrame {
     /// The answer to a frame with this header.
-    pub fn new(asked: Header, result: Result<Shared<f32>, Refusal>) -> Self {
+    pub fn new(asked: Header, result: Result<Values, Refusal>) -> Self {
         let flags = if result.is_ok() { FLAG_F32 } else { FLAG_F32 | FLAG_REFUSAL };
         Self { header: asked.answer(flags), result }
     }
 
     /// Checks a received answer against itself. Whether it fits what was asked is the tracker's to say.
-    pub fn decode(frame: v1::Frame) -> Result<Self, FrameError> {
+    pub fn decode(mut frame: v1::Frame) -> Result<Self, FrameError> {
+        let values = Payload::Here(std::mem::take(&mut frame.rows));
+        Self::join(frame, values)
+    }
+
+    /// The same where its values came beside it: what `split` has parted.
+    pub fn join(frame: v1::Frame, values: Payload) -> Result<Self, FrameError> {
         let header = Header::decode(&frame.header)?;
         let refused = header.flags & FLAG_REFUSAL != 0;
         if header.flags & !FLAG_REFUSAL != FLAG_ANSWER | FLAG_F32 || refused != frame.refusal.is_some() {
             let expected = "an answer's: 5, or 7 and a refusal";
             return Err(FrameError::Flags { flags: header.flags, expected });
         }
-        let value = size_of::<f32>();
-        let values = Shared::from_bytes(frame.rows.clone());
-        let result = match (frame.refusal, values) {
-            (Some(refusal), _) => Err(Refusal { reason: refusal.reason(), detail: refusal.detail }),
-            (None, Some(values)) => Ok(values),
-            (None, None) => return Err(FrameError::Rows { len: frame.rows.len(), row_bytes: value }),
+        if let Some(refusal) = frame.refusal {
+            return Ok(Self { header, result: Err(Refusal { reason: refusal.reason(), detail: refusal.detail }) });
+        }
+        let (len, row_bytes) = (values.len(), size_of::<f32>());
+        let values = match values {
+            Payload::There(pieces) if pieces.len() == 1 && len.is_multiple_of(row_bytes) => {
+                pieces.into_iter().next().map(Values::There)
+            }
+            values => Shared::from_bytes(values.brought()).map(Values::Here),
         };
-        Ok(Self { header, result })
+        let values = values.ok_or(FrameError::Rows { len, row_bytes })?;
+        Ok(Self { header, result: Ok(values) })
     }
 
-    pub fn encode(self) -> v1::Frame {
+    /// The message of this answer without its values, and these.
+    pub fn split(self) -> (v1::Frame, Payload) {
         let header = Bytes::copy_from_slice(&self.header.encode());
         match self.result {
-            Ok(values) => v1::Frame { header, rows: values.bytes(), ..Default::default() },
+            Ok(values) => (v1::Frame { header, ..Default::default() }, values.payload()),
             Err(Refusal { reason, detail }) => {
                 let refusal = Some(v1::Refusal { reason: reason.into(), detail });
-                v1::Frame { header, refusal, ..Default::default() }
+                (v1::Frame { header, refusal, ..Default::default() }, Payload::Here(Bytes::new()))
             }
         }
+    }
+
+    /// The message of this answer, with its values.
+    pub fn encode(self) -> v1::Frame {
+        let (message, values) = self.split();
+        v1::Frame { rows: values.brought(), ..message }
     }
 }
 

@@ -4,7 +4,7 @@
 //! never knows a model, and never treats a missing contribution as zero.
 //!
 //! Reading order: `dispatcher` (the attention worker's side, the main path), `plan` (which row goes where and how the
-//! answers are added up), `tracker` (what is outstanding), `frame` and `shared` (what travels), `local` and `grpc`
+//! answers are added up), `tracker` (what is outstanding), `frame`, `payload` and `shared` (what travels), `local` and `grpc`
 //! (the ways there and back), `nccl` (a second way beside `grpc`'s). `combine` and `error` are a few words that the others share.
 
 pub mod dispatcher;
@@ -12,6 +12,7 @@ pub mod plan;
 pub mod tracker;
 
 pub mod frame;
+pub mod payload;
 pub mod shared;
 
 pub mod local;
@@ -26,8 +27,9 @@ pub mod error;
 mod fake;
 
 pub use combine::CombineOps;
-pub use dispatcher::{DispatchConfig, Dispatcher, Holder, Pending, Route};
+pub use dispatcher::{Addends, DispatchConfig, Dispatcher, Holder, Pending, Route};
 pub use error::{Cause, DispatchError};
 pub use frame::{Activations, AnswerFrame, FrameError, Refusal, RequestFrame, Rows, Shape};
 pub use local::{ExpertHost, Hub, ReplySender};
+pub use payload::{Payload, Values};
 pub use shared::Shared;

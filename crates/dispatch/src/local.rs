@@ -8,7 +8,7 @@ use moesaic_proto::WorkerId;
 use moesaic_proto::v1::RefusalReason;
 
 use crate::frame::{AnswerFrame, Header, Refusal, RequestFrame, Shape};
-use crate::shared::Shared;
+use crate::payload::Values;
 
 /// An expert worker as its transports see it.
 pub trait ExpertHost: Send + Sync {
@@ -38,11 +38,11 @@ impl ReplySender {
         Self { asked, to: Some(Box::new(to)) }
     }
 
-    pub fn send(mut self, result: Result<Shared<f32>, Refusal>) {
+    pub fn send(mut self, result: Result<Values, Refusal>) {
         self.answer(result);
     }
 
-    fn answer(&mut self, result: Result<Shared<f32>, Refusal>) {
+    fn answer(&mut self, result: Result<Values, Refusal>) {
         if let Some(to) = self.to.take() {
             to(AnswerFrame::new(self.asked, result));
         }

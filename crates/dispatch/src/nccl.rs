@@ -20,8 +20,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub use fabric::{Breaker, Channel, Direction, Fabric, Id};
+pub use fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
 pub(crate) use lanes::Lanes;
+use moesaic_kernels::cuda::Device;
 
 /// Both ends are connected and have sent each other a slot after that time, or the lane is given up. The first
 /// communicator of a process takes seconds.
@@ -43,10 +44,10 @@ pub const LANES_MAX: usize = 512;
 /// NCCL's threads look every half second whether they are to end.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 const SETTLE_POLL: Duration = Duration::from_millis(5);
-/// Rows that a slot has room for. A frame of more takes a second message, of as many bytes as are left; one of fewer is sent
-/// as if it had as many.
+/// Rows that a slot has room for. A frame of more takes a second message, of as many bytes as it has; one of fewer is sent as
+/// if it had as many.
 pub const SLOT_ROWS: usize = 32;
-/// Room of a slot beside its rows: for its head, and for the tables of its outputs and terms.
+/// Room of a slot before its rows: for its head, and for a frame's message, which has the tables of its outputs and terms.
 pub const SLOT_TABLE_BYTES: usize = 8 << 10;
 
 /// `--transport`: which ways a worker offers, or takes, beside calls within a process.
@@ -88,8 +89,14 @@ pub enum InvalidTransport {
 }
 
 impl Transport {
-    /// What moves bytes from GPU number `gpu`, if the worker computes on one. `has_tls`: its streams are encrypted.
-    pub fn open(self, gpu: Option<usize>, has_tls: bool) -> Result<Option<Arc<dyn Fabric>>, InvalidTransport> {
+    /// What moves bytes from GPU number `gpu`, if the worker computes on one. `device` is that GPU, where rows lie on it.
+    /// `has_tls`: the worker's streams are encrypted.
+    pub fn open(
+        self,
+        gpu: Option<usize>,
+        device: Option<&Device>,
+        has_tls: bool,
+    ) -> Result<Option<Arc<dyn Fabric>>, InvalidTransport> {
         if self == Self::Auto && gpu.is_some() && has_tls {
             tracing::info!(
                 "no lanes from GPU to GPU, which TLS would not cover: --transport nccl has them all the same"
@@ -99,7 +106,7 @@ impl Transport {
         let Some(gpu) = gpu.filter(|_| self != Self::Grpc) else {
             return if self == Self::Nccl { Err(InvalidTransport::NoGpu) } else { Ok(None) };
         };
-        match gpu::NcclFabric::open(gpu) {
+        match gpu::NcclFabric::open(gpu, device.cloned()) {
             Ok(fabric) => Ok(Some(Arc::new(fabric))),
             Err(error) if self == Self::Nccl => Err(InvalidTransport::Nccl(error)),
             Err(error) => {

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use moesaic_kernels::cuda::{Addend, Kind};
 use moesaic_proto::ExpertId;
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 
@@ -71,28 +72,13 @@ pub struct Plan {
 }
 
 /// Where each addend of each row is, in the order of the additions.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Recipe {
+    /// A whole group's sum, or the single expert that was asked for; or, where a group's experts went to several workers, the
+    /// first of them and those that follow.
     addends: Vec<Addend>,
     /// For each row, where its addends end.
     ends: Vec<usize>,
-}
-
-/// One output of one answer.
-#[derive(Clone, Copy, Debug)]
-struct Addend {
-    part: u32,
-    output: u32,
-    kind: Kind,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    /// A whole group's sum, or the single expert that was asked for.
-    Whole,
-    /// The first expert of a group whose experts went to several workers, and the ones that follow.
-    First(f32),
-    Next(f32),
 }
 
 /// Splits `routes` ([rows * top_k], each row's experts ascending); `holder` gives each expert its destination.
@@ -185,8 +171,8 @@ impl Splitter {
     }
 
     fn add(&mut self, part: usize, kind: Kind) {
-        let output = (self.plan.parts[part].content.outputs.len() - 1) as u32;
-        self.plan.recipe.addends.push(Addend { part: part as u32, output, kind });
+        let output = self.plan.parts[part].content.outputs.len() - 1;
+        self.plan.recipe.addends.push(Addend { answer: part, output, kind });
     }
 
     /// The part that takes this row for this worker: a new one where the row would make the open one too large.
@@ -218,6 +204,16 @@ impl Recipe {
         self.ends.len()
     }
 
+    /// Where each addend is, row by row, in the order of the additions.
+    pub fn addends(&self) -> &[Addend] {
+        &self.addends
+    }
+
+    /// For each row, where its addends end.
+    pub fn ends(&self) -> &[usize] {
+        &self.ends
+    }
+
     /// y[row] = the sum of the row's groups, ascending; `answers` are the parts' in order.
     pub fn combine(&self, ops: &CombineOps, answers: &[Shared<f32>], hidden: usize, y: &mut [f32]) {
         let mut scratch = vec![0.0; hidden];
@@ -242,7 +238,7 @@ impl Recipe {
             let (group, after) = rest.split_at(1 + singles);
             rest = after;
             let sum = match addend.kind {
-                Kind::Whole => addend.value(answers, y.len()),
+                Kind::Whole => value(addend, answers, y.len()),
                 _ => {
                     sum_group(group, ops, answers, scratch);
                     &*scratch
@@ -259,7 +255,7 @@ impl Recipe {
 /// `sum` = the weighted sum of single experts.
 fn sum_group(group: &[Addend], ops: &CombineOps, answers: &[Shared<f32>], sum: &mut [f32]) {
     for addend in group {
-        let value = addend.value(answers, sum.len());
+        let value = value(addend, answers, sum.len());
         match addend.kind {
             Kind::First(weight) => (ops.first)(sum, weight, value),
             Kind::Next(weight) => (ops.next)(sum, weight, value),
@@ -268,10 +264,8 @@ fn sum_group(group: &[Addend], ops: &CombineOps, answers: &[Shared<f32>], sum: &
     }
 }
 
-impl Addend {
-    fn value<'a>(&self, answers: &'a [Shared<f32>], hidden: usize) -> &'a [f32] {
-        &answers[self.part as usize][self.output as usize * hidden..][..hidden]
-    }
+fn value<'a>(addend: &Addend, answers: &'a [Shared<f32>], hidden: usize) -> &'a [f32] {
+    &answers[addend.answer][addend.output * hidden..][..hidden]
 }
 
 #[cfg(test)]

@@ -20,8 +20,8 @@ use moesaic_proto::{ExpertId, LayerId, WorkerId};
 
 use crate::error::{Cause, DispatchError};
 use crate::frame::{AnswerFrame, Header, RequestFrame};
+use crate::payload::Values;
 use crate::plan::{self, Layout, Recipe};
-use crate::shared::Shared;
 use call::{Call, Part, PartId, Sent, Try};
 
 pub use call::Answer;
@@ -295,7 +295,7 @@ impl Tracker {
         }
     }
 
-    fn accept(&mut self, turn: &mut Turn, key: FrameKey, values: Shared<f32>) {
+    fn accept(&mut self, turn: &mut Turn, key: FrameKey, values: Values) {
         let Some(Sent { part: id, .. }) = self.frames.remove(&key) else { return };
         let Some(call) = self.calls.get_mut(&id.call) else { return };
         let part = &mut call.parts[id.index];

@@ -129,6 +129,11 @@ unsafe impl Gpu for Emulator {
         Ok(())
     }
 
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.queue_read(from, to) }
+    }
+
     unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
         unsafe { self.write(to, from) }

@@ -273,3 +273,59 @@ KERNEL(fill_random, 256, 4, Fill) {
         }
     }
 }
+
+/// Copies rows that lie anywhere.
+struct Gather {
+    /// [count]
+    const u32* const* rows;
+    /// words of a row
+    u32 count, words;
+    /// [count, words]
+    u32* to;
+};
+
+KERNEL(gather_rows, 256, 4, Gather) {
+    for (u32 row = block(); row < call.count; row += blocks()) {
+        const u32* from = call.rows[row];
+        u32* to = call.to + static_cast<u64>(row) * call.words;
+        for (u32 i = thread(); i < call.words; i += THREADS) to[i] = from[i];
+    }
+}
+
+struct Addend {
+    const float* at;
+    float weight;
+    /// 0: it is added; 1: a sum begins with it, which is added; 2: it belongs to that sum.
+    u32 kind;
+};
+
+/// Each row's addends, in their order.
+struct AddUpRows {
+    const Addend* addends;
+    /// [rows]: where a row's addends end
+    const u32* ends;
+    u32 rows, width;
+    /// [rows, width]
+    float* y;
+};
+
+KERNEL(add_up_rows, 256, 4, AddUpRows) {
+    for (u32 row = block(); row < call.rows; row += blocks()) {
+        u32 first = row ? call.ends[row - 1] : 0, end = call.ends[row];
+        for (u32 i = thread(); i < call.width; i += THREADS) {
+            float y = 0;
+            bool is_first = true;
+            for (u32 at = first; at < end; is_first = false) {
+                Addend addend = call.addends[at++];
+                float sum = addend.at[i];
+                if (addend.kind) {
+                    sum = addend.weight * sum;
+                    for (; at < end && call.addends[at].kind == 2; at++) sum = fused(call.addends[at].weight, call.addends[at].at[i], sum);
+                }
+                // Not 0 + sum, which would make a zero positive.
+                y = is_first ? sum : y + sum;
+            }
+            call.y[static_cast<u64>(row) * call.width + i] = y;
+        }
+    }
+}

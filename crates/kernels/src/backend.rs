@@ -48,6 +48,14 @@ impl Backend {
         }
     }
 
+    /// The GPU, if it is one.
+    pub fn gpu(&self) -> Option<&Device> {
+        match self {
+            Self::Cpu(..) => None,
+            Self::Gpu(device) => Some(device),
+        }
+    }
+
     /// For logs.
     pub fn device(&self) -> String {
         match self {
@@ -58,10 +66,7 @@ impl Backend {
 
     /// Bytes of a GPU's arena, and those of them that are free.
     pub fn gpu_memory(&self) -> Option<(usize, usize)> {
-        match self {
-            Self::Cpu(..) => None,
-            Self::Gpu(device) => Some(device.memory()),
-        }
+        self.gpu().map(Device::memory)
     }
 
     /// The caller is the thread that computes.

@@ -2,12 +2,13 @@
 //!
 //! Reading order: `gpu` (what is asked of a GPU, and what its memory is), `device` (a real one, by the driver), `compile` (the
 //! kernels of `cuda/*.cu`, made for it by NVRTC), `pack` (weights in the order in which its lanes read them), `grouped` (many
-//! products at once), and what is made of them: `experts`, `linear`, `attention`, `rows`, `draw`.
+//! products at once), and what is made of them: `experts`, `linear`, `attention`, `rows`, `draw`; and `bytes`, which several hold.
 //!
 //! Driver and NVRTC are opened when a GPU is asked for: nothing here needs them to be built, and a machine without them is told
 //! what it lacks.
 
 mod attention;
+mod bytes;
 mod choice;
 mod compile;
 mod device;
@@ -24,11 +25,12 @@ mod rows;
 mod vendor;
 
 pub use attention::{Append, Attend, Pages, Rotate, append, attend, room, rotate};
+pub use bytes::{Addend, GpuBytes, Kind, add_up, pick_rows};
 pub use choice::{DeviceChoice, UnknownDevice};
 pub use compile::{ARCHITECTURES, Compiled, Source, compile};
 pub use device::{Missing, is_present};
 pub use draw::{Drawn, draw};
-pub use experts::{Experts, GpuFfn, NotLoaded, Output, Recorded, Sent, Workspace};
+pub use experts::{Experts, GpuFfn, NotLoaded, Output, Recorded, Sent, Workspace, X};
 pub use gpu::{Address, Buffer, Device, Gpu, GpuError, Kernel, Launch, Parcel, Part, Properties, Returned, View};
 pub use linear::{GpuLinear, GpuPerHead, Strides};
 pub use pack::Unfit;
@@ -41,7 +43,7 @@ pub fn kernels() -> [(Source, Vec<Kernel>); 5] {
         (Source::Experts, experts::kernels()),
         (Source::Linear, linear::kernels()),
         (Source::Attention, attention::KERNELS.to_vec()),
-        (Source::Rows, rows::KERNELS.to_vec()),
+        (Source::Rows, [&rows::KERNELS[..], &bytes::KERNELS].concat()),
         (Source::Draw, draw::KERNELS.to_vec()),
     ]
 }

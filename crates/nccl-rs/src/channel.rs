@@ -1,4 +1,4 @@
-//! Channels: messages from the host memory of one process to that of another, by way of their GPUs.
+//! Channels: messages from one process to another, by way of their GPUs; from and to host memory, or what lies on a GPU.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -47,6 +47,25 @@ pub struct Channel {
 struct Open {
     communicator: Communicator,
     gpu: Gpu,
+    /// Bytes of the message that came last.
+    received: usize,
+}
+
+/// A part of a message, where it lies.
+#[derive(Clone, Copy, Debug)]
+pub enum Part<'a> {
+    Host(&'a [u8]),
+    /// On the channel's GPU.
+    Device(DeviceSlice<'a, u8>),
+}
+
+impl Part<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Host(bytes) => bytes.len(),
+            Self::Device(bytes) => bytes.len,
+        }
+    }
 }
 
 /// Whether a channel can be made on GPU `ordinal`: there are a driver, that GPU and NCCL, whose version is answered.
@@ -95,7 +114,7 @@ impl Channel {
         Self {
             rank: communicator.rank(),
             monitor: communicator.monitor(),
-            open: Ok(Open { communicator, gpu }),
+            open: Ok(Open { communicator, gpu, received: 0 }),
             close_timeout: config.close_timeout,
             _end: end,
         }
@@ -106,17 +125,32 @@ impl Channel {
     /// Blocks until it has left this GPU, or `timeout` is over; then the communicator is aborted. That it has left does
     /// not say that it came: NCCL has buffers on the way.
     pub fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), Error> {
+        self.send_parts(bytes.len(), &[(0, Part::Host(bytes))], timeout)
+    }
+
+    /// The same of a message of `len` bytes that is put together on the GPU: each part with the byte where it begins.
+    /// What no part says is any. Copies from a GPU's memory are through when this returns, unless the GPU hangs.
+    pub fn send_parts(&mut self, len: usize, parts: &[(usize, Part<'_>)], timeout: Duration) -> Result<(), Error> {
         let start = Instant::now();
-        self.check(Self::SENDER, bytes.len())?;
-        self.work(|Open { communicator, gpu }| {
-            let address = gpu.room(bytes.len())?;
+        self.check(Self::SENDER, len)?;
+        if let Some((at, part)) = parts.iter().find(|(at, part)| at.saturating_add(part.len()) > len) {
+            let detail = format!("{} bytes from byte {at} on, of a message of {len}", part.len());
+            return Err(argument("parts", detail));
+        }
+        self.work(|Open { communicator, gpu, .. }| {
+            let address = gpu.room(len)?;
             // SAFETY: the memory is the channel's own, on the GPU of the communicator and of the stream. Nothing uses
             // it at this time: earlier calls have waited for their operations, or the channel would not be open. It
             // stays until the stream is through, or the communicator is aborted and then the stream is through. The
             // other side is a channel in another process; what it queues can make this fail or hang, and no more.
             unsafe {
-                gpu.queue_write(bytes)?;
-                let values = DeviceSlice::<u8>::from_raw(address, bytes.len());
+                for (at, part) in parts {
+                    match part {
+                        Part::Host(bytes) => gpu.queue_write(*at, bytes)?,
+                        Part::Device(bytes) => gpu.queue_copy_in(*at, *bytes)?,
+                    }
+                }
+                let values = DeviceSlice::<u8>::from_raw(address, len);
                 group(|group| group.send(communicator, values, Self::RECEIVER, gpu.stream()))?;
             }
             wait("sending", communicator, gpu, start, Some(timeout))
@@ -128,21 +162,70 @@ impl Channel {
     /// Blocks until it is there, or `timeout` is over; then the communicator is aborted. Without a timeout, until it is
     /// there, or NCCL notices a failure, or a [`Monitor`] aborts. A kernel of NCCL's waits on the GPU for as long.
     pub fn receive(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), Error> {
+        self.receive_beginning(bytes.len(), bytes, timeout)
+    }
+
+    /// The same of a message of `len` bytes, of which the first ones are wanted at once. It stays on the GPU until the next
+    /// one is received, for [`Channel::take`] and [`Channel::take_on_device`].
+    pub fn receive_beginning(
+        &mut self,
+        len: usize,
+        beginning: &mut [u8],
+        timeout: Option<Duration>,
+    ) -> Result<(), Error> {
         let start = Instant::now();
-        self.check(Self::RECEIVER, bytes.len())?;
-        self.work(|Open { communicator, gpu }| {
-            let address = gpu.room(bytes.len())?;
-            // SAFETY: as in `send`.
+        self.check(Self::RECEIVER, len)?;
+        self.check_received(len, 0, beginning.len())?;
+        self.work(|Open { communicator, gpu, received }| {
+            *received = 0;
+            let address = gpu.room(len)?;
+            // SAFETY: as in `send_parts`.
             unsafe {
-                let values = DeviceSliceMut::<u8>::from_raw(address, bytes.len());
+                let values = DeviceSliceMut::<u8>::from_raw(address, len);
                 group(|group| group.receive(communicator, values, Self::SENDER, gpu.stream()))?;
-                gpu.queue_read(bytes.len())?;
+                gpu.queue_read(0..beginning.len())?;
             }
             wait("receiving", communicator, gpu, start, timeout)?;
+            *received = len;
             // SAFETY: as many bytes are read from the GPU, and the stream is through.
-            unsafe { gpu.take(bytes) };
+            unsafe { gpu.take(0, beginning) };
             Ok(())
         })
+    }
+
+    /// Copies from the last message, from byte `at` on.
+    pub fn take(&mut self, at: usize, to: &mut [u8], timeout: Duration) -> Result<(), Error> {
+        self.check_received(self.received(), at, to.len())?;
+        self.work(|Open { communicator, gpu, .. }| {
+            // SAFETY: the message has as many bytes, and the stream is through.
+            unsafe { gpu.queue_read(at..at + to.len())? };
+            wait("taking", communicator, gpu, Instant::now(), Some(timeout))?;
+            // SAFETY: they are read, and the stream is through again.
+            unsafe { gpu.take(at, to) };
+            Ok(())
+        })
+    }
+
+    /// The same to a place on the GPU. After an error the copy may still be to come: what is there has to stay.
+    pub fn take_on_device(&mut self, at: usize, to: DeviceSliceMut<'_, u8>, timeout: Duration) -> Result<(), Error> {
+        self.check_received(self.received(), at, to.len)?;
+        self.work(|Open { communicator, gpu, .. }| {
+            // SAFETY: the message has as many bytes, and the stream is through.
+            unsafe { gpu.queue_copy_out(at, to)? };
+            wait("taking", communicator, gpu, Instant::now(), Some(timeout))
+        })
+    }
+
+    /// Bytes of the last message, if there is one.
+    fn received(&self) -> usize {
+        self.open.as_ref().map_or(0, |open| open.received)
+    }
+
+    fn check_received(&self, len: usize, at: usize, bytes: usize) -> Result<(), Error> {
+        match at.checked_add(bytes) {
+            Some(end) if end <= len || self.open.is_err() => Ok(()),
+            _ => Err(argument("at", format!("{bytes} bytes from byte {at} on, of a message of {len}"))),
+        }
     }
 
     /// A handle for a watchdog. Lasts longer than the channel.
@@ -163,7 +246,7 @@ impl Channel {
     }
 
     fn end(&mut self, error: &Error) {
-        let Ok(Open { communicator, gpu }) = std::mem::replace(&mut self.open, Err(error.clone())) else { return };
+        let Ok(Open { communicator, gpu, .. }) = std::mem::replace(&mut self.open, Err(error.clone())) else { return };
         match communicator.abort() {
             // NCCL has nothing queued any more, so that the stream ends.
             Ok(()) => gpu.release(self.close_timeout),

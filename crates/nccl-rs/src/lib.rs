@@ -1,6 +1,6 @@
 //! NCCL for Rust: communicators that cannot keep their owner for ever.
 //!
-//! A [`Channel`] takes messages from the host memory of one process to that of another, and is safe. A [`Communicator`]
+//! A [`Channel`] takes messages from one process to another, in host memory or on their GPUs, and is safe. A [`Communicator`]
 //! and a [`group`] are for all else; their memory and streams are the caller's.
 //!
 //! No usable crate of this name is published. cudarc has bindings and a thin layer over them, but does not look for
@@ -51,6 +51,7 @@
 //! | [`Channel::connect`] | the other side is connected | `timeout`, then aborts |
 //! | [`Channel::send`] | the message has left the GPU | `timeout`, then aborts |
 //! | [`Channel::receive`] | the message is there | `timeout`, then aborts; without one, for ever |
+//! | [`Channel::take`] | the copy is there | `timeout`, then aborts |
 //! | dropping a [`Channel`] | NCCL has let go of everything | `close_timeout`, then leaves it behind |
 //! | [`available`] | nobody | |
 //!
@@ -86,7 +87,7 @@ mod library;
 #[cfg(test)]
 mod fake;
 
-pub use channel::{Channel, available};
+pub use channel::{Channel, Part, available};
 pub use communicator::{Communicator, Connecting, Monitor, Outstanding, Progress};
 pub use config::Config;
 pub use error::{Code, Error};

@@ -1,5 +1,6 @@
 //! Two processes and one GPU. NCCL takes it for two, since each process says that it is a host of its own. Run by
 //! `cargo test -p nccl-rs --test one_gpu -- --ignored --nocapture`, with libnccl.so.2 where the linker finds it.
+#![allow(unsafe_code)]
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -7,13 +8,17 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nccl_rs::{Channel, Config, Error, UniqueId, available};
+use cudarc::driver::result;
+use nccl_rs::{Channel, Config, DeviceSlice, DeviceSliceMut, Error, Part, UniqueId, available};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the near side may take to notice by itself that the far one is gone.
 const NOTICES: Duration = Duration::from_secs(20);
 const SIZES: [usize; 8] = [1, 7, 4096, 65_536, 65_537, 3 << 20, 100, (16 << 20) + 1];
 const ROUNDS: usize = 50;
+/// A message of which the beginning is taken to the host, and the rest to another place on the GPU.
+const PARTS: usize = 9000;
+const HEAD: usize = 200;
 
 fn message(size: usize, seed: usize) -> Vec<u8> {
     (0..size).map(|i| (i.wrapping_mul(31) + seed + (i >> 8)) as u8).collect()
@@ -114,6 +119,11 @@ fn near() {
         let expected = sent.iter().map(|byte| byte ^ 0xff).collect::<Vec<_>>();
         assert!(received == expected, "{size} bytes came back as others");
     }
+    let (sent, mut received) = (message(PARTS, 7), vec![0; PARTS]);
+    out.send(&sent, TIMEOUT).expect("sends");
+    back.receive_beginning(PARTS, &mut received[..HEAD], Some(TIMEOUT)).expect("receives");
+    back.take(HEAD, &mut received[HEAD..], TIMEOUT).expect("takes");
+    assert!(received == sent, "a message of parts came back as another");
     let start = Instant::now();
     for _ in 0..ROUNDS {
         out.send(&[5; 64], TIMEOUT).expect("sends");
@@ -150,14 +160,32 @@ fn far() {
     let (first, second) = ids.split_once(' ').expect("there are two");
     let mut incoming = Channel::connect(0, &from_hex(first), 1, &config(), TIMEOUT).expect("connects");
     let mut out = Channel::connect(0, &from_hex(second), 0, &config(), TIMEOUT).expect("connects");
-    for size in SIZES.into_iter().chain([64; ROUNDS]) {
-        let mut bytes = vec![0; size];
-        incoming.receive(&mut bytes, Some(TIMEOUT)).expect("receives");
-        bytes.iter_mut().for_each(|byte| *byte ^= 0xff);
-        out.send(&bytes, TIMEOUT).expect("sends");
+    for size in SIZES {
+        turn_back(&mut incoming, &mut out, size);
+    }
+    let mut head = [0; HEAD];
+    incoming.receive_beginning(PARTS, &mut head, Some(TIMEOUT)).expect("receives");
+    let rest = PARTS - HEAD;
+    // SAFETY: the context is current, since channels were connected; the memory is this function's to its end.
+    let (to, from) = unsafe {
+        let memory = result::malloc_sync(rest).expect("there is memory");
+        (DeviceSliceMut::<u8>::from_raw(memory, rest), DeviceSlice::<u8>::from_raw(memory, rest))
+    };
+    incoming.take_on_device(HEAD, to, TIMEOUT).expect("takes");
+    out.send_parts(PARTS, &[(HEAD, Part::Device(from)), (0, Part::Host(&head))], TIMEOUT).expect("sends");
+    for _ in 0..ROUNDS {
+        turn_back(&mut incoming, &mut out, 64);
     }
     // Until it is killed, or the test is gone.
     let _ = incoming.receive(&mut [0], Some(4 * TIMEOUT));
+}
+
+/// Sends a message back with other bits.
+fn turn_back(incoming: &mut Channel, out: &mut Channel, size: usize) {
+    let mut bytes = vec![0; size];
+    incoming.receive(&mut bytes, Some(TIMEOUT)).expect("receives");
+    bytes.iter_mut().for_each(|byte| *byte ^= 0xff);
+    out.send(&bytes, TIMEOUT).expect("sends");
 }
 
 fn hex(id: &UniqueId) -> String {

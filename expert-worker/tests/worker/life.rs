@@ -13,7 +13,7 @@ use crate::harness::{Workers, fixture, until, worker_id};
 
 const LAYER: LayerId = LayerId(1);
 
-fn one_row(workers: &Workers, expert: u16) -> (Rows, [Route; 1]) {
+fn one_row(workers: &Workers, expert: u16) -> (Rows<'static>, [Route; 1]) {
     let rows = Rows::F32(vec![0.5; workers.checkpoint.config().hidden_size]);
     (rows, [Route { expert: ExpertId(expert), weight: 1.0 }])
 }

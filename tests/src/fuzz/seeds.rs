@@ -4,7 +4,7 @@
 use std::fs;
 
 use bytes::Bytes;
-use moesaic_dispatch::frame::{Content, Header, Output, Rows, Term};
+use moesaic_dispatch::frame::{Activations, Content, Header, Output, Term};
 use moesaic_dispatch::{AnswerFrame, Refusal, RequestFrame};
 use moesaic_node::Member;
 use moesaic_node::registry::records::{cordon_key, member_key};
@@ -43,8 +43,8 @@ fn frames() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     };
     let values = [0.5, -1.0, 2.0, 0.0, 1.5, 3.0, -2.0, 1.0];
     let bf16 = values.map(moesaic_kernels::bf16::from_f32).to_vec();
-    let request = |rows: Rows| RequestFrame::new(header(0), rows.into(), SHAPE.hidden, content()).encode(SHAPE.hidden);
-    let (f32_frame, bf16_frame) = (request(Rows::F32(values.to_vec())), request(Rows::Bf16(bf16)));
+    let request = |x: Activations| RequestFrame::new(header(0), x, SHAPE.hidden, content()).encode(SHAPE.hidden);
+    let (f32_frame, bf16_frame) = (request(values.to_vec().into()), request(bf16.into()));
     let answer = |result| AnswerFrame::new(header(0), result).encode();
     let (rows, refusal) =
         (answer(Ok(values.to_vec().into())), answer(Err(Refusal::new(RefusalReason::Busy, "the inbox is full"))));

@@ -9,7 +9,7 @@ use moesaic_dispatch::frame::Header;
 use moesaic_dispatch::nccl::core::{Carrier, Kind};
 use moesaic_dispatch::plan::{self, Layout, Plan, Recipe};
 use moesaic_dispatch::tracker::{Action, Answer, CallId, Destination, EdgeId, Event, FrameKey, Rank, Tracker, Ways};
-use moesaic_dispatch::{Activations, AnswerFrame, Cause, DispatchError, RequestFrame, Rows};
+use moesaic_dispatch::{Activations, AnswerFrame, Cause, DispatchError, RequestFrame};
 use moesaic_node::View;
 use moesaic_proto::v1::{EdgeState, EdgeStatus, Role};
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
@@ -359,7 +359,7 @@ impl Dispatch {
         let epoch = ways.epoch();
         let source = context.incarnation as u16;
         let header = Header { epoch, layer, micro_batch, flags: 0, source, slot: 0, sequence: 0 };
-        let activations = Activations::from(Rows::F32(rows.to_vec()));
+        let activations = Activations::from(rows.to_vec());
         let frames = parts.into_iter().map(|part| {
             let frame = RequestFrame::new(header, activations.clone(), HIDDEN, part.content);
             (ways.destination(part.worker).cloned(), frame)
@@ -413,7 +413,7 @@ fn open(context: &mut Context<'_>, to: &str) -> StreamId {
 }
 
 fn combine(recipe: &Recipe, answers: Vec<Answer>) -> Vec<f32> {
-    let answers: Vec<_> = answers.into_iter().map(|answer| answer.into_values(&OPS, HIDDEN)).collect();
+    let answers: Vec<_> = answers.into_iter().map(|answer| answer.into_values(&OPS, HIDDEN).brought()).collect();
     let mut y = vec![0.0; recipe.rows() * HIDDEN];
     recipe.combine(&OPS, &answers, HIDDEN, &mut y);
     y

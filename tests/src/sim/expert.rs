@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use moesaic_dispatch::nccl::core::Kind;
-use moesaic_dispatch::{Activations, AnswerFrame, Refusal, ReplySender, RequestFrame, Shared};
+use moesaic_dispatch::{Activations, AnswerFrame, Refusal, ReplySender, RequestFrame};
 use moesaic_expert_worker::core::batch;
 use moesaic_expert_worker::core::epochs::Epochs;
 use moesaic_expert_worker::core::handover::{is_covered, may_leave};
@@ -319,7 +319,7 @@ impl Expert {
             }
         }
         for (job, answer) in jobs.into_iter().zip(answers) {
-            job.reply.send(Ok(Shared::from(answer)));
+            job.reply.send(Ok(answer.into()));
         }
     }
 

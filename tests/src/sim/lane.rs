@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use moesaic_dispatch::nccl::core::{Departure, Fault, Head, Incoming, Kind, Outgoing};
+use moesaic_dispatch::nccl::core::{self, Departure, Fault, Head, Incoming, Kind, Outgoing};
 use moesaic_dispatch::{AnswerFrame, RequestFrame};
 
 use super::messages::Message;
@@ -53,8 +53,8 @@ impl Lane {
     }
 
     pub fn send(&mut self, context: &mut Context<'_>, load: Load) {
-        let (kind, payload) = if matches!(load, Load::Nothing) { (Kind::Warm, 0) } else { (Kind::Frame, 1) };
-        let departure = self.outgoing.send(kind, payload);
+        let (kind, rows) = if matches!(load, Load::Nothing) { (Kind::Warm, 0) } else { (Kind::Frame, 1) };
+        let departure = self.outgoing.send(kind, core::Load::new(0, rows));
         self.depart(context, departure, load);
     }
 

@@ -23,7 +23,7 @@ fn request() -> v1::Frame {
         outputs: vec![Output::sum(0, 2), Output::single(1)],
         terms: vec![term(1, 0.5), term(3, 0.25), term(7, 1.0)],
     };
-    let rows = Rows::F32((0..2 * SHAPE.hidden).map(|i| i as f32).collect());
+    let rows: Vec<f32> = (0..2 * SHAPE.hidden).map(|i| i as f32).collect();
     RequestFrame::new(HEADER, rows.into(), SHAPE.hidden, content).encode(SHAPE.hidden)
 }
 
@@ -176,7 +176,10 @@ fn an_answer_and_a_refusal_come_back_as_they_were() {
     for (sent, flags) in [(answer(), 0b101), (refused(), 0b111)] {
         let back = AnswerFrame::decode(sent.clone().encode()).unwrap();
         assert_eq!(back.header, Header { flags, ..HEADER });
-        assert_eq!(back.result.map(|values| values.to_vec()), sent.result.map(|values| values.to_vec()));
+        assert_eq!(
+            back.result.map(|values| values.brought().to_vec()),
+            sent.result.map(|values| values.brought().to_vec())
+        );
     }
     assert_eq!(answer().encode().rows, bytes(&[1.0f32, 2.0]));
 }
@@ -235,6 +238,7 @@ fn values_of(activations: &Activations, row: u32) -> Vec<f32> {
     match activations {
         Activations::F32(values) => values[range].to_vec(),
         Activations::Bf16(values) => values[range].iter().map(|v| v.to_f32()).collect(),
+        Activations::There(_) => panic!("rows that came over a stream"),
     }
 }
 
@@ -258,10 +262,50 @@ fn check_hostile(frame: v1::Frame) {
         let AnswerFrame { header, result } = taken;
         assert_eq!(header.encode()[..], frame.header);
         match result {
-            Ok(values) => assert_eq!(values.bytes(), frame.rows),
+            Ok(values) => assert_eq!(values.brought().bytes(), frame.rows),
             Err(refusal) => assert_eq!(Some(refusal.detail), frame.refusal.map(|refusal| refusal.detail)),
         }
     }
+}
+
+/// Rows on a GPU are each frame's own, so that what a layer is computed in may be written to; and they come here where the GPU
+/// has no room for that.
+#[test]
+fn rows_on_a_gpu_stay_there_while_there_is_room() {
+    let device = moesaic_emulator::test_device(8 << 10, 1);
+    let hidden = SHAPE.hidden;
+    let x: Vec<u16> = (0..5 * hidden as u16).collect();
+    // The last row is none of the call's.
+    let there = device.buffer_of(&x).unwrap();
+    let part = |rows: &[u32]| {
+        let outputs = (0..rows.len() as u16).map(Output::single).collect();
+        let content = Content { rows: rows.to_vec(), outputs, terms: vec![term(1, 1.0); rows.len()] };
+        Part { worker: 0, content }
+    };
+    let parts = || vec![part(&[0, 3]), part(&[1, 2, 3])];
+    let of = |row: u32| x[row as usize * hidden..][..hidden].to_vec();
+    let sent = |parts: Vec<Part>, activations: Vec<Activations>| -> Vec<Vec<u16>> {
+        let frames = parts.into_iter().zip(activations);
+        let frames = frames.map(|(part, activations)| RequestFrame::new(HEADER, activations, hidden, part.content));
+        frames.map(|frame| bytemuck::cast_slice::<u8, u16>(&frame.rows(hidden).brought()).to_vec()).collect()
+    };
+    let expected = [[of(0), of(3)].concat(), [of(1), of(2), of(3)].concat()];
+
+    let mut own = parts();
+    let activations = Rows::There(&device, there.view()).shared(hidden, &mut own).unwrap();
+    assert!(activations.iter().all(Activations::are_there));
+    // Some of a frame's rows, for a worker that is asked instead.
+    let again = RequestFrame::new(HEADER, activations[1].clone(), hidden, part(&[0, 2]).content);
+    let Payload::There(pieces) = again.rows(hidden) else { panic!("they have come here") };
+    assert_eq!(pieces.len(), 2);
+    assert_eq!(again.rows(hidden).brought(), bytemuck::cast_slice::<u16, u8>(&[of(1), of(3)].concat()));
+    assert_eq!(sent(own, activations), expected);
+
+    let _all = device.buffer::<u8>(device.memory().1).unwrap();
+    let mut own = parts();
+    let activations = Rows::There(&device, there.view()).shared(hidden, &mut own).unwrap();
+    assert!(matches!(activations[0], Activations::Bf16(_)));
+    assert_eq!(sent(own, activations), expected);
 }
 
 proptest! {
@@ -276,12 +320,12 @@ proptest! {
     ) {
         let values = (0..call_rows * SHAPE.hidden).map(|i| i as f32);
         let rows = match is_f32 {
-            true => Rows::F32(values.collect()),
-            false => Rows::Bf16(values.map(bf16::from_f32).collect()),
+            true => Activations::from(values.collect::<Vec<f32>>()),
+            false => values.map(bf16::from_f32).collect::<Vec<_>>().into(),
         };
         let header = Header { epoch: Epoch(epoch), layer: LayerId(layer), micro_batch, flags: 0, source, slot: 0, sequence };
         let traceparent = traceparent.map(Into::into);
-        let sent = RequestFrame::new(header, rows.into(), SHAPE.hidden, content).within(traceparent.clone());
+        let sent = RequestFrame::new(header, rows, SHAPE.hidden, content).within(traceparent.clone());
         let back = decode(sent.encode(SHAPE.hidden)).unwrap();
 
         prop_assert_eq!(back.header, Header { flags: if is_f32 { FLAG_F32 } else { 0 }, ..header });

@@ -74,7 +74,7 @@ struct Traffic {
 
 impl Traffic {
     fn count_answer(&self, answer: &AnswerFrame) {
-        let bytes = answer.result.as_ref().map_or(0, |values| size_of_val(&values[..]));
+        let bytes = answer.result.as_ref().map_or(0, |values| values.len() * size_of::<f32>());
         self.received.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
@@ -129,7 +129,11 @@ impl Edge {
 
     /// What frames go over at present.
     pub fn transport(&self) -> &'static str {
-        if self.state.lanes.as_ref().is_some_and(|lanes| lanes.is_up()) { "nccl" } else { "grpc" }
+        if self.has_lane() { "nccl" } else { "grpc" }
+    }
+
+    pub fn has_lane(&self) -> bool {
+        self.state.lanes.as_ref().is_some_and(|lanes| lanes.is_up())
     }
 
     /// Bytes that were sent and that came back.

@@ -21,6 +21,7 @@ use crate::frame::{FrameError, Header, Refusal, RequestFrame};
 use crate::local::{ExpertHost, ReplySender};
 use crate::nccl::Fabric;
 use crate::nccl::lane::{End, Lane, LaneOwner, Message, Offer, Sender};
+use crate::payload::Payload;
 
 /// The `Experts` service in front of a host.
 pub struct ExpertsService {
@@ -90,18 +91,18 @@ struct Inbox {
 }
 
 impl Inbox {
-    fn take(&self, header: Header, frame: v1::Frame, reply: ReplySender) {
-        match self.check(header, frame) {
+    fn take(&self, header: Header, frame: v1::Frame, rows: Payload, reply: ReplySender) {
+        match self.check(header, frame, rows) {
             Ok(frame) => self.host.submit(frame, reply),
             Err(error) => reply.send(Err(Refusal::new(RefusalReason::Malformed, error.to_string()))),
         }
     }
 
-    fn check(&self, header: Header, frame: v1::Frame) -> Result<RequestFrame, FrameError> {
+    fn check(&self, header: Header, frame: v1::Frame, rows: Payload) -> Result<RequestFrame, FrameError> {
         if header.source != self.source {
             return Err(FrameError::Source { given: header.source, expected: self.source });
         }
-        RequestFrame::decode(header, frame, self.host.shape())
+        RequestFrame::join(header, frame, rows, self.host.shape())
     }
 }
 
@@ -157,11 +158,12 @@ impl Caller {
         }
     }
 
-    fn submit(&self, header: Header, frame: v1::Frame, room: Room) {
+    fn submit(&self, header: Header, mut frame: v1::Frame, room: Room) {
         let reply = ReplySender::new(header, move |answer| {
             room.send(Ok(ExchangeMessage { kind: Some(Kind::Frame(answer.encode())) }));
         });
-        self.inbox.take(header, frame, reply);
+        let rows = Payload::Here(std::mem::take(&mut frame.rows));
+        self.inbox.take(header, frame, rows, reply);
     }
 
     /// What the caller says of a lane, and what is to be said to that.
@@ -210,7 +212,7 @@ impl LaneInbox {
 impl LaneOwner for LaneInbox {
     fn up(&self) {}
 
-    fn frame(&self, frame: v1::Frame, lane: &Sender) {
+    fn frame(&self, frame: v1::Frame, rows: Payload, lane: &Sender) {
         let header = match Header::decode(&frame.header) {
             Ok(header) => header,
             Err(error) => return lane.fail(&error.to_string()),
@@ -221,7 +223,7 @@ impl LaneOwner for LaneInbox {
                 back.fail("more answers wait than a lane holds");
             }
         });
-        self.inbox.take(header, frame, reply);
+        self.inbox.take(header, frame, rows, reply);
     }
 
     fn wake(&self, sequence: u32) {

@@ -6,26 +6,62 @@
 
 use std::collections::HashMap;
 
-use super::LANE_FRAMES_MAX;
+use super::{LANE_FRAMES_MAX, SLOT_TABLE_BYTES};
 use crate::frame::Header;
 use crate::tracker::FrameKey;
 
 /// The beginning of a slot; all numbers are little-endian.
 ///
 /// ```text
-/// magic u32, generation u32, sequence u32, kind u32, payload u32     payload: bytes of it, in this slot and behind it
+/// magic u32, generation u32, sequence u32, kind u32, message u32, rows u32     the last two: bytes of a frame's message and rows
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
     pub generation: u32,
     pub sequence: u32,
     pub kind: Kind,
-    pub payload: u32,
+    pub load: Load,
+}
+
+/// Bytes of what a slot brings, in it or behind it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// A frame's message, without its rows.
+    pub message: u32,
+    pub rows: u32,
+}
+
+/// Where a load lies: both parts in the slot, or both in a second message of `behind` bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub message: usize,
+    pub rows: usize,
+    pub behind: Option<usize>,
+}
+
+impl Load {
+    pub fn new(message: usize, rows: usize) -> Self {
+        Self { message: message as u32, rows: rows as u32 }
+    }
+
+    pub fn bytes(self) -> usize {
+        self.message as usize + self.rows as usize
+    }
+
+    /// Of a slot of so many bytes. Rows begin where a GPU reads them at full speed.
+    pub fn place(self, slot_bytes: usize) -> Place {
+        let (message, rows) = (self.message as usize, self.rows as usize);
+        if Head::LEN + message <= SLOT_TABLE_BYTES && SLOT_TABLE_BYTES + rows <= slot_bytes {
+            return Place { message: Head::LEN, rows: SLOT_TABLE_BYTES, behind: None };
+        }
+        let start = message.next_multiple_of(ROWS_ALIGNMENT);
+        Place { message: 0, rows: start, behind: Some(start + rows) }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A frame, as its message.
+    /// A frame.
     Frame = 0,
     /// Nothing: the first of a lane.
     Warm = 1,
@@ -33,7 +69,9 @@ pub enum Kind {
     Park = 2,
 }
 
-const MAGIC: u32 = u32::from_le_bytes(*b"MSL1");
+const MAGIC: u32 = u32::from_le_bytes(*b"MSL2");
+
+const ROWS_ALIGNMENT: usize = 256;
 
 /// Why a lane cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -46,16 +84,17 @@ pub enum Fault {
     Generation { given: u32, expected: u32 },
     #[error("slot {given} came where {expected} was due")]
     Sequence { given: u32, expected: u32 },
-    #[error("a payload of {given} bytes; expected at most {limit}")]
-    Payload { given: u32, limit: usize },
+    #[error("a load of {given} bytes; expected at most {limit}")]
+    Load { given: usize, limit: usize },
 }
 
 impl Head {
-    pub const LEN: usize = 20;
+    pub const LEN: usize = 24;
 
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
-        let words = [MAGIC, self.generation, self.sequence, self.kind as u32, self.payload];
+        let Load { message, rows } = self.load;
+        let words = [MAGIC, self.generation, self.sequence, self.kind as u32, message, rows];
         for (to, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(words) {
             *to = word.to_le_bytes();
         }
@@ -67,7 +106,7 @@ impl Head {
         for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
             *word = u32::from_le_bytes(*bytes);
         }
-        let [magic, generation, sequence, kind, payload] = words;
+        let [magic, generation, sequence, kind, message, rows] = words;
         let kind = match (magic, kind) {
             (MAGIC, 0) => Kind::Frame,
             (MAGIC, 1) => Kind::Warm,
@@ -75,13 +114,8 @@ impl Head {
             (MAGIC, other) => return Err(Fault::Kind(other)),
             (other, _) => return Err(Fault::Magic(other)),
         };
-        Ok(Self { generation, sequence, kind, payload })
+        Ok(Self { generation, sequence, kind, load: Load { message, rows } })
     }
-}
-
-/// Bytes of a payload that come behind a slot of `slot_bytes`.
-pub fn rest_len(payload: usize, slot_bytes: usize) -> usize {
-    payload.saturating_sub(slot_bytes - Head::LEN)
 }
 
 /// The sending side.
@@ -105,16 +139,16 @@ impl Outgoing {
         Self { generation, next: 0, is_parked: false }
     }
 
-    pub fn send(&mut self, kind: Kind, payload: usize) -> Departure {
+    pub fn send(&mut self, kind: Kind, load: Load) -> Departure {
         let (sequence, wakes) = (self.next, self.is_parked);
         self.next = self.next.wrapping_add(1);
         self.is_parked = kind == Kind::Park;
-        Departure { head: Head { generation: self.generation, sequence, kind, payload: payload as u32 }, wakes }
+        Departure { head: Head { generation: self.generation, sequence, kind, load }, wakes }
     }
 
     /// There has been nothing to send for a while: what is to be sent now, if anything.
     pub fn idle(&mut self) -> Option<Departure> {
-        (!self.is_parked).then(|| self.send(Kind::Park, 0))
+        (!self.is_parked).then(|| self.send(Kind::Park, Load::default()))
     }
 }
 
@@ -122,7 +156,7 @@ impl Outgoing {
 #[derive(Debug)]
 pub struct Incoming {
     generation: u32,
-    payload_max: usize,
+    load_max: usize,
     next: u32,
     is_parked: bool,
     /// The last slot that was announced over the stream, which may overtake the slots before it.
@@ -130,8 +164,8 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    pub fn new(generation: u32, payload_max: usize) -> Self {
-        Self { generation, payload_max, next: 0, is_parked: false, woken: None }
+    pub fn new(generation: u32, load_max: usize) -> Self {
+        Self { generation, load_max, next: 0, is_parked: false, woken: None }
     }
 
     /// Whether the next slot is to be waited for: what comes before an announced one is on its way, too.
@@ -155,9 +189,10 @@ impl Incoming {
         if given != expected {
             return Err(Fault::Sequence { given, expected });
         }
-        let limit = if head.kind == Kind::Frame { self.payload_max } else { 0 };
-        if head.payload as usize > limit {
-            return Err(Fault::Payload { given: head.payload, limit });
+        let limit = if head.kind == Kind::Frame { self.load_max } else { 0 };
+        let given = head.load.bytes();
+        if given > limit {
+            return Err(Fault::Load { given, limit });
         }
         self.next = self.next.wrapping_add(1);
         self.is_parked = head.kind == Kind::Park;

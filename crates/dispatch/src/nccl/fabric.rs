@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use moesaic_kernels::cuda::{Buffer, Device, GpuBytes};
+
 /// Of a communicator: who has the same id is connected.
 pub type Id = [u8; 128];
 
@@ -13,12 +15,24 @@ pub enum Direction {
     Receive,
 }
 
+/// Bytes that are sent, where they lie.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    Here(&'a [u8]),
+    There(&'a GpuBytes),
+}
+
 /// Ways from this process's GPU to others.
 pub trait Fabric: Send + Sync + 'static {
     /// Both ends have to have the same.
     fn version(&self) -> String;
 
     fn new_id(&self) -> Result<Id, String>;
+
+    /// Where the rows that come are to lie; `None`: in the processor's memory.
+    fn device(&self) -> Option<&Device> {
+        None
+    }
 
     /// Connects the side that sends with the one that receives. Blocks until both are there, or `timeout` is over.
     fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String>;
@@ -27,11 +41,19 @@ pub trait Fabric: Send + Sync + 'static {
 /// One end of a communicator of two ranks, used in its direction alone. What one side sends has to be received by the other
 /// in messages of the same sizes. After an error it is of no use any more.
 pub trait Channel: Send {
-    /// Blocks until the bytes have left, or `timeout` is over.
-    fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), String>;
+    /// A message of `len` bytes, of which `parts` are said, each from some byte on. Blocks until it has left, or `timeout` is
+    /// over.
+    fn send(&mut self, len: usize, parts: &[(usize, Source<'_>)], timeout: Duration) -> Result<(), String>;
 
-    /// Blocks until all bytes have come; without a timeout, until the channel fails or is aborted.
-    fn receive(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), String>;
+    /// A message of `len` bytes, of which the first are wanted at once. Blocks until it has come; without a timeout, until
+    /// the channel fails or is aborted.
+    fn receive(&mut self, len: usize, beginning: &mut [u8], timeout: Option<Duration>) -> Result<(), String>;
+
+    /// Copies from the message that came last, from byte `at` on.
+    fn take(&mut self, at: usize, to: &mut [u8]) -> Result<(), String>;
+
+    /// The same, to the fabric's device. After an error the copy may still be to come: `to` has to stay.
+    fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String>;
 
     fn breaker(&self) -> Arc<dyn Breaker>;
 }

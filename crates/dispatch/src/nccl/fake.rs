@@ -7,11 +7,16 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::fabric::{Breaker, Channel, Direction, Fabric, Id};
+use moesaic_kernels::cuda::{Buffer, Device};
+
+use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
 
 /// Clones are one fabric: what is connected over it.
 #[derive(Clone, Default)]
-pub struct FakeFabric(Arc<State>);
+pub struct FakeFabric {
+    state: Arc<State>,
+    device: Option<Device>,
+}
 
 impl fmt::Debug for FakeFabric {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -24,6 +29,7 @@ struct State {
     pairs: Mutex<HashMap<Id, Arc<Pair>>>,
     next_id: AtomicU64,
     messages: AtomicUsize,
+    taken_there: AtomicUsize,
 }
 
 /// Two ranks.
@@ -46,9 +52,19 @@ struct Meeting {
 }
 
 impl FakeFabric {
+    /// The same fabric, for a worker whose rows lie on a GPU.
+    pub fn on(&self, device: Device) -> Self {
+        Self { device: Some(device), ..self.clone() }
+    }
+
     /// Messages that came.
     pub fn message_count(&self) -> usize {
-        self.0.messages.load(Ordering::Relaxed)
+        self.state.messages.load(Ordering::Relaxed)
+    }
+
+    /// Loads that went on to a GPU.
+    pub fn taken_there(&self) -> usize {
+        self.state.taken_there.load(Ordering::Relaxed)
     }
 
     /// Both sides of all that is connected fail.
@@ -62,7 +78,7 @@ impl FakeFabric {
     }
 
     fn each(&self, change: impl Fn(&mut Meeting)) {
-        for pair in lock(&self.0.pairs).values() {
+        for pair in lock(&self.state.pairs).values() {
             change(&mut lock(&pair.meeting));
             pair.change.notify_all();
         }
@@ -80,16 +96,20 @@ impl Fabric for FakeFabric {
 
     fn new_id(&self) -> Result<Id, String> {
         let mut id = [0; 128];
-        id[..8].copy_from_slice(&self.0.next_id.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+        id[..8].copy_from_slice(&self.state.next_id.fetch_add(1, Ordering::Relaxed).to_le_bytes());
         Ok(id)
     }
 
+    fn device(&self) -> Option<&Device> {
+        self.device.as_ref()
+    }
+
     fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String> {
-        let pair = lock(&self.0.pairs).entry(*id).or_default().clone();
+        let pair = lock(&self.state.pairs).entry(*id).or_default().clone();
         let rank = direction as usize;
         lock(&pair.meeting).joined[rank] = true;
         pair.change.notify_all();
-        let end = End { pair, rank, fabric: self.clone() };
+        let end = End { pair, rank, fabric: self.clone(), received: Vec::new() };
         end.wait("connecting", Some(timeout), |meeting| meeting.joined[1 - rank].then_some(Ok(())))?;
         Ok(Box::new(end))
     }
@@ -99,6 +119,8 @@ struct End {
     pair: Arc<Pair>,
     rank: usize,
     fabric: FakeFabric,
+    /// The message that came last.
+    received: Vec<u8>,
 }
 
 impl End {
@@ -140,10 +162,21 @@ impl End {
 }
 
 impl Channel for End {
-    fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), String> {
+    fn send(&mut self, len: usize, parts: &[(usize, Source<'_>)], timeout: Duration) -> Result<(), String> {
         self.check(Direction::Send)?;
+        // What no part says is any.
+        let mut bytes = vec![0xa5; len];
+        for (at, part) in parts {
+            match part {
+                Source::Here(part) => bytes[*at..][..part.len()].copy_from_slice(part),
+                Source::There(part) => {
+                    let part = part.read().map_err(|error| error.to_string())?;
+                    bytes[*at..][..part.len()].copy_from_slice(&part);
+                }
+            }
+        }
         let taken = lock(&self.pair.meeting).taken;
-        let mut bytes = Some(bytes.to_vec());
+        let mut bytes = Some(bytes);
         self.wait("sending", Some(timeout), |meeting| {
             if let Some(bytes) = bytes.take() {
                 meeting.offered = Some(bytes);
@@ -153,20 +186,33 @@ impl Channel for End {
         })
     }
 
-    fn receive(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
+    fn receive(&mut self, len: usize, beginning: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
         self.check(Direction::Receive)?;
-        self.wait("receiving", timeout, |meeting| {
+        self.received = self.wait("receiving", timeout, |meeting| {
             let offered = meeting.offered.take()?;
-            if offered.len() != bytes.len() {
-                let reason = format!("{} bytes were sent and {} received", offered.len(), bytes.len());
+            if offered.len() != len {
+                let reason = format!("{} bytes were sent and {len} received", offered.len());
                 meeting.failed = Some(reason.clone());
                 return Some(Err(reason));
             }
-            bytes.copy_from_slice(&offered);
             meeting.taken += 1;
-            self.fabric.0.messages.fetch_add(1, Ordering::Relaxed);
-            Some(Ok(()))
-        })
+            self.fabric.state.messages.fetch_add(1, Ordering::Relaxed);
+            Some(Ok(offered))
+        })?;
+        self.take(0, beginning)
+    }
+
+    fn take(&mut self, at: usize, to: &mut [u8]) -> Result<(), String> {
+        let taken = self.received.get(at..at + to.len()).ok_or("the message has no such bytes")?;
+        to.copy_from_slice(taken);
+        Ok(())
+    }
+
+    fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String> {
+        let device = self.fabric.device.as_ref().ok_or("rows of this side lie on no GPU")?;
+        let taken = self.received.get(at..at + to.len()).ok_or("the message has no such bytes")?;
+        self.fabric.state.taken_there.fetch_add(1, Ordering::Relaxed);
+        device.write(to, 0, taken).map_err(|error| error.to_string())
     }
 
     fn breaker(&self) -> Arc<dyn Breaker> {

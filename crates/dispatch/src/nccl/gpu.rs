@@ -1,24 +1,30 @@
 //! The fabric that there is: NCCL, from one GPU's memory to another's, by `nccl_rs::Channel`.
+#![allow(unsafe_code)]
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use nccl_rs::{Config, Error, Monitor, UniqueId, Version};
+use moesaic_kernels::cuda::{Buffer, Device};
+use nccl_rs::{Config, DeviceSlice, DeviceSliceMut, Error, Monitor, Part, UniqueId, Version};
 
-use super::fabric::{Breaker, Channel, Direction, Fabric, Id};
+use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
 
 /// Of one GPU.
 pub(super) struct NcclFabric {
     gpu: usize,
+    device: Option<Device>,
     version: Version,
 }
 
 impl NcclFabric {
-    /// By the GPU's number, as the driver counts.
-    pub fn open(gpu: usize) -> Result<Self, Error> {
-        Ok(Self { gpu, version: nccl_rs::available(gpu)? })
+    /// By the GPU's number, as the driver counts. Rows lie on `device`, which is that GPU.
+    pub fn open(gpu: usize, device: Option<Device>) -> Result<Self, Error> {
+        Ok(Self { gpu, device, version: nccl_rs::available(gpu)? })
     }
 }
+
+/// To copy from a message on the GPU, with nothing before it.
+const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A receive that waits keeps a multiprocessor busy: one, not more.
 fn config() -> Config {
@@ -38,6 +44,10 @@ impl Fabric for NcclFabric {
         UniqueId::new().map(|id| *id.as_bytes()).map_err(words)
     }
 
+    fn device(&self) -> Option<&Device> {
+        self.device.as_ref()
+    }
+
     fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String> {
         let id = UniqueId::from_bytes(*id);
         let rank = match direction {
@@ -50,12 +60,28 @@ impl Fabric for NcclFabric {
 }
 
 impl Channel for nccl_rs::Channel {
-    fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), String> {
-        self.send(bytes, timeout).map_err(words)
+    fn send(&mut self, len: usize, parts: &[(usize, Source<'_>)], timeout: Duration) -> Result<(), String> {
+        let part = |source| match source {
+            Source::Here(bytes) => Part::Host(bytes),
+            // SAFETY: the bytes are borrowed, so that they are there as long as the slice is.
+            Source::There(bytes) => Part::Device(unsafe { DeviceSlice::from_raw(bytes.address().0, bytes.len()) }),
+        };
+        let parts: Vec<_> = parts.iter().map(|(at, source)| (*at, part(*source))).collect();
+        self.send_parts(len, &parts, timeout).map_err(words)
     }
 
-    fn receive(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
-        self.receive(bytes, timeout).map_err(words)
+    fn receive(&mut self, len: usize, beginning: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
+        self.receive_beginning(len, beginning, timeout).map_err(words)
+    }
+
+    fn take(&mut self, at: usize, to: &mut [u8]) -> Result<(), String> {
+        self.take(at, to, TAKE_TIMEOUT).map_err(words)
+    }
+
+    fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String> {
+        // SAFETY: the buffer is borrowed, and stays if this fails, says `Channel::take_there`. Nobody else has it.
+        let to = unsafe { DeviceSliceMut::from_raw(to.address().0, to.len()) };
+        self.take_on_device(at, to, TAKE_TIMEOUT).map_err(words)
     }
 
     fn breaker(&self) -> Arc<dyn Breaker> {

@@ -8,14 +8,16 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use half::bf16;
+use moesaic_kernels::cuda::{Device, GpuBytes};
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1;
 use prost::Message as _;
 
-use super::core::{Departure, Head, Incoming, Kind, Outgoing, rest_len};
-use super::fabric::{Breaker, Channel, Direction, Fabric, Id};
+use super::core::{Departure, Incoming, Kind, Load, Outgoing};
+use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
 use super::*;
 use crate::frame::{AnswerFrame, RequestFrame};
+use crate::payload::Payload;
 
 /// Whose end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +41,7 @@ pub struct Offer {
 pub enum InvalidOffer {
     #[error("{0} is no id of 128 bytes")]
     Id(&'static str),
-    #[error("slots of {0} bytes; expected {min} to {FRAME_BYTES_MAX}", min = Head::LEN)]
+    #[error("slots of {0} bytes; expected {SLOT_TABLE_BYTES} to {FRAME_BYTES_MAX}")]
     Slot(usize),
 }
 
@@ -57,7 +59,8 @@ impl Offer {
     pub fn decode(offer: &v1::LaneOffer) -> Result<Self, InvalidOffer> {
         let slot = |bytes: u32| {
             let bytes = bytes as usize;
-            if (Head::LEN..=FRAME_BYTES_MAX).contains(&bytes) { Ok(bytes) } else { Err(InvalidOffer::Slot(bytes)) }
+            let fits = (SLOT_TABLE_BYTES..=FRAME_BYTES_MAX).contains(&bytes);
+            fits.then_some(bytes).ok_or(InvalidOffer::Slot(bytes))
         };
         Ok(Self {
             requests: offer.requests[..].try_into().map_err(|_| InvalidOffer::Id("requests"))?,
@@ -81,7 +84,8 @@ impl Offer {
 pub trait LaneOwner: Send + Sync + 'static {
     /// Slots have gone both ways.
     fn up(&self);
-    fn frame(&self, frame: v1::Frame, lane: &Sender);
+    /// With its rows beside it.
+    fn frame(&self, frame: v1::Frame, rows: Payload, lane: &Sender);
     /// The other side has to be told, over the stream, that this slot comes.
     fn wake(&self, sequence: u32);
     /// It is of no use any more. Called once, after which nothing else is.
@@ -125,10 +129,10 @@ pub enum Message {
 
 impl Message {
     /// What is sent, if it is not empty.
-    fn payload(self) -> Option<v1::Frame> {
+    fn split(self) -> Option<(v1::Frame, Payload)> {
         match self {
-            Self::Request(frame, hidden) => Some(frame.encode(hidden)),
-            Self::Answer(answer) => Some(answer.encode()),
+            Self::Request(frame, hidden) => Some(frame.split(hidden)),
+            Self::Answer(answer) => Some(answer.split()),
             Self::Warm => None,
         }
     }
@@ -194,7 +198,7 @@ impl Lane {
                 if end == End::Attention {
                     sender.send(Message::Warm);
                 }
-                state.keep_receiving(&mut *inbound, in_slot, end, &sender)
+                state.keep_receiving(&mut *inbound, in_slot, end, fabric.device(), &sender)
             };
             if let Err(reason) = run() {
                 ended.fail(&reason);
@@ -319,13 +323,16 @@ impl State {
         slot_bytes: usize,
         messages: &Receiver<Message>,
     ) -> Result<(), String> {
-        // What is behind a payload is whatever was there: the other side does not look at it.
-        let (mut outgoing, mut bytes) = (Outgoing::new(self.generation), vec![0; slot_bytes]);
+        let mut outgoing = Outgoing::new(self.generation);
         while !self.ending().is_over {
-            let (Departure { head, wakes }, payload) = match messages.recv_timeout(IDLE_AFTER) {
-                Ok(message) => match message.payload() {
-                    Some(frame) => (outgoing.send(Kind::Frame, frame.encoded_len()), Some(frame)),
-                    None => (outgoing.send(Kind::Warm, 0), None),
+            let (Departure { head, wakes }, frame) = match messages.recv_timeout(IDLE_AFTER) {
+                Ok(message) => match message.split() {
+                    Some((message, rows)) => {
+                        let message = message.encode_to_vec();
+                        let load = Load::new(message.len(), rows.len());
+                        (outgoing.send(Kind::Frame, load), Some((message, rows)))
+                    }
+                    None => (outgoing.send(Kind::Warm, Load::default()), None),
                 },
                 Err(RecvTimeoutError::Timeout) => match outgoing.idle() {
                     Some(departure) => (departure, None),
@@ -333,19 +340,21 @@ impl State {
                 },
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             };
-            let end = Head::LEN + head.payload as usize;
-            bytes.resize(bytes.len().max(end), 0);
-            bytes[..Head::LEN].copy_from_slice(&head.encode());
-            if let Some(frame) = payload {
-                frame.encode(&mut &mut bytes[Head::LEN..end]).map_err(|error| error.to_string())?;
+            let (head_bytes, place) = (head.encode(), head.load.place(slot_bytes));
+            let mut slot = vec![(0, Source::Here(&head_bytes))];
+            let mut behind = Vec::new();
+            if let Some((message, rows)) = &frame {
+                let parts = if place.behind.is_some() { &mut behind } else { &mut slot };
+                parts.push((place.message, Source::Here(message)));
+                parts.extend(parts_of(rows, place.rows));
             }
             if wakes {
                 self.owner.wake(head.sequence);
             }
             let timeout = if head.kind == Kind::Warm { OPEN_TIMEOUT } else { SEND_TIMEOUT };
-            channel.send(&bytes[..slot_bytes], timeout)?;
-            if end > slot_bytes {
-                channel.send(&bytes[slot_bytes..end], SEND_TIMEOUT)?;
+            channel.send(slot_bytes, &slot, timeout)?;
+            if let Some(bytes) = place.behind {
+                channel.send(bytes, &behind, SEND_TIMEOUT)?;
             }
         }
         Ok(())
@@ -356,13 +365,14 @@ impl State {
         channel: &mut dyn Channel,
         slot_bytes: usize,
         end: End,
+        device: Option<&Device>,
         sender: &Sender,
     ) -> Result<(), String> {
-        let mut slot = vec![0; slot_bytes];
+        let mut start = [0; SLOT_TABLE_BYTES];
         let mut timeout = Some(OPEN_TIMEOUT);
         while self.wait_for_slot() {
-            channel.receive(&mut slot, timeout.take())?;
-            let (head, start) = slot.split_first_chunk().ok_or("a slot without room for its head")?;
+            channel.receive(slot_bytes, &mut start, timeout.take())?;
+            let (head, rest) = start.split_first_chunk().ok_or("a slot without room for its head")?;
             let head = self.incoming().receive(head).map_err(|fault| fault.to_string())?;
             match head.kind {
                 Kind::Park => {}
@@ -373,14 +383,18 @@ impl State {
                     self.owner.up();
                 }
                 Kind::Frame => {
-                    let len = head.payload as usize;
-                    let mut payload = start[..len.min(start.len())].to_vec();
-                    if rest_len(len, slot_bytes) > 0 {
-                        payload.resize(len, 0);
-                        channel.receive(&mut payload[start.len()..], Some(SEND_TIMEOUT))?;
-                    }
-                    let frame = v1::Frame::decode(Bytes::from(payload)).map_err(|error| error.to_string())?;
-                    self.owner.frame(frame, sender);
+                    let (Load { message, rows }, place) = (head.load, head.load.place(slot_bytes));
+                    let message = match place.behind {
+                        None => rest[..message as usize].to_vec(),
+                        Some(bytes) => {
+                            let mut taken = vec![0; message as usize];
+                            channel.receive(bytes, &mut taken, Some(SEND_TIMEOUT))?;
+                            taken
+                        }
+                    };
+                    let frame = v1::Frame::decode(Bytes::from(message)).map_err(|error| error.to_string())?;
+                    let rows = take_rows(channel, place.rows, rows as usize, device)?;
+                    self.owner.frame(frame, rows, sender);
                 }
             }
         }
@@ -399,6 +413,40 @@ impl State {
             }
             let waited = self.news.wait_timeout(incoming, Duration::from_secs(60));
             incoming = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// Rows as parts of a message, one after the other from byte `at` on.
+fn parts_of(rows: &Payload, mut at: usize) -> Vec<(usize, Source<'_>)> {
+    let pieces = match rows {
+        Payload::Here(bytes) if bytes.is_empty() => return Vec::new(),
+        Payload::Here(bytes) => return vec![(at, Source::Here(bytes))],
+        Payload::There(pieces) => pieces,
+    };
+    let part = |piece| {
+        at += GpuBytes::len(piece);
+        (at - piece.len(), Source::There(piece))
+    };
+    pieces.iter().map(part).collect()
+}
+
+/// Rows of the message that came last: on the GPU, if it has room.
+fn take_rows(channel: &mut dyn Channel, at: usize, bytes: usize, device: Option<&Device>) -> Result<Payload, String> {
+    let room = device.filter(|_| bytes > 0).and_then(|device| Some((device, device.buffer(bytes).ok()?)));
+    let Some((device, to)) = room else {
+        let mut rows = vec![0; bytes];
+        if bytes > 0 {
+            channel.take(at, &mut rows)?;
+        }
+        return Ok(Payload::Here(rows.into()));
+    };
+    match channel.take_there(at, &to) {
+        Ok(()) => Ok(Payload::There(vec![GpuBytes::new(device, to)])),
+        Err(error) => {
+            // It may still be written to.
+            std::mem::forget(to);
+            Err(error)
         }
     }
 }

@@ -13,6 +13,7 @@ use super::lane::{End, Lane, LaneOwner, Message, Offer, Sender};
 use super::*;
 use crate::frame::{AnswerFrame, RequestFrame};
 use crate::grpc::Outbound;
+use crate::payload::Payload;
 
 /// Of one edge.
 pub struct Lanes {
@@ -188,8 +189,8 @@ impl LaneOwner for Owner {
         tracing::info!(generation = self.generation, "a lane to an expert worker is up");
     }
 
-    fn frame(&self, frame: v1::Frame, lane: &Sender) {
-        match AnswerFrame::decode(frame) {
+    fn frame(&self, frame: v1::Frame, values: Payload, lane: &Sender) {
+        match AnswerFrame::join(frame, values) {
             Ok(answer) => {
                 if let Some(lanes) = self.lanes.upgrade() {
                     lanes.current().carrier.answered(&answer.header);

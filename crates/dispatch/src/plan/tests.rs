@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::fake::{OPS, answer, bits, expected};
-use crate::frame::{Activations, Header, RequestFrame, Rows, Shape};
+use crate::frame::{Activations, Header, RequestFrame, Shape};
 use crate::tracker::NOWHERE;
 
 const EXPERTS: usize = 12;
@@ -150,10 +150,10 @@ fn published_models_keep_many_rows_in_a_frame() {
 /// The parts as the frames that they become, read back by the receiver.
 fn decoded(layout: &Layout, plan: Plan, rows: usize) -> Vec<RequestFrame> {
     let len = rows * HIDDEN;
-    let activations = Activations::from(match layout.value_bytes {
-        4 => Rows::F32((0..len).map(|i| i as f32).collect()),
-        _ => Rows::Bf16((0..len).map(|i| bf16::from_f32(i as f32)).collect()),
-    });
+    let activations: Activations = match layout.value_bytes {
+        4 => (0..len).map(|i| i as f32).collect::<Vec<_>>().into(),
+        _ => (0..len).map(|i| bf16::from_f32(i as f32)).collect::<Vec<_>>().into(),
+    };
     let decode = |part: Part| {
         let frame = RequestFrame::new(HEADER, activations.clone(), HIDDEN, part.content);
         RequestFrame::decode(frame.header, frame.encode(HIDDEN), Shape { hidden: HIDDEN, experts: EXPERTS }).unwrap()
@@ -234,7 +234,7 @@ proptest! {
         let x: Vec<f32> = (0..rows.len() * HIDDEN).map(|i| i as f32 * 0.37 - 1.0).collect();
         let frames = |plan: &mut Plan| {
             let parts = std::mem::take(&mut plan.parts).into_iter();
-            let activations = Activations::from(Rows::F32(x.clone()));
+            let activations = Activations::from(x.clone());
             parts.map(|part| RequestFrame::new(HEADER, activations.clone(), HIDDEN, part.content)).collect::<Vec<_>>()
         };
         let layout = Layout { rows_max, ..layout() };

@@ -9,25 +9,26 @@ use super::{CallId, Destination, FrameKey};
 use crate::combine::CombineOps;
 use crate::error::Cause;
 use crate::frame::{AnswerFrame, Header, RequestFrame};
+use crate::payload::Values;
 use crate::plan::{Layout, Recipe};
-use crate::shared::Shared;
 
 /// What a frame asked for: one value of [hidden] for each of its outputs.
 #[derive(Clone, Debug)]
 pub enum Answer {
     /// As one worker answered.
-    Whole(Shared<f32>),
+    Whole(Values),
     /// Of several workers, and how to put them together.
-    Split { recipe: Arc<Recipe>, answers: Vec<Shared<f32>> },
+    Split { recipe: Arc<Recipe>, answers: Vec<Values> },
 }
 
 impl Answer {
     /// The values [outputs, hidden].
-    pub fn into_values(self, ops: &CombineOps, hidden: usize) -> Shared<f32> {
+    pub fn into_values(self, ops: &CombineOps, hidden: usize) -> Values {
         match self {
             Self::Whole(values) => values,
             Self::Split { recipe, answers } => {
                 let mut values = vec![0.0; recipe.rows() * hidden];
+                let answers: Vec<_> = answers.into_iter().map(Values::brought).collect();
                 recipe.combine(ops, &answers, hidden, &mut values);
                 values.into()
             }
@@ -77,13 +78,13 @@ impl Part {
 #[derive(Debug)]
 pub(super) struct Try {
     pub keys: Vec<FrameKey>,
-    pub answers: Vec<Option<Shared<f32>>>,
+    pub answers: Vec<Option<Values>>,
     pub recipe: Option<Arc<Recipe>>,
 }
 
 impl Try {
     /// Takes an answer; true if it was the last one.
-    pub fn take(&mut self, key: FrameKey, values: Shared<f32>) -> bool {
+    pub fn take(&mut self, key: FrameKey, values: Values) -> bool {
         if let Some(index) = self.keys.iter().position(|k| *k == key) {
             self.answers[index] = Some(values);
         }
@@ -112,7 +113,7 @@ pub(super) struct Sent {
 
 impl Sent {
     /// The values of an answer that is what was asked for.
-    pub fn fitting(&self, answer: AnswerFrame, hidden: usize) -> Result<Shared<f32>, Cause> {
+    pub fn fitting(&self, answer: AnswerFrame, hidden: usize) -> Result<Values, Cause> {
         let (want, got) = (&self.header, &answer.header);
         if (want.epoch, want.layer, want.source, want.slot) != (got.epoch, got.layer, got.source, got.slot) {
             let detail = format!("its header is {got:?}; asked was {want:?}");

@@ -1,7 +1,7 @@
 //! A layer's experts, against plain loops.
 
 use half::bf16;
-use moesaic_kernels::cuda::{Device, Experts, GpuFfn, Output, Recorded, Workspace};
+use moesaic_kernels::cuda::{Device, Experts, GpuBytes, GpuFfn, Output, Recorded, Workspace, X};
 use proptest::prelude::*;
 
 use moesaic_emulator::test_device as device;
@@ -59,10 +59,21 @@ impl Call {
     fn run(&self, workspace: &mut Workspace, experts: &[GpuFfn], out: usize) -> Vec<f32> {
         let groups: Vec<_> = experts.iter().zip(&self.rows).map(|(ffn, rows)| (ffn, &rows[..])).collect();
         let outputs: Vec<_> = self.outputs.iter().map(|terms| Output { terms }).collect();
-        let sums = Experts { groups: &groups, x: &self.x, outputs: &outputs }.run(workspace).unwrap();
+        let sums = Experts { groups: &groups, x: X::Here(&self.x), outputs: &outputs }.run(workspace).unwrap();
         assert_eq!(sums.len(), outputs.len() * out);
         sums.to_vec()
     }
+
+    fn run_there(&self, workspace: &mut Workspace, experts: &[GpuFfn], x: &[GpuBytes]) -> Vec<f32> {
+        let groups: Vec<_> = experts.iter().zip(&self.rows).map(|(ffn, rows)| (ffn, &rows[..])).collect();
+        let outputs: Vec<_> = self.outputs.iter().map(|terms| Output { terms }).collect();
+        let len = Experts { groups: &groups, x: X::There(x), outputs: &outputs }.queue(workspace).unwrap();
+        workspace.take_sums(len).unwrap().read().unwrap()
+    }
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
 }
 
 proptest! {
@@ -84,7 +95,7 @@ proptest! {
         let device = device(64 << 20, seed);
         let experts: Vec<GpuFfn> = plain.iter().map(|expert| expert.load(&device)).collect();
         let call = Call::random(&mut random, in_, &counts);
-        let mut workspace = Workspace::new(device);
+        let mut workspace = Workspace::new(device.clone());
         let sums = call.run(&mut workspace, &experts, out);
 
         let mut y = Vec::new();
@@ -100,6 +111,12 @@ proptest! {
             }
         }
 
+        // Rows that are on the GPU already, here and there, and sums that stay there.
+        let bytes: &[u8] = bytemuck::cast_slice(&call.x);
+        let (first, second) = bytes.split_at(random.below(call.x.len() / in_ + 1) * in_ * 2);
+        let pieces = [first, second].map(|piece| GpuBytes::new(&device, device.buffer_of(piece).unwrap()));
+        prop_assert_eq!(bits(&call.run_there(&mut workspace, &experts, &pieces)), bits(&sums));
+
         // One row of one expert alone: the smallest tile there is.
         let y_row = random.below(y.len());
         let (mut expert, mut place) = (0, y_row);
@@ -113,7 +130,6 @@ proptest! {
             outputs: vec![vec![(0, 1.0)]],
         };
         let single = alone.run(&mut workspace, std::slice::from_ref(&experts[expert]), out);
-        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         prop_assert_eq!(bits(&single), bits(&sums[y_row * out..][..out]));
     }
 }
@@ -156,7 +172,7 @@ fn random_experts_give_numbers_and_a_recording_gives_the_same() {
 
         let groups: Vec<_> = experts.iter().zip(&call.rows).map(|(ffn, rows)| (ffn, &rows[..])).collect();
         let outputs: Vec<_> = call.outputs.iter().map(|terms| Output { terms }).collect();
-        let (asked, mut parcel) = (Experts { groups: &groups, x: &call.x, outputs: &outputs }, None);
+        let (asked, mut parcel) = (Experts { groups: &groups, x: X::Here(&call.x), outputs: &outputs }, None);
         let sent = [asked.send(&mut workspace, &mut parcel).unwrap()];
         let recorded = Recorded::new(&device, &sent).unwrap();
         for _ in 0..2 {

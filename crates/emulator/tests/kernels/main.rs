@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod bytes;
 mod draw;
 mod experts;
 mod linear;

@@ -219,6 +219,11 @@ unsafe impl Gpu for CudaGpu {
         })
     }
 
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise. It returns when the bytes have come.
+        self.with("reading from the GPU", || unsafe { result::memcpy_dtoh_sync(to, from.0) })
+    }
+
     unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
         self.with("writing to the GPU", || unsafe { result::memcpy_htod_async(to.0, from, self.queue) })

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
+use super::bytes::{self, GATHER, Gather, GpuBytes};
 use super::gpu::{Buffer, Device, GpuError, Kernel, Parcel, Returned, View};
 use super::grouped::{GROUPS_MAX, Grouped, Groups, Sizes, fit, sizes};
 use super::pack::{Format, M_TILE, Unfit, pack};
@@ -119,9 +120,26 @@ pub struct Output<'a> {
 pub struct Experts<'a> {
     /// Each with the rows of x that it runs on; y has a row for each of these, in this order.
     pub groups: &'a [(&'a GpuFfn, &'a [u32])],
-    /// [rows, in]
-    pub x: &'a [bf16],
+    pub x: X<'a>,
     pub outputs: &'a [Output<'a>],
+}
+
+/// bf16 [rows, in]
+#[derive(Clone, Copy, Debug)]
+pub enum X<'a> {
+    Here(&'a [bf16]),
+    /// In this GPU's memory, some rows in each piece.
+    There(&'a [GpuBytes]),
+}
+
+impl X<'_> {
+    /// How many values.
+    fn len(&self) -> usize {
+        match self {
+            Self::Here(values) => values.len(),
+            Self::There(pieces) => pieces.iter().map(|piece| piece.len() / size_of::<bf16>()).sum(),
+        }
+    }
 }
 
 /// What calls are computed in. Grows with them, and stays.
@@ -136,6 +154,8 @@ pub struct Workspace {
 
 #[derive(Debug, Default)]
 struct Buffers {
+    /// Rows that were elsewhere on the GPU.
+    x: Option<Buffer<u16>>,
     h: Option<Buffer<u16>>,
     y: Option<Buffer<f32>>,
     sums: Option<Buffer<f32>>,
@@ -146,20 +166,39 @@ impl Workspace {
         Self { device, sent: None, returned: None, buffers: Buffers::default(), replays: Replays::default() }
     }
 
-    /// The first `len` sums of the last call, once it is through.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The first `len` sums of the last call, once it is through, where they stay.
+    pub fn take_sums(&self, len: usize) -> Result<GpuBytes, GpuError> {
+        let (device, to) = (&self.device, self.device.buffer(len * size_of::<f32>())?);
+        device.queue_copy(&to, self.made_sums())?;
+        device.finish()?;
+        Ok(GpuBytes::new(device, to))
+    }
+
+    /// The same, brought here.
     pub fn sums(&mut self, len: usize) -> Result<&[f32], GpuError> {
         let Self { device, returned, buffers, .. } = self;
         let returned = at_least(returned, |r| r.len() >= len, || device.returned(len.next_power_of_two()))?;
-        let from = buffers.sums.as_ref().expect("a call has made room for its sums");
+        let from = buffers.sums.as_ref().expect(NO_SUMS);
         device.queue_return(from.view(), returned, len)?;
         device.finish()?;
         Ok(&returned.values()[..len])
     }
+
+    fn made_sums(&self) -> &Buffer<f32> {
+        self.buffers.sums.as_ref().expect(NO_SUMS)
+    }
 }
+
+const NO_SUMS: &str = "a call has made room for its sums";
 
 /// A call whose rows and lists are on the GPU, and which can be queued any number of times.
 #[derive(Debug)]
 pub struct Sent<'a> {
+    gather: Option<Gather>,
     gate_up: (Kernel, GateUp),
     down: (Kernel, Down),
     add_up: AddUp,
@@ -172,6 +211,7 @@ impl Sent<'_> {
     pub fn queue(&self, device: &Device) -> Result<(), GpuError> {
         // SAFETY: the addresses are of buffers as large as the kernels take them to be, and of experts that are borrowed.
         unsafe {
+            self.gather.map_or(Ok(()), |gather| device.queue_launch(GATHER, &gather))?;
             device.queue_launch(self.gate_up.0, &self.gate_up.1)?;
             device.queue_launch(self.down.0, &self.down.1)?;
             device.queue_launch(ADD_UP, &self.add_up)
@@ -206,11 +246,17 @@ impl Experts<'_> {
         if self.outputs.is_empty() {
             return Ok(&[]);
         }
+        let len = self.queue(workspace)?;
+        workspace.sums(len)
+    }
+
+    /// The same for outputs that there are, to be had of the workspace: how many sums there will be.
+    pub fn queue(&self, workspace: &mut Workspace) -> Result<usize, GpuError> {
         let (model, _) = self.groups.first().expect("outputs of at least one expert");
         let Workspace { device, sent, buffers, replays, .. } = workspace;
         let sent = self.send_by(device, sent, buffers)?;
         replays.queue(device, |device| sent.queue(device))?;
-        workspace.sums(self.outputs.len() * model.shape.out)
+        Ok(self.outputs.len() * model.shape.out)
     }
 
     /// Queues everything but the kernels. `parcel` holds what is sent, as long as the call may be queued; calls that have the
@@ -252,13 +298,17 @@ impl Experts<'_> {
             term_room * 4,
             term_room * 4,
         ]);
-        let room = Parcel::room(&lists.chain([size_of_val(self.x)]).collect::<Vec<_>>());
-        let sent = at_least(parcel, |sent| sent.has_room(room), || Parcel::new(device, room.next_power_of_two()))?;
+        let x_room = x_rows.next_power_of_two();
+        let x_bytes = match self.x {
+            X::Here(values) => size_of_val(values),
+            X::There(_) => x_room * size_of::<u64>(),
+        };
+        let room = Parcel::room(&lists.chain([x_bytes]).collect::<Vec<_>>());
+        let sent = Parcel::at_least(parcel, device, room)?;
         let h = room_for(&mut buffers.h, row_room * shape.width, |len| device.buffer(len))?;
         let y = room_for(&mut buffers.y, row_room * shape.out, |len| device.buffer(len))?;
         let sums = room_for(&mut buffers.sums, outputs * shape.out, |len| device.buffer(len))?;
 
-        sent.open();
         let counts = sent.put_in(groups, self.groups.iter().map(|(_, rows)| rows.len() as u32));
         let begins =
             [0, 1, 2, 3].map(|part| sent.put_in(groups, self.groups.iter().map(|(ffn, _)| ffn.weights.begin(part))));
@@ -272,8 +322,24 @@ impl Experts<'_> {
         let firsts = sent.put_in(outputs + 1, firsts.chain(ends));
         let term_rows = sent.put_in(term_room, terms().map(|(row, _)| *row));
         let weights = sent.put_in(term_room, terms().map(|(_, weight)| *weight));
-        let x = sent.put(self.x);
-        sent.send(device)?;
+        let (x, gather) = match self.x {
+            X::Here(values) => {
+                let x = sent.put(values);
+                sent.send(device)?;
+                (sent.view(x).of_len(values.len()), None)
+            }
+            X::There(pieces) => {
+                let row_bytes = shape.in_ * size_of::<bf16>();
+                let of_piece = |piece: &GpuBytes| (0..piece.len() / row_bytes).map(|row| (row * row_bytes) as u64);
+                let rows = pieces.iter().flat_map(|piece| of_piece(piece).map(|at| piece.address().0 + at));
+                // Behind the last one it is taken again.
+                let last = rows.clone().last().into_iter().cycle();
+                let rows = sent.put_all(rows.chain(last).take(x_room));
+                sent.send(device)?;
+                let x = room_for(&mut buffers.x, x_room * shape.in_, |len| device.buffer(len))?.view();
+                (x.of_len(0), Some(bytes::gather(sent.view(rows), row_bytes, x.bytes())))
+            }
+        };
         let [gate_up, down, gate_up_scales, down_scales] = begins.map(|begins| sent.view(begins).of_len(groups));
 
         let grouped = |weights, scales, strips: usize, in_: usize, x, pick| Grouped {
@@ -293,7 +359,7 @@ impl Experts<'_> {
                 gate_up_scales,
                 shape.gate_up_strips(),
                 shape.in_,
-                sent.view(x).of_len(self.x.len()),
+                x,
                 sent.view(pick).of_len(row_room),
             ),
             width: shape.width as u32,
@@ -318,7 +384,7 @@ impl Experts<'_> {
         };
         let most = self.groups.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0);
         let [gate_up_kernel, down_kernel] = kernels_for(shape.format, most);
-        Ok(Sent { gate_up: (gate_up_kernel, gate_up), down: (down_kernel, down), add_up, uses: PhantomData })
+        Ok(Sent { gather, gate_up: (gate_up_kernel, gate_up), down: (down_kernel, down), add_up, uses: PhantomData })
     }
 }
 

@@ -79,6 +79,8 @@ pub unsafe trait Gpu: Send + Sync + fmt::Debug {
     unsafe fn free_host(&self, at: *mut u8, bytes: usize);
     /// Is done when it returns, whatever is queued.
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<(), GpuError>;
+    /// The same: of memory that nothing queued writes to.
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError>;
     unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError>;
     unsafe fn queue_read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError>;
     unsafe fn queue_fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), GpuError>;
@@ -178,10 +180,16 @@ impl Device {
     }
 
     /// Writes to a buffer from value `first` on, now.
-    pub(crate) fn write<T: Pod>(&self, to: &Buffer<T>, first: usize, values: &[T]) -> Result<(), GpuError> {
+    pub fn write<T: Pod>(&self, to: &Buffer<T>, first: usize, values: &[T]) -> Result<(), GpuError> {
         let at = to.view().from(first).of_len(values.len());
         // SAFETY: the buffer is this device's and large enough.
         unsafe { self.gpu.write(Address(at), bytemuck::cast_slice(values)) }
+    }
+
+    /// Reads the first values of a buffer that nothing queued writes to, now.
+    pub fn read<T: Pod>(&self, from: View<'_, T>, to: &mut [T]) -> Result<(), GpuError> {
+        // SAFETY: the view is as large.
+        unsafe { self.gpu.read(Address(from.of_len(to.len())), bytemuck::cast_slice_mut(to)) }
     }
 
     /// Room for `len` values that come from the GPU.
@@ -213,11 +221,12 @@ impl Device {
         unsafe { self.gpu.queue_launch(kernel, blocks, call) }
     }
 
-    /// Queues a copy of all of one buffer to another of its size.
-    pub fn queue_copy<T>(&self, to: &Buffer<T>, from: &Buffer<T>) -> Result<(), GpuError> {
-        assert_eq!(to.len, from.len, "a copy between buffers of different sizes");
-        // SAFETY: both are of this size.
-        unsafe { self.gpu.queue_copy(to.address(), from.address(), from.len * size_of::<T>()) }
+    /// Queues a copy that fills one buffer from the start of another.
+    pub fn queue_copy<T, U>(&self, to: &Buffer<T>, from: &Buffer<U>) -> Result<(), GpuError> {
+        let bytes = to.len * size_of::<T>();
+        assert!(bytes <= from.len * size_of::<U>(), "a copy of more than a buffer has");
+        // SAFETY: both are at least of this size.
+        unsafe { self.gpu.queue_copy(to.address(), from.address(), bytes) }
     }
 
     /// Queues z = x yᵀ of bf16 [n, n], as the vendor's library computes it.
@@ -344,6 +353,17 @@ const PART_ALIGNMENT: usize = 16;
 impl Parcel {
     pub fn new(device: &Device, bytes: usize) -> Result<Self, GpuError> {
         Ok(Self { staging: device.staging(bytes)?, buffer: device.buffer(bytes)?, len: 0 })
+    }
+
+    /// The one that is kept, empty, or a new one where that has no room for `bytes`; the old one goes first.
+    pub fn at_least<'k>(kept: &'k mut Option<Self>, device: &Device, bytes: usize) -> Result<&'k mut Self, GpuError> {
+        if !kept.as_ref().is_some_and(|kept| kept.has_room(bytes)) {
+            *kept = None;
+            *kept = Some(Self::new(device, bytes.next_power_of_two())?);
+        }
+        let parcel = kept.as_mut().expect("just made");
+        parcel.open();
+        Ok(parcel)
     }
 
     /// Bytes that parts of these sizes take.

@@ -8,15 +8,15 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use futures::future::try_join_all;
 use moesaic_dispatch::nccl::{self, Fabric, Transport};
 use moesaic_dispatch::{
-    CombineOps, DispatchConfig, Dispatcher, ExpertHost, Holder, Hub, ReplySender, RequestFrame, Route, Rows, Shape,
-    grpc,
+    Addends, CombineOps, DispatchConfig, Dispatcher, ExpertHost, Holder, Hub, ReplySender, RequestFrame, Route, Rows,
+    Shape, Values, grpc,
 };
-use moesaic_kernels::cuda::DeviceChoice;
-use moesaic_kernels::{add, bf16, combine_first, combine_next};
+use moesaic_kernels::cuda::{self, Buffer, Device, DeviceChoice, GpuBytes, Parcel};
+use moesaic_kernels::{DtypeChoice, add, bf16, combine_first, combine_next};
 use moesaic_node::{Connector, handshake, server};
 use moesaic_proto::limits::FRAME_ROWS_MAX;
 use moesaic_proto::v1::{Hello, Role};
@@ -38,6 +38,8 @@ const TIME: Duration = Duration::from_millis(700);
 const CALLS_MIN: usize = 20;
 /// Calls at a time, where bytes a second are measured.
 const AT_ONCE: usize = 4;
+/// For rows and answers on the GPU.
+const DEVICE_MEMORY: usize = 2 << 30;
 const UP_TIMEOUT: Duration = Duration::from_secs(60);
 /// What the planner takes a network of 400 Gbit/s to give: bytes a second one way, and seconds for a crossing.
 const PLANNED: (f64, f64) = (35e9, 25e-6);
@@ -58,12 +60,12 @@ pub async fn run(args: &Args) -> Result<()> {
     let rows = if args.rows.is_empty() { vec![1, 8, 32, 128, 512] } else { args.rows.clone() };
     ensure!(rows.iter().all(|rows| (1..=FRAME_ROWS_MAX).contains(rows)), "--rows: expected 1 to {FRAME_ROWS_MAX}");
     let mut measured = Vec::new();
-    measured.extend(measure("local", &local(hidden)?, hidden, &rows).await?);
+    measured.extend(measure("local", &local(hidden)?, hidden, &rows, None).await?);
     let (dispatcher, _peer) = remote(args, hidden, None).await?;
-    measured.extend(measure("grpc", &dispatcher, hidden, &rows).await?);
+    measured.extend(measure("grpc", &dispatcher, hidden, &rows, None).await?);
     if let Some(fabric) = fabric(args)? {
-        let (dispatcher, _peer) = remote(args, hidden, Some(fabric)).await?;
-        measured.extend(measure("nccl", &dispatcher, hidden, &rows).await?);
+        let (dispatcher, _peer) = remote(args, hidden, Some(fabric.clone())).await?;
+        measured.extend(measure("nccl", &dispatcher, hidden, &rows, fabric.device()).await?);
     }
     crate::cli::say(&if args.json { json(hidden, &measured) } else { table(hidden, &measured) });
     Ok(())
@@ -74,7 +76,8 @@ fn fabric(args: &Args) -> Result<Option<Arc<dyn Fabric>>> {
     let Some(device) = &args.device else { return Ok(None) };
     let device: DeviceChoice = device.parse()?;
     let transport = if device == DeviceChoice::Cpu { Transport::Grpc } else { Transport::Nccl };
-    Ok(transport.open(Some(device.number()), false)?)
+    let gpu = device.open(DtypeChoice::Bf16, Some(DEVICE_MEMORY))?;
+    Ok(transport.open(Some(device.number()), gpu.as_ref(), false)?)
 }
 
 /// Bytes of a call: bf16 there, f32 back.
@@ -122,13 +125,23 @@ fn json(hidden: usize, measured: &[Measured]) -> String {
 /// Answers zeros.
 struct Echo {
     hidden: usize,
-    /// By outputs.
-    answers: Mutex<BTreeMap<usize, moesaic_dispatch::Shared<f32>>>,
+    /// Where rows of lanes lie.
+    device: Option<Device>,
+    /// By outputs, and whether they are on the GPU.
+    answers: Mutex<BTreeMap<(usize, bool), Values>>,
 }
 
 impl Echo {
-    fn new(hidden: usize) -> Arc<Self> {
-        Arc::new(Self { hidden, answers: Mutex::default() })
+    fn new(hidden: usize, device: Option<&Device>) -> Arc<Self> {
+        Arc::new(Self { hidden, device: device.cloned(), answers: Mutex::default() })
+    }
+
+    fn zeros(&self, len: usize, there: bool) -> Values {
+        let on_gpu = |device: &Device| {
+            let zeros = device.zeros::<u8>(len * size_of::<f32>()).ok()?;
+            device.finish().ok().map(|()| Values::There(GpuBytes::new(device, zeros)))
+        };
+        self.device.as_ref().filter(|_| there).and_then(on_gpu).unwrap_or_else(|| vec![0.0; len].into())
     }
 }
 
@@ -138,9 +151,10 @@ impl ExpertHost for Echo {
     }
 
     fn submit(&self, frame: RequestFrame, reply: ReplySender) {
-        let outputs = frame.output_count();
+        let (outputs, there) = (frame.output_count(), frame.activations().are_there());
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let answer = answers.entry(outputs).or_insert_with(|| vec![0.0; outputs * self.hidden].into()).clone();
+        let answer =
+            answers.entry((outputs, there)).or_insert_with(|| self.zeros(outputs * self.hidden, there)).clone();
         drop(answers);
         reply.send(Ok(answer));
     }
@@ -175,7 +189,7 @@ fn dispatcher(hidden: usize, fabric: Option<Arc<dyn Fabric>>, hub: Option<Hub>, 
 
 fn local(hidden: usize) -> Result<Dispatcher> {
     let hub = Hub::default();
-    hub.insert(WorkerId::new("echo")?, Echo::new(hidden));
+    hub.insert(WorkerId::new("echo")?, Echo::new(hidden, None));
     dispatcher(hidden, None, Some(hub), "in this process".into())
 }
 
@@ -210,33 +224,76 @@ pub async fn echo(args: &Args, hidden: usize) -> Result<()> {
     crate::cli::say(&format!("{}\n", bound.address()));
     let stop = CancellationToken::new();
     let hello = hello(Role::ExpertWorker, fabric.as_ref())?;
-    let routes = Routes::new(grpc::service(Echo::new(hidden), fabric, hello, stop.clone()));
+    let echo = Echo::new(hidden, fabric.as_ref().and_then(|fabric| fabric.device()));
+    let routes = Routes::new(grpc::service(echo, fabric, hello, stop.clone()));
     roles::stop_when_stdin_closes(stop.clone());
     Ok(bound.serve(routes, None, stop, Duration::ZERO).await?)
 }
 
-async fn measure(way: &'static str, dispatcher: &Dispatcher, hidden: usize, rows: &[usize]) -> Result<Vec<Measured>> {
+/// Rows of a call, and where their sums go.
+enum Side {
+    Here(Vec<bf16>, Vec<f32>),
+    There(Device, Buffer<u16>, Buffer<f32>, Option<Parcel>),
+}
+
+impl Side {
+    fn new(len: usize, device: Option<&Device>) -> Result<Self> {
+        let x = vec![bf16::from_f32(0.5); len];
+        let Some(device) = device else { return Ok(Self::Here(x, vec![0.0; len])) };
+        let bits: Vec<u16> = x.iter().map(|x| x.to_bits()).collect();
+        Ok(Self::There(device.clone(), device.buffer_of(&bits)?, device.buffer(len)?, None))
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        match self {
+            Self::Here(x, _) => Rows::Bf16(x.clone()),
+            Self::There(device, x, ..) => Rows::There(device, x.view()),
+        }
+    }
+
+    fn add_up(&mut self, addends: Addends, hidden: usize) -> Result<()> {
+        let (device, y, parcel) = match self {
+            Self::Here(_, y) => {
+                addends.add_up(y);
+                return Ok(());
+            }
+            Self::There(device, _, y, parcel) => (device, y, parcel),
+        };
+        let there =
+            |answer| if let Values::There(bytes) = answer { Ok(bytes) } else { bail!("an answer came by the host") };
+        let answers = addends.answers.into_iter().map(there).collect::<Result<Vec<_>>>()?;
+        let ends = addends.recipe.ends().iter().map(|end| *end as u32);
+        cuda::add_up(device, &answers, addends.recipe.addends().iter().copied(), ends, hidden, parcel, y.view())?;
+        Ok(device.finish()?)
+    }
+}
+
+async fn measure(
+    way: &'static str,
+    dispatcher: &Dispatcher,
+    hidden: usize,
+    rows: &[usize],
+    device: Option<&Device>,
+) -> Result<Vec<Measured>> {
     let mut measured = Vec::new();
     for &rows in rows {
-        let (x, routes) =
-            (vec![bf16::from_f32(0.5); rows * hidden], vec![Route { expert: ExpertId(0), weight: 1.0 }; rows]);
-        let call = async |y: &mut [f32], number: usize| -> Result<()> {
-            let rows = Rows::Bf16(x.clone());
-            let pending = dispatcher.dispatch(LayerId(0), number as u8, rows, 1, &routes)?;
-            Ok(pending.combine(y).await?)
+        let routes = vec![Route { expert: ExpertId(0), weight: 1.0 }; rows];
+        let call = async |side: &mut Side, number: usize| -> Result<()> {
+            let pending = dispatcher.dispatch(LayerId(0), number as u8, side.rows(), 1, &routes)?;
+            side.add_up(pending.addends().await?, hidden)
         };
-        let mut buffers = vec![vec![0.0; rows * hidden]; AT_ONCE];
+        let mut sides = (0..AT_ONCE).map(|_| Side::new(rows * hidden, device)).collect::<Result<Vec<_>>>()?;
         let mut times = Vec::new();
         let start = Instant::now();
         while times.len() < CALLS_MIN || start.elapsed() < TIME {
             let began = Instant::now();
-            call(&mut buffers[0], 0).await?;
+            call(&mut sides[0], 0).await?;
             times.push(began.elapsed());
         }
         times.sort_unstable();
         let (start, mut calls) = (Instant::now(), 0);
         while calls < CALLS_MIN || start.elapsed() < TIME {
-            try_join_all(buffers.iter_mut().enumerate().map(|(number, y)| call(y, number))).await?;
+            try_join_all(sides.iter_mut().enumerate().map(|(number, side)| call(side, number))).await?;
             calls += AT_ONCE;
         }
         let (there, back) = call_bytes(hidden, rows);

@@ -3,6 +3,7 @@
 //! By calls to the driver and not by cudarc's safe types: those wait for what runs on the GPU where a context gets its
 //! first stream, and where pinned memory is read or dropped. Here, a kernel may run until it is aborted.
 
+use std::ops::Range;
 use std::ptr::null_mut;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use cudarc::driver::{DriverError, result, sys};
 
 use super::poll;
 use crate::error::Error;
-use crate::memory::Stream;
+use crate::memory::{DeviceSlice, DeviceSliceMut, Stream};
 use crate::shared::{Closing, State, rest};
 
 /// The smallest buffer.
@@ -122,43 +123,71 @@ impl Gpu {
         buffer.expect("room was seen to")
     }
 
-    /// Puts `bytes` into the buffer, and queues the copy to the GPU.
+    /// Puts `bytes` into the buffer, from byte `at` on, and queues the copy to the GPU.
     ///
     /// # Safety
     ///
-    /// The stream is through, and nobody writes to the buffer until it is so again.
-    pub unsafe fn queue_write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let Buffer { host, device, .. } = *self.buffer(bytes.len());
+    /// The stream is through, but for other bytes of the buffer, and nobody writes to these until it is so again.
+    pub unsafe fn queue_write(&mut self, at: usize, bytes: &[u8]) -> Result<(), Error> {
+        let Buffer { host, device, .. } = *self.buffer(at + bytes.len());
         // SAFETY: there is as much room on both sides, which nobody uses; pinned memory and a slice do not overlap.
         self.with("copying to the GPU", || unsafe {
+            let host = host.add(at);
             host.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
-            sys::cuMemcpyHtoDAsync_v2(device, host.cast(), bytes.len(), self.stream).result()
+            sys::cuMemcpyHtoDAsync_v2(device + at as u64, host.cast(), bytes.len(), self.stream).result()
         })
     }
 
-    /// Queues the copy of so many bytes from the GPU into the buffer.
+    /// Queues a copy into the GPU's side of the buffer, from byte `at` on.
+    ///
+    /// # Safety
+    ///
+    /// That of `queue_write`.
+    pub unsafe fn queue_copy_in(&mut self, at: usize, from: DeviceSlice<'_, u8>) -> Result<(), Error> {
+        let Buffer { device, .. } = *self.buffer(at + from.len);
+        // SAFETY: there is as much room, which nobody uses; what is copied is memory of the caller's.
+        self.with("copying on the GPU", || unsafe {
+            sys::cuMemcpyDtoDAsync_v2(device + at as u64, from.address, from.len, self.stream).result()
+        })
+    }
+
+    /// Queues a copy from the GPU's side of the buffer, from byte `at` on.
+    ///
+    /// # Safety
+    ///
+    /// What is queued before it writes as many bytes to the GPU's side.
+    pub unsafe fn queue_copy_out(&mut self, at: usize, to: DeviceSliceMut<'_, u8>) -> Result<(), Error> {
+        let Buffer { device, .. } = *self.buffer(at + to.len);
+        // SAFETY: there is as much; it is copied to memory of the caller's.
+        self.with("copying on the GPU", || unsafe {
+            sys::cuMemcpyDtoDAsync_v2(to.address, device + at as u64, to.len, self.stream).result()
+        })
+    }
+
+    /// Queues the copy of bytes from the GPU into the buffer.
     ///
     /// # Safety
     ///
     /// What is queued before it writes as many to the GPU's side, and nobody uses the host's until the stream is
     /// through.
-    pub unsafe fn queue_read(&mut self, bytes: usize) -> Result<(), Error> {
-        let Buffer { host, device, .. } = *self.buffer(bytes);
+    pub unsafe fn queue_read(&mut self, bytes: Range<usize>) -> Result<(), Error> {
+        let Buffer { host, device, .. } = *self.buffer(bytes.end);
         // SAFETY: there is as much room on both sides, which nobody uses.
         self.with("copying from the GPU", || unsafe {
-            sys::cuMemcpyDtoHAsync_v2(host.cast(), device, bytes, self.stream).result()
+            let (to, from) = (host.add(bytes.start), device + bytes.start as u64);
+            sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes.len(), self.stream).result()
         })
     }
 
-    /// Copies from the buffer.
+    /// Copies from the buffer, from byte `at` on.
     ///
     /// # Safety
     ///
-    /// As many bytes were read from the GPU, and the stream is through.
-    pub unsafe fn take(&self, bytes: &mut [u8]) {
-        let from = self.buffer(bytes.len()).host;
+    /// The bytes were read from the GPU, and the stream is through.
+    pub unsafe fn take(&self, at: usize, bytes: &mut [u8]) {
+        let from = self.buffer(at + bytes.len()).host;
         // SAFETY: the bytes are there, says the caller; pinned memory and a slice do not overlap.
-        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(from, bytes.len()) }
+        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(from.add(at), bytes.len()) }
     }
 
     /// Whether the stream has nothing more to do. An error where something on it has failed.

@@ -117,6 +117,14 @@ fn wrong_arguments_are_refused_and_harmless() {
     assert_eq!(error.to_string(), "bytes: an empty message");
     let error = channel.send(&[1], micros(1)).expect_err("it receives");
     assert_eq!(error.to_string(), "rank: 1 cannot do what 0 does: 0 sends, 1 receives");
+    let error = channel.receive_beginning(5, &mut [0; 6], None).expect_err("more than there is");
+    assert_eq!(error.to_string(), "at: 6 bytes from byte 0 on, of a message of 5");
+    let error = channel.take(0, &mut [0], micros(1)).expect_err("nothing has come");
+    assert_eq!(error.to_string(), "at: 1 bytes from byte 0 on, of a message of 0");
+    channel.rank = Channel::SENDER;
+    let parts = [(3, Part::Host(&[1; 5])), (7, Part::Host(&[1; 2]))];
+    let error = channel.send_parts(8, &parts, micros(1)).expect_err("a part does not fit");
+    assert_eq!(error.to_string(), "parts: 2 bytes from byte 7 on, of a message of 8");
     assert!(channel.open.is_ok());
     assert_eq!(fake.script().calls, [""; 0]);
 

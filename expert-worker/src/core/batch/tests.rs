@@ -1,6 +1,5 @@
 //! Chunks hold just what the frames asked for.
 
-use moesaic_dispatch::Rows;
 use moesaic_dispatch::frame::{Content, Header, Output, Term};
 use moesaic_proto::{Epoch, LayerId};
 use proptest::prelude::*;
@@ -23,7 +22,7 @@ fn frame(rows: usize, asked: &Asked) -> RequestFrame {
         });
         content.terms.extend(terms.iter().map(|&(expert, weight)| Term::new(ExpertId(expert), weight)));
     }
-    RequestFrame::new(header, Rows::F32(vec![0.0; rows]).into(), 1, content)
+    RequestFrame::new(header, vec![0.0f32; rows].into(), 1, content)
 }
 
 fn frames() -> impl Strategy<Value = Vec<(usize, Asked)>> {

@@ -2,8 +2,8 @@
 
 use std::sync::mpsc::{Receiver, sync_channel};
 
+use moesaic_dispatch::AnswerFrame;
 use moesaic_dispatch::frame::{Content, Header, Output, Term};
-use moesaic_dispatch::{AnswerFrame, Rows};
 use moesaic_proto::ExpertId;
 
 use super::*;
@@ -17,7 +17,7 @@ fn job(epoch: u32, layer: u8, rows: usize, sequence: u32) -> (Job, Receiver<Answ
         outputs: (0..rows as u16).map(Output::single).collect(),
         terms: (0..rows).map(|_| Term::new(ExpertId(0), 1.0)).collect(),
     };
-    let frame = RequestFrame::new(header, Rows::F32(vec![0.0; rows]).into(), 1, content);
+    let frame = RequestFrame::new(header, vec![0.0f32; rows].into(), 1, content);
     let (sender, answers) = sync_channel(1);
     (Job::new(frame, ReplySender::new(header, move |answer| drop(sender.send(answer)))), answers)
 }

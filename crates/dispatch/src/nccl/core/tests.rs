@@ -33,9 +33,9 @@ proptest! {
         let rest = [Step::Idle].into_iter().chain(std::iter::repeat_n([Step::Stream, Step::Slot], 500).flatten());
         for step in steps.into_iter().chain(rest) {
             let departure = match step {
-                Step::Send(payload) => {
-                    sent.push(payload);
-                    Some(outgoing.send(Kind::Frame, payload))
+                Step::Send(rows) => {
+                    sent.push(rows);
+                    Some(outgoing.send(Kind::Frame, Load::new(0, rows)))
                 }
                 Step::Idle => outgoing.idle(),
                 Step::Stream => {
@@ -47,7 +47,7 @@ proptest! {
                 Step::Slot => {
                     if incoming.is_awaited() && let Some(head) = slots.pop_front() {
                         let head = incoming.receive(&head).unwrap();
-                        received.extend((head.kind == Kind::Frame).then_some(head.payload as usize));
+                        received.extend((head.kind == Kind::Frame).then_some(head.load.bytes()));
                     }
                     None
                 }
@@ -106,12 +106,13 @@ fn a_lane_that_fails_gives_back_what_is_not_answered_and_only_its_own() {
 
 #[test]
 fn what_is_not_due_is_a_fault_that_says_what_was() {
-    let head = |generation, sequence, kind, payload| Head { generation, sequence, kind, payload }.encode();
+    let head =
+        |generation, sequence, kind, rows| Head { generation, sequence, kind, load: Load::new(0, rows) }.encode();
     let table = [
         (head(6, 0, Kind::Frame, 1), "a slot of lane 6 came over lane 7"),
         (head(7, 1, Kind::Frame, 1), "slot 1 came where 0 was due"),
-        (head(7, 0, Kind::Frame, 101), "a payload of 101 bytes; expected at most 100"),
-        (head(7, 0, Kind::Park, 1), "a payload of 1 bytes; expected at most 0"),
+        (head(7, 0, Kind::Frame, 101), "a load of 101 bytes; expected at most 100"),
+        (head(7, 0, Kind::Park, 1), "a load of 1 bytes; expected at most 0"),
         ([0; Head::LEN], "a slot begins with 0x00000000, which is none"),
     ];
     for (bytes, words) in table {
@@ -120,8 +121,19 @@ fn what_is_not_due_is_a_fault_that_says_what_was() {
 }
 
 #[test]
-fn a_payload_fills_the_slot_before_more_is_sent() {
-    for (payload, rest) in [(0, 0), (80, 0), (81, 1), (1080, 1000)] {
-        assert_eq!(rest_len(payload, 100), rest);
+fn what_has_no_room_in_a_slot_comes_behind_it() {
+    let slot = SLOT_TABLE_BYTES + 4096;
+    let room = SLOT_TABLE_BYTES - Head::LEN;
+    let in_slot = Place { message: Head::LEN, rows: SLOT_TABLE_BYTES, behind: None };
+    let behind = |rows, behind| Place { message: 0, rows, behind: Some(behind) };
+    let table = [
+        ((0, 0), in_slot),
+        ((room, 4096), in_slot),
+        ((room + 1, 4096), behind(SLOT_TABLE_BYTES, SLOT_TABLE_BYTES + 4096)),
+        ((300, 4097), behind(512, 512 + 4097)),
+        ((0, 5000), behind(0, 5000)),
+    ];
+    for ((message, rows), place) in table {
+        assert_eq!(Load::new(message, rows).place(slot), place, "{message}, {rows}");
     }
 }

@@ -8,7 +8,7 @@ use moesaic_proto::{Epoch, ExpertId, Placement};
 use super::*;
 use crate::dispatcher::Route;
 use crate::fake;
-use crate::frame::{Activations, FLAG_F32, Rows};
+use crate::frame::{Activations, FLAG_F32};
 
 pub const HIDDEN: usize = 2;
 pub const GROUP: usize = 3;
@@ -93,7 +93,8 @@ impl Bench {
     }
 
     fn sum(&self, call: u64, answers: Vec<Answer>) -> Vec<f32> {
-        let answers: Vec<_> = answers.into_iter().map(|answer| answer.into_values(&fake::OPS, HIDDEN)).collect();
+        let answers: Vec<_> =
+            answers.into_iter().map(|answer| answer.into_values(&fake::OPS, HIDDEN).brought()).collect();
         let Asked { x, recipe, .. } = &self.calls[&call];
         let mut y = vec![f32::NAN; x.len()];
         recipe.combine(&fake::OPS, &answers, HIDDEN, &mut y);
@@ -121,7 +122,7 @@ impl Bench {
             slot: 0,
             sequence: 0,
         };
-        let activations = Activations::from(Rows::F32(x.clone()));
+        let activations = Activations::from(x.clone());
         let frames = plan.parts.into_iter().map(|part| {
             let to = ways.destination(part.worker).cloned();
             (to, RequestFrame::new(header, activations.clone(), HIDDEN, part.content))
@@ -134,7 +135,7 @@ impl Bench {
 
     pub fn right_answer(&self, sent: usize) -> AnswerFrame {
         let frame = &self.sent[sent].1;
-        AnswerFrame::new(frame.header, Ok(fake::answer(frame, HIDDEN)))
+        AnswerFrame::new(frame.header, Ok(fake::answer(frame, HIDDEN).into()))
     }
 
     /// The right answer to the frame that was sent as number `sent`.

@@ -90,10 +90,10 @@ impl Rank<'_> {
     fn measure(&self, cache: usize) -> Result<Row, GpuError> {
         let (gpu, layers) = (self.gpu, self.gpu.config().num_hidden_layers);
         let mut b = gpu.buffers()?;
-        let (mut choices, mut sums) = (Vec::new(), vec![0.0; self.parts.len() * gpu.config().hidden_size]);
+        let mut choices = Vec::new();
         let gates = |b: &mut Buffers, layer: usize, choices: &mut Vec<_>| {
             choices.clear();
-            gpu.choose(layer, b, choices)
+            gpu.choose(layer, true, b, choices)
         };
         let asked: Vec<Asked> = (0..self.parts.len()).map(asked).collect();
         let head = |b: &mut Buffers| asked.chunks(gpu.logit_rows()).try_for_each(|asked| gpu.read(asked, b).map(drop));
@@ -104,7 +104,8 @@ impl Rank<'_> {
                 gpu.norm(layer, &mut b)?;
                 gates(&mut b, layer, &mut choices)?;
                 gpu.dense(layer, &mut b)?;
-                gpu.add(layer, &mut sums, &mut b)?;
+                // As if the experts' sums were there.
+                gpu.add(layer, None, &mut b)?;
             }
             head(&mut b)
         })?;

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use moesaic_kernels::bf16;
-use moesaic_kernels::cuda::{Device, Experts, GpuError, GpuFfn, GpuRoof, Output, Parcel, Recorded, Workspace, time_of};
+use moesaic_kernels::cuda::{
+    Device, Experts, GpuError, GpuFfn, GpuRoof, Output, Parcel, Recorded, Workspace, X, time_of,
+};
 use moesaic_model::Config;
 use serde_json::{Value, json};
 
@@ -130,7 +132,8 @@ fn measure(device: &Device, layers: &[Vec<GpuFfn>], rows: usize, rounds: u32) ->
     let mut parcels: Vec<Option<Parcel>> = layers.iter().map(|_| None).collect();
     let groups: Vec<Vec<(&GpuFfn, &[u32])>> =
         layers.iter().map(|layer| layer.iter().zip(&picks).map(|(ffn, rows)| (ffn, &rows[..])).collect()).collect();
-    let calls: Vec<Experts<'_>> = groups.iter().map(|groups| Experts { groups, x: &x, outputs: &outputs }).collect();
+    let calls: Vec<Experts<'_>> =
+        groups.iter().map(|groups| Experts { groups, x: X::Here(&x), outputs: &outputs }).collect();
     let mut sent = Vec::new();
     for (call, parcel) in calls.iter().zip(&mut parcels) {
         sent.push(call.send(&mut workspace, parcel)?);
