@@ -72,11 +72,13 @@ impl Leading {
     /// Leads while it has a term; for as long as it is polled.
     pub async fn run(self: Arc<Self>, mut term: watch::Receiver<Option<u64>>) {
         loop {
-            let led = term.borrow_and_update().is_some();
-            self.lock().leader = led.then(|| Leader::new(self.policy.clone(), self.started.elapsed()));
-            loop {
-                let Some(term) = *term.borrow() else { break };
-                if !self.step(term).await {
+            let led = *term.borrow_and_update();
+            self.lock().leader = led.map(|_| Leader::new(self.policy.clone(), self.started.elapsed()));
+            // A term that begins from now on is another turn's, which has a leader for it.
+            while let Some(led) = led
+                && *term.borrow() == Some(led)
+            {
+                if !self.step(led).await {
                     sleep(PUBLISH_RETRY).await;
                 }
                 sleep(TICK).await;

@@ -6,5 +6,6 @@ mod errors;
 mod grpc;
 mod http;
 mod large;
+mod leader;
 mod lifecycle;
 mod recovery;
