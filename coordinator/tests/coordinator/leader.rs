@@ -36,8 +36,8 @@ async fn a_term_that_begins_while_it_is_looked_for_is_led() {
     campaign.term.clone().wait_for(Option::is_some).await.unwrap();
 
     // Whoever reads the load keeps the leader from going on meanwhile.
-    let (reading, (go_on, held)) = (leading.clone(), mpsc::channel::<()>());
-    let (begun, is_begun) = mpsc::channel();
+    let (reading, (go_on, held)) = (leading.clone(), mpsc::sync_channel::<()>(1));
+    let (begun, is_begun) = mpsc::sync_channel(1);
     let reader = thread::spawn(move || {
         reading.load(|_| {
             begun.send(()).unwrap();

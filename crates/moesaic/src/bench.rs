@@ -117,9 +117,12 @@ pub async fn run(mut args: Args) -> Result<()> {
     let plan = Plan::new(cluster(&args))?;
     ensure!(args.runs > 0, "--runs is 0; expected at least 1");
     let profiles = Profiles::default();
-    let Cluster { nodes, membership, address } =
+    let Cluster { mut nodes, membership, address } =
         here::start_profiled(&plan, profiles.clone(), args.transport == "local").await?;
-    up::until_ready(&membership, address).await;
+    tokio::select! {
+        () = up::until_ready(&membership, address) => {}
+        failure = node::first_failure(&mut nodes) => return Err(failure),
+    }
     let ready = began.elapsed();
     let worker = membership.registry.view().borrow().of_role(Role::AttentionWorker).next().cloned();
     let load = Load::connect(&worker.context("the attention worker has left")?, &plan, address).await?;
