@@ -135,11 +135,7 @@ impl Scratch {
     ) -> Result<Option<GpuBytes>, GpuError> {
         let Self::Gpu(workspace) = self else { return Ok(None) };
         let len = queue(workspace, chunk, expert, x)?;
-        match workspace.take_sums(len) {
-            Ok(sums) => Ok(Some(sums)),
-            Err(GpuError::Full { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+        GpuError::if_room(workspace.take_sums(len))
     }
 
     /// Where experts are computed, if that is a GPU.
@@ -153,14 +149,12 @@ impl Scratch {
 
 /// Each frame's answer, of those of all frames one after the other; brought here for those whose rows are here.
 fn parted(sums: &GpuBytes, frames: &[&RequestFrame], hidden: usize) -> Vec<Values> {
-    let mut end = 0;
-    let own = |frame: &&RequestFrame| {
-        let start = end;
-        end += frame.output_count() * hidden * size_of::<f32>();
-        let values = Values::There(sums.slice(start..end));
+    let own = sums.cut(frames.iter().map(|frame| frame.output_count() * hidden * size_of::<f32>()));
+    let answer = |(frame, own): (&&RequestFrame, GpuBytes)| {
+        let values = Values::There(own);
         if frame.activations().are_there() { values } else { values.brought().into() }
     };
-    frames.iter().map(own).collect()
+    frames.iter().zip(own).map(answer).collect()
 }
 
 /// Queues a chunk's outputs, and says how many values they are.
@@ -183,8 +177,14 @@ fn queue<'e>(
     }
     let outputs: Vec<Output<'_>> =
         chunk.outputs.iter().map(|target| Output { terms: &terms[target.terms.clone()] }).collect();
-    let here = x.bf16();
-    let x = if let Input::There(pieces) = x { X::There(pieces) } else { X::Here(&here) };
+    let here;
+    let x = match x {
+        Input::There(pieces) => X::There(pieces),
+        _ => {
+            here = x.bf16();
+            X::Here(&here)
+        }
+    };
     GpuExperts { groups: &groups, x, outputs: &outputs }.queue(workspace)
 }
 
@@ -274,7 +274,7 @@ fn there(frames: &[&RequestFrame], hidden: usize, device: &Device) -> Result<Vec
             ([_], Activations::There(bytes)) => pieces.push(bytes.clone()),
             _ => match frame.rows(hidden) {
                 Payload::There(own) => pieces.extend(own),
-                Payload::Here(bytes) => pieces.push(GpuBytes::new(device, device.buffer_of(&bytes)?)),
+                Payload::Here(bytes) => pieces.push(GpuBytes::of(device, &bytes)?),
             },
         }
     }

@@ -116,11 +116,7 @@ impl Step {
         let rows: usize = parts.iter().map(|part| part.tokens.len()).sum();
         let page_count: usize = parts.iter().map(|part| part.pages.len()).sum();
         let room = Parcel::room(&[rows * 4, rows * 4, rows * 4, rows * 4, rows * 4, page_count * 4]);
-        let mut sent = match kept.filter(|kept| kept.has_room(room)) {
-            Some(kept) => kept,
-            None => Parcel::new(device, room.next_power_of_two())?,
-        };
-        sent.open();
+        let mut sent = Parcel::at_least(kept, device, room)?;
         let slot = |(part, position): (&Part, usize)| {
             part.pages[position / PAGE_TOKENS] * PAGE_TOKENS as u32 + (position % PAGE_TOKENS) as u32
         };
@@ -231,31 +227,20 @@ impl Gpu {
     }
 
     /// Queues y = the experts' sums, if any of their answers lies on the GPU, and it has room for the others.
-    fn add_there(&self, addends: &mut Addends, b: &mut Buffers) -> Result<bool, GpuError> {
-        let device = &self.device;
-        if !addends.answers.iter().any(|answer| matches!(answer, Values::There(_))) {
-            return Ok(false);
-        }
-        for answer in &mut addends.answers {
-            if let Values::Here(values) = answer {
-                match device.buffer_of(&values.bytes()) {
-                    Ok(sent) => *answer = Values::There(GpuBytes::new(device, sent)),
-                    Err(GpuError::Full { .. }) => return Ok(false),
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        let there = |answer: &Values| if let Values::There(bytes) = answer { Some(bytes.clone()) } else { None };
-        b.answers = addends.answers.iter().filter_map(there).collect();
-        let (recipe, hidden) = (&addends.recipe, self.config().hidden_size);
-        let ends = recipe.ends().iter().map(|end| *end as u32);
+    fn add_there(&self, addends: &Addends, b: &mut Buffers) -> Result<bool, GpuError> {
+        let is_there = addends.answers.iter().any(|answer| matches!(answer, Values::There(_)));
+        Ok(is_there && GpuError::if_room(self.queue_sums(addends, b))?.is_some())
+    }
+
+    fn queue_sums(&self, Addends { recipe, answers, .. }: &Addends, b: &mut Buffers) -> Result<(), GpuError> {
+        let there = |answer: &Values| match answer {
+            Values::Here(values) => GpuBytes::of(&self.device, &values.bytes()),
+            Values::There(bytes) => Ok(bytes.clone()),
+        };
+        b.answers = answers.iter().map(there).collect::<Result<_, _>>()?;
+        let hidden = self.config().hidden_size;
         // The layer before is through: this one's gate was waited for.
-        let addends = recipe.addends().iter().copied();
-        match cuda::add_up(device, &b.answers, addends, ends, hidden, &mut b.addends, b.y.view()) {
-            Ok(()) => Ok(true),
-            Err(GpuError::Full { .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
+        cuda::add_up(&self.device, &b.answers, recipe.addends(), recipe.ends(), hidden, &mut b.addends, b.y.view())
     }
 
     /// The experts' sums, added up by the processor.
@@ -420,10 +405,11 @@ impl Arithmetic for Gpu {
     }
 
     fn rows<'a>(&'a self, stays: bool, b: &'a Buffers) -> Rows<'a> {
+        let len = b.row_count() * self.config().hidden_size;
         if stays {
-            return Rows::There(&self.device, b.x.view());
+            return Rows::There(&self.device, b.x.view().first(len));
         }
-        let values = &b.rows.values()[..b.row_count() * self.config().hidden_size];
+        let values = &b.rows.values()[..len];
         Rows::Bf16(values.iter().map(|bits| bf16::from_bits(*bits)).collect())
     }
 
@@ -441,8 +427,8 @@ impl Arithmetic for Gpu {
             Mlp::Dense(_) => Pending::Own,
             Mlp::Moe { shared, .. } => {
                 let mut sums = None;
-                if let Some(mut experts) = experts
-                    && !self.add_there(&mut experts.addends, b)?
+                if let Some(experts) = experts
+                    && !self.add_there(&experts.addends, b)?
                 {
                     sums = Some(self.send_sums(experts, b)?);
                 }

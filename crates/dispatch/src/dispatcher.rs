@@ -542,12 +542,7 @@ fn check_input(
     routes: &[Route],
 ) -> Result<(), DispatchError> {
     let rows = x.len() / hidden;
-    let fits = match x {
-        // Others may be behind them.
-        Rows::There(..) => rows * top_k >= routes.len() && top_k > 0 && routes.len().is_multiple_of(top_k),
-        _ => x.len().is_multiple_of(hidden) && rows * top_k == routes.len() && top_k > 0,
-    };
-    if !fits {
+    if top_k == 0 || !x.len().is_multiple_of(hidden) || rows * top_k != routes.len() {
         let (values, routes) = (x.len(), routes.len());
         let detail = format!("{values} values of rows of {hidden}, and {routes} routes of {top_k} a row");
         return Err(DispatchError::Input { detail });

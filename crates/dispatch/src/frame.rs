@@ -85,7 +85,7 @@ impl Header {
 pub enum Rows<'a> {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
-    /// bf16 on a GPU, and maybe others behind them. Frames get rows of their own there.
+    /// bf16 on a GPU. Frames get rows of their own there.
     There(&'a Device, View<'a, u16>),
 }
 
@@ -115,32 +115,22 @@ impl Rows<'_> {
             Self::Bf16(values) => values.into(),
             Self::There(device, x) => {
                 let picks: Vec<u32> = parts.iter().flat_map(|part| part.content.rows.iter().copied()).collect();
-                match pick_rows(device, x, hidden, &picks) {
-                    Ok(picked) => return Ok(parted(&picked, hidden * size_of::<bf16>(), parts)),
-                    Err(GpuError::Full { .. }) => {
-                        let rows = picks.iter().max().map_or(0, |last| *last as usize + 1);
-                        let mut values = vec![bf16::ZERO; rows * hidden];
-                        device.read(x, bytemuck::cast_slice_mut(&mut values))?;
-                        values.into()
-                    }
-                    Err(error) => return Err(error),
+                if let Some(picked) = GpuError::if_room(pick_rows(device, x, hidden, &picks))? {
+                    let row_bytes = hidden * size_of::<bf16>();
+                    let own = picked.cut(parts.iter().map(|part| part.content.rows.len() * row_bytes));
+                    let own = own.map(Activations::There).collect();
+                    parts
+                        .iter_mut()
+                        .for_each(|Part { content, .. }| content.rows = (0..content.rows.len() as u32).collect());
+                    return Ok(own);
                 }
+                let mut values = vec![bf16::ZERO; x.len()];
+                device.read(x, bytemuck::cast_slice_mut(&mut values))?;
+                values.into()
             }
         };
         Ok(vec![all; parts.len()])
     }
-}
-
-/// Each part's rows, of those of all parts one after the other.
-fn parted(picked: &GpuBytes, row_bytes: usize, parts: &mut [Part]) -> Vec<Activations> {
-    let mut end = 0;
-    let own = |part: &mut Part| {
-        let (rows, start) = (part.content.rows.len(), end);
-        part.content.rows = (0..rows as u32).collect();
-        end += rows * row_bytes;
-        Activations::There(picked.slice(start..end))
-    };
-    parts.iter_mut().map(own).collect()
 }
 
 /// Activations as frames share them.
@@ -327,7 +317,7 @@ impl RequestFrame {
 
     /// Checks a received frame against itself and the model; its header has been decoded already.
     pub fn decode(header: Header, mut frame: v1::Frame, shape: Shape) -> Result<Self, FrameError> {
-        let rows = Payload::Here(std::mem::take(&mut frame.rows));
+        let rows = Payload::taken(&mut frame);
         Self::join(header, frame, rows, shape)
     }
 
@@ -495,7 +485,7 @@ impl AnswerFrame {
 
     /// Checks a received answer against itself. Whether it fits what was asked is the tracker's to say.
     pub fn decode(mut frame: v1::Frame) -> Result<Self, FrameError> {
-        let values = Payload::Here(std::mem::take(&mut frame.rows));
+        let values = Payload::taken(&mut frame);
         Self::join(frame, values)
     }
 

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use moesaic_kernels::cuda::GpuBytes;
+use moesaic_proto::v1;
 
 use crate::shared::Shared;
 
@@ -15,6 +16,11 @@ pub enum Payload {
 }
 
 impl Payload {
+    /// The rows of a message that came over a stream, which has none then.
+    pub fn taken(frame: &mut v1::Frame) -> Self {
+        Self::Here(std::mem::take(&mut frame.rows))
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         match self {

@@ -157,6 +157,8 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// x < limit ? 0 : v.
     fn zero_below(self, x: Self::F, limit: Self::F, v: Self::F) -> Self::F;
+    /// |measure| < limit ? a zero of v's sign : v.
+    fn zero_where_small(self, v: Self::F, measure: Self::F, limit: f32) -> Self::F;
     /// To the nearest integer, ties to even.
     fn round(self, a: Self::F) -> Self::F;
     /// a * 2^n for an integer n in -126..=127; anything where n is NaN and a is NaN too.
@@ -188,5 +190,32 @@ pub(crate) trait Simd: Copy {
     /// such instruction, what is asked is the fma of operands lifted by [`LIFT`]: it has all 24 bits. (Where lifting overflows, nothing is lost by rounding.)
     ///
     /// so with the lower k in the high half it is the one ascending chain of the other kernels, but for the flushed denormals.
-    fn dot_pairs(self, x: u32, w: Self::Pairs, acc: Self::F) -> Self::F;
+    #[inline(always)]
+    fn dot_pairs(self, x: u32, w: Self::Pairs, acc: Self::F) -> Self::F {
+        self.dot_pairs_by_steps(x, w, acc)
+    }
+
+    /// The same without such an instruction.
+    #[inline(always)]
+    fn dot_pairs_by_steps(self, x: u32, w: Self::Pairs, acc: Self::F) -> Self::F {
+        let [high, low] = self.halves(w);
+        let x_high = flush(self, self.splat(f32::from_bits(x & 0xffff_0000)));
+        let x_low = flush(self, self.splat(f32::from_bits(x << 16)));
+        let sum = zfma(self, x_high, flush(self, high), flush(self, acc));
+        zfma(self, x_low, flush(self, low), sum)
+    }
+}
+
+/// Denormals to zeros of the same sign: z, as at [`Simd::dot_pairs`].
+#[inline(always)]
+fn flush<S: Simd>(s: S, v: S::F) -> S::F {
+    s.zero_where_small(v, v, f32::MIN_POSITIVE)
+}
+
+/// As at [`Simd::dot_pairs`].
+#[inline(always)]
+fn zfma<S: Simd>(s: S, a: S::F, b: S::F, c: S::F) -> S::F {
+    let lift = s.splat(LIFT);
+    let lifted = s.fma(s.mul(a, lift), s.mul(b, lift), s.mul(c, s.splat(LIFT * LIFT)));
+    s.zero_where_small(s.fma(a, b, c), lifted, LIFTED_MIN)
 }

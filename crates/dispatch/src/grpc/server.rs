@@ -162,7 +162,7 @@ impl Caller {
         let reply = ReplySender::new(header, move |answer| {
             room.send(Ok(ExchangeMessage { kind: Some(Kind::Frame(answer.encode())) }));
         });
-        let rows = Payload::Here(std::mem::take(&mut frame.rows));
+        let rows = Payload::taken(&mut frame);
         self.inbox.take(header, frame, rows, reply);
     }
 

@@ -1,6 +1,7 @@
 //! A fabric in memory, for tests, which is as unhelpful as NCCL: a message needs its receive, sizes have to agree, whoever is
 //! left alone waits for ever, and a side that aborts tells nobody.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -129,6 +130,10 @@ impl End {
         is_right.then_some(()).ok_or_else(|| format!("rank {} does not {does:?}", self.rank))
     }
 
+    fn received(&self, at: usize, len: usize) -> Result<&[u8], String> {
+        self.received.get(at..at + len).ok_or_else(|| "the message has no such bytes".into())
+    }
+
     /// Until `look` finds something, this side is aborted, the network fails, or time is over.
     fn wait<T>(
         &self,
@@ -167,13 +172,11 @@ impl Channel for End {
         // What no part says is any.
         let mut bytes = vec![0xa5; len];
         for (at, part) in parts {
-            match part {
-                Source::Here(part) => bytes[*at..][..part.len()].copy_from_slice(part),
-                Source::There(part) => {
-                    let part = part.read().map_err(|error| error.to_string())?;
-                    bytes[*at..][..part.len()].copy_from_slice(&part);
-                }
-            }
+            let part = match part {
+                Source::Here(part) => Cow::Borrowed(*part),
+                Source::There(part) => part.read().map_err(|error| error.to_string())?.into(),
+            };
+            bytes[*at..][..part.len()].copy_from_slice(&part);
         }
         let taken = lock(&self.pair.meeting).taken;
         let mut bytes = Some(bytes);
@@ -203,14 +206,13 @@ impl Channel for End {
     }
 
     fn take(&mut self, at: usize, to: &mut [u8]) -> Result<(), String> {
-        let taken = self.received.get(at..at + to.len()).ok_or("the message has no such bytes")?;
-        to.copy_from_slice(taken);
+        to.copy_from_slice(self.received(at, to.len())?);
         Ok(())
     }
 
     fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String> {
         let device = self.fabric.device.as_ref().ok_or("rows of this side lie on no GPU")?;
-        let taken = self.received.get(at..at + to.len()).ok_or("the message has no such bytes")?;
+        let taken = self.received(at, to.len())?;
         self.fabric.state.taken_there.fetch_add(1, Ordering::Relaxed);
         device.write(to, 0, taken).map_err(|error| error.to_string())
     }

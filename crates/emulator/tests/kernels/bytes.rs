@@ -60,14 +60,14 @@ proptest! {
                 }
                 if group == 0 { y.copy_from_slice(&sum) } else { add(y, &sum) }
             }
-            ends.push(addends.len() as u32);
+            ends.push(addends.len());
         }
         let there: Vec<GpuBytes> = answers
             .iter()
-            .map(|answer| GpuBytes::new(&device, device.buffer_of::<u8>(bytemuck::cast_slice(answer)).unwrap()))
+            .map(|answer| GpuBytes::of(&device, bytemuck::cast_slice(answer)).unwrap())
             .collect();
         let (y, mut parcel) = (device.buffer::<f32>(rows * width).unwrap(), None);
-        add_up(&device, &there, addends.into_iter(), ends.into_iter(), width, &mut parcel, y.view()).unwrap();
+        add_up(&device, &there, &addends, &ends, width, &mut parcel, y.view()).unwrap();
         let mut returned = device.returned::<f32>(rows * width).unwrap();
         device.queue_return(y.view(), &mut returned, rows * width).unwrap();
         device.finish().unwrap();

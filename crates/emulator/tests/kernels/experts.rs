@@ -114,7 +114,7 @@ proptest! {
         // Rows that are on the GPU already, here and there, and sums that stay there.
         let bytes: &[u8] = bytemuck::cast_slice(&call.x);
         let (first, second) = bytes.split_at(random.below(call.x.len() / in_ + 1) * in_ * 2);
-        let pieces = [first, second].map(|piece| GpuBytes::new(&device, device.buffer_of(piece).unwrap()));
+        let pieces = [first, second].map(|piece| GpuBytes::of(&device, piece).unwrap());
         prop_assert_eq!(bits(&call.run_there(&mut workspace, &experts, &pieces)), bits(&sums));
 
         // One row of one expert alone: the smallest tile there is.

@@ -25,6 +25,11 @@ impl GpuBytes {
         Self { device: device.clone(), start: 0, len: buffer.len(), buffer: Arc::new(buffer) }
     }
 
+    /// A copy of what is in the processor's memory; it is there when this returns.
+    pub fn of(device: &Device, bytes: &[u8]) -> Result<Self, GpuError> {
+        Ok(Self::new(device, device.buffer_of(bytes)?))
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }
@@ -34,12 +39,24 @@ impl GpuBytes {
     }
 
     pub fn slice(&self, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= self.len, "bytes {range:?} of {}", self.len);
+        self.check(&range);
         Self { start: self.start + range.start, len: range.len(), ..self.clone() }
+    }
+
+    /// Pieces of these lengths, one after the other.
+    pub fn cut(&self, lens: impl Iterator<Item = usize>) -> impl Iterator<Item = Self> {
+        lens.scan(0, |end, len| {
+            *end += len;
+            Some(self.slice(*end - len..*end))
+        })
     }
 
     pub fn address(&self) -> Address {
         Address(self.buffer.address().0 + self.start as u64)
+    }
+
+    fn check(&self, range: &Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.len, "bytes {range:?} of {}", self.len);
     }
 
     /// A copy in the processor's memory, now. They are a whole number of values.
@@ -77,8 +94,7 @@ pub fn pick_rows<T: Pod>(device: &Device, x: View<'_, T>, width: usize, picks: &
     let rows = x.len() / width;
     assert!(picks.iter().all(|row| (*row as usize) < rows), "a row that x does not have");
     let (at, to) = (x.of_len(0), device.buffer::<u8>(picks.len() * row_bytes)?);
-    let room = Parcel::room(&[picks.len() * size_of::<u64>()]);
-    let mut sent = Parcel::new(device, room.next_power_of_two())?;
+    let mut sent = Parcel::at_least(None, device, Parcel::room(&[picks.len() * size_of::<u64>()]))?;
     let addresses = sent.put_all(picks.iter().map(|row| at + u64::from(*row) * row_bytes as u64));
     sent.send(device)?;
     // SAFETY: they are rows of x.
@@ -109,27 +125,29 @@ pub enum Kind {
 pub fn add_up(
     device: &Device,
     answers: &[GpuBytes],
-    addends: impl Iterator<Item = Addend>,
-    ends: impl Iterator<Item = u32>,
+    addends: &[Addend],
+    ends: &[usize],
     width: usize,
     parcel: &mut Option<Parcel>,
     y: View<'_, f32>,
 ) -> Result<(), GpuError> {
     let row_bytes = width * size_of::<f32>();
-    let found = |Addend { answer, output, kind }| {
-        let answer = answers[answer].slice(output * row_bytes..(output + 1) * row_bytes);
+    let found = |&Addend { answer, output, kind }: &Addend| {
+        let (answer, start) = (&answers[answer], output * row_bytes);
+        answer.check(&(start..start + row_bytes));
         let (kind, weight) = match kind {
             Kind::Whole => (0, 0.0),
             Kind::First(weight) => (1, weight),
             Kind::Next(weight) => (2, weight),
         };
-        Found { at: answer.address().0, weight, kind }
+        Found { at: answer.address().0 + start as u64, weight, kind }
     };
-    let (addends, ends): (Vec<_>, Vec<_>) = (addends.map(found).collect(), ends.collect());
-    assert!(ends.is_sorted() && ends.last().is_none_or(|end| *end as usize == addends.len()), "addends of no row");
-    let room = Parcel::room(&[size_of_val(&addends[..]), size_of_val(&ends[..])]);
-    let sent = Parcel::at_least(parcel, device, room)?;
-    let (addends, ends_there) = (sent.put(&addends), sent.put(&ends));
+    assert!(ends.is_sorted() && ends.last().is_none_or(|end| *end == addends.len()), "addends of no row");
+    let room = Parcel::room(&[addends.len() * size_of::<Found>(), ends.len() * size_of::<u32>()]);
+    let sent = Parcel::at_least(parcel.take(), device, room)?;
+    let sent = parcel.insert(sent);
+    let addends = sent.put_all(addends.iter().map(found));
+    let ends_there = sent.put_all(ends.iter().map(|end| *end as u32));
     sent.send(device)?;
     let call = AddUp {
         addends: sent.view(addends).of_len(0),

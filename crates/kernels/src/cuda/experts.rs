@@ -161,6 +161,12 @@ struct Buffers {
     sums: Option<Buffer<f32>>,
 }
 
+impl Buffers {
+    fn made_sums(&self) -> &Buffer<f32> {
+        self.sums.as_ref().expect("a call has made room for its sums")
+    }
+}
+
 impl Workspace {
     pub fn new(device: Device) -> Self {
         Self { device, sent: None, returned: None, buffers: Buffers::default(), replays: Replays::default() }
@@ -173,7 +179,7 @@ impl Workspace {
     /// The first `len` sums of the last call, once it is through, where they stay.
     pub fn take_sums(&self, len: usize) -> Result<GpuBytes, GpuError> {
         let (device, to) = (&self.device, self.device.buffer(len * size_of::<f32>())?);
-        device.queue_copy(&to, self.made_sums())?;
+        device.queue_copy(&to, self.buffers.made_sums())?;
         device.finish()?;
         Ok(GpuBytes::new(device, to))
     }
@@ -182,18 +188,11 @@ impl Workspace {
     pub fn sums(&mut self, len: usize) -> Result<&[f32], GpuError> {
         let Self { device, returned, buffers, .. } = self;
         let returned = at_least(returned, |r| r.len() >= len, || device.returned(len.next_power_of_two()))?;
-        let from = buffers.sums.as_ref().expect(NO_SUMS);
-        device.queue_return(from.view(), returned, len)?;
+        device.queue_return(buffers.made_sums().view(), returned, len)?;
         device.finish()?;
         Ok(&returned.values()[..len])
     }
-
-    fn made_sums(&self) -> &Buffer<f32> {
-        self.buffers.sums.as_ref().expect(NO_SUMS)
-    }
 }
-
-const NO_SUMS: &str = "a call has made room for its sums";
 
 /// A call whose rows and lists are on the GPU, and which can be queued any number of times.
 #[derive(Debug)]
@@ -304,7 +303,8 @@ impl Experts<'_> {
             X::There(_) => x_room * size_of::<u64>(),
         };
         let room = Parcel::room(&lists.chain([x_bytes]).collect::<Vec<_>>());
-        let sent = Parcel::at_least(parcel, device, room)?;
+        let sent = Parcel::at_least(parcel.take(), device, room)?;
+        let sent = parcel.insert(sent);
         let h = room_for(&mut buffers.h, row_room * shape.width, |len| device.buffer(len))?;
         let y = room_for(&mut buffers.y, row_room * shape.out, |len| device.buffer(len))?;
         let sums = room_for(&mut buffers.sums, outputs * shape.out, |len| device.buffer(len))?;

@@ -24,6 +24,17 @@ pub enum GpuError {
     Full { asked: usize, arena: usize, free: usize, largest: usize },
 }
 
+impl GpuError {
+    /// Nothing where the arena has no room for it, which somebody else may have.
+    pub fn if_room<T>(result: Result<T, Self>) -> Result<Option<T>, Self> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(Self::Full { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// What a GPU is.
 #[derive(Clone, Debug)]
 pub struct Properties {
@@ -302,6 +313,11 @@ impl<'a, T> View<'a, T> {
         View { at: self.at, len: self.len * size_of::<T>(), buffer: PhantomData }
     }
 
+    /// The first `len` values.
+    pub fn first(self, len: usize) -> View<'a, T> {
+        View { at: self.of_len(len), len, buffer: PhantomData }
+    }
+
     /// From value `first` on.
     pub fn from(self, first: usize) -> View<'a, T> {
         assert!(first <= self.len, "value {first} of {}", self.len);
@@ -356,12 +372,11 @@ impl Parcel {
     }
 
     /// The one that is kept, empty, or a new one where that has no room for `bytes`; the old one goes first.
-    pub fn at_least<'k>(kept: &'k mut Option<Self>, device: &Device, bytes: usize) -> Result<&'k mut Self, GpuError> {
-        if !kept.as_ref().is_some_and(|kept| kept.has_room(bytes)) {
-            *kept = None;
-            *kept = Some(Self::new(device, bytes.next_power_of_two())?);
-        }
-        let parcel = kept.as_mut().expect("just made");
+    pub fn at_least(kept: Option<Self>, device: &Device, bytes: usize) -> Result<Self, GpuError> {
+        let mut parcel = match kept.filter(|kept| kept.buffer.len >= bytes) {
+            Some(kept) => kept,
+            None => Self::new(device, bytes.next_power_of_two())?,
+        };
         parcel.open();
         Ok(parcel)
     }
@@ -369,10 +384,6 @@ impl Parcel {
     /// Bytes that parts of these sizes take.
     pub fn room(parts: &[usize]) -> usize {
         parts.iter().map(|part| part.next_multiple_of(PART_ALIGNMENT)).sum()
-    }
-
-    pub fn has_room(&self, bytes: usize) -> bool {
-        self.buffer.len >= bytes
     }
 
     /// Empties it. What was sent before has to be through: `finish` was called since.

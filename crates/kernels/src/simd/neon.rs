@@ -4,7 +4,7 @@
 use std::arch::aarch64::*;
 use std::array::from_fn;
 
-use super::{Kernel, LANES, LIFT, LIFTED_MIN, Simd};
+use super::{Kernel, LANES, Simd};
 
 #[derive(Clone, Copy)]
 pub(super) struct Neon;
@@ -18,30 +18,6 @@ macro_rules! each {
         // SAFETY: the processor has NEON; what is read is in the arrays that are borrowed.
         from_fn(|$i| unsafe { $value })
     };
-}
-
-/// Zeros of the same sign where `measure` is below `limit`.
-#[inline(always)]
-fn zero_where_small(v: F, measure: F, limit: f32) -> F {
-    each!(i => {
-        let sign = vandq_u32(vreinterpretq_u32_f32(v[i]), vdupq_n_u32(1 << 31));
-        let small = vcaltq_f32(measure[i], vdupq_n_f32(limit));
-        vbslq_f32(small, vreinterpretq_f32_u32(sign), v[i])
-    })
-}
-
-/// Denormals to zeros of the same sign.
-#[inline(always)]
-fn flush(v: F) -> F {
-    zero_where_small(v, v, f32::MIN_POSITIVE)
-}
-
-/// As at [`Simd::dot_pairs`].
-#[inline(always)]
-fn zfma(s: Neon, a: F, b: F, c: F) -> F {
-    let lift = s.splat(LIFT);
-    let lifted = s.fma(s.mul(a, lift), s.mul(b, lift), s.mul(c, s.splat(LIFT * LIFT)));
-    zero_where_small(s.fma(a, b, c), lifted, LIFTED_MIN)
 }
 
 /// The f32 of e4m3 codes in the low bytes of the lanes.
@@ -119,6 +95,14 @@ impl Simd for Neon {
         each!(i => vbslq_f32(vcltq_f32(x[i], limit[i]), vdupq_n_f32(0.0), v[i]))
     }
     #[inline(always)]
+    fn zero_where_small(self, v: F, measure: F, limit: f32) -> F {
+        each!(i => {
+            let sign = vandq_u32(vreinterpretq_u32_f32(v[i]), vdupq_n_u32(1 << 31));
+            let small = vcaltq_f32(measure[i], vdupq_n_f32(limit));
+            vbslq_f32(small, vreinterpretq_f32_u32(sign), v[i])
+        })
+    }
+    #[inline(always)]
     fn round(self, a: F) -> F {
         each!(i => vrndnq_f32(a[i]))
     }
@@ -166,11 +150,5 @@ impl Simd for Neon {
             // A widened e4m3 has at most 4 significant bits, so the upper half of the f32 is all of it.
             vsriq_n_u32::<16>(decode(vshrq_n_u32::<8>(pairs)), decode(pairs))
         })
-    }
-    #[inline(always)]
-    fn dot_pairs(self, x: u32, w: Pairs, acc: F) -> F {
-        let [high, low] = self.halves(w);
-        let x = [x & 0xffff_0000, x << 16].map(|x| flush(self.splat(f32::from_bits(x))));
-        zfma(self, x[1], flush(low), zfma(self, x[0], flush(high), flush(acc)))
     }
 }

@@ -1,6 +1,6 @@
 //! The vector as an array: what each operation of [`Simd`] means, and the fall-back for every processor.
 
-use super::{Kernel, LANES, LIFT, LIFTED_MIN, Simd};
+use super::{Kernel, LANES, Simd};
 use crate::fp8::e4m3_to_f32;
 
 #[derive(Clone, Copy)]
@@ -16,32 +16,6 @@ fn map(a: F, f: impl Fn(f32) -> f32) -> F {
 #[inline(always)]
 fn zip(a: F, b: F, f: impl Fn(f32, f32) -> f32) -> F {
     std::array::from_fn(|i| f(a[i], b[i]))
-}
-
-/// Denormals to zero.
-#[inline(always)]
-fn flush(x: f32) -> f32 {
-    if x.abs() < f32::MIN_POSITIVE { 0f32.copysign(x) } else { x }
-}
-
-#[inline(always)]
-fn halves(pair: u32) -> (f32, f32) {
-    (flush(f32::from_bits(pair & 0xffff_0000)), flush(f32::from_bits(pair << 16)))
-}
-
-/// One step of [`Simd::dot_pairs`] on scalars.
-#[inline(always)]
-fn dot_pair(x: u32, w: u32, acc: f32) -> f32 {
-    let ((x0, x1), (w0, w1)) = (halves(x), halves(w));
-    zfma(x1, w1, zfma(x0, w0, flush(acc)))
-}
-
-/// As at [`Simd::dot_pairs`].
-#[inline(always)]
-fn zfma(a: f32, b: f32, c: f32) -> f32 {
-    let sum = a.mul_add(b, c);
-    let lifted = (a * LIFT).mul_add(b * LIFT, c * (LIFT * LIFT));
-    if lifted.abs() < LIFTED_MIN { 0f32.copysign(sum) } else { sum }
 }
 
 impl Simd for Portable {
@@ -98,6 +72,10 @@ impl Simd for Portable {
         std::array::from_fn(|i| if x[i] < limit[i] { 0.0 } else { v[i] })
     }
     #[inline(always)]
+    fn zero_where_small(self, v: F, measure: F, limit: f32) -> F {
+        zip(v, measure, |v, measure| if measure.abs() < limit { 0f32.copysign(v) } else { v })
+    }
+    #[inline(always)]
     fn round(self, a: F) -> F {
         map(a, f32::round_ties_even)
     }
@@ -131,9 +109,5 @@ impl Simd for Portable {
     fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> [u32; LANES] {
         // A widened e4m3 has at most 4 significant bits, so the upper half of the f32 is all of it.
         std::array::from_fn(|i| e4m3_to_f32(x[2 * i + 1]).to_bits() | e4m3_to_f32(x[2 * i]).to_bits() >> 16)
-    }
-    #[inline(always)]
-    fn dot_pairs(self, x: u32, w: [u32; LANES], acc: F) -> F {
-        std::array::from_fn(|i| dot_pair(x, w[i], acc[i]))
     }
 }

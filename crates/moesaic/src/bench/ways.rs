@@ -262,8 +262,8 @@ impl Side {
         let there =
             |answer| if let Values::There(bytes) = answer { Ok(bytes) } else { bail!("an answer came by the host") };
         let answers = addends.answers.into_iter().map(there).collect::<Result<Vec<_>>>()?;
-        let ends = addends.recipe.ends().iter().map(|end| *end as u32);
-        cuda::add_up(device, &answers, addends.recipe.addends().iter().copied(), ends, hidden, parcel, y.view())?;
+        let recipe = &addends.recipe;
+        cuda::add_up(device, &answers, recipe.addends(), recipe.ends(), hidden, parcel, y.view())?;
         Ok(device.finish()?)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{Kernel, LANES, LIFT, LIFTED_MIN, Simd};
+use crate::simd::{Kernel, LANES, Simd};
 
 /// Proof that AVX2 and FMA are there.
 #[derive(Clone, Copy)]
@@ -25,32 +25,6 @@ macro_rules! each {
         // SAFETY: an `Avx2` exists, so the processor has the features; no memory is touched.
         unsafe { [$op($($v[0]),*), $op($($v[1]),*)] }
     };
-}
-
-/// Denormals to zeros of the same sign.
-#[inline(always)]
-fn flush(v: F) -> F {
-    zero_where_small(v, v, f32::MIN_POSITIVE)
-}
-
-/// Zeros of the same sign where `measure` is below `limit`.
-#[inline(always)]
-fn zero_where_small(v: F, measure: F, limit: f32) -> F {
-    // SAFETY: as in `each`.
-    let half = |v: __m256, measure: __m256| unsafe {
-        let sign = _mm256_set1_ps(-0.0);
-        let small = _mm256_cmp_ps::<_CMP_LT_OQ>(_mm256_andnot_ps(sign, measure), _mm256_set1_ps(limit));
-        _mm256_blendv_ps(v, _mm256_and_ps(v, sign), small)
-    };
-    [half(v[0], measure[0]), half(v[1], measure[1])]
-}
-
-/// As at [`Simd::dot_pairs`].
-#[inline(always)]
-fn zfma(s: Avx2, a: F, b: F, c: F) -> F {
-    let lift = s.splat(LIFT);
-    let lifted = s.fma(s.mul(a, lift), s.mul(b, lift), s.mul(c, s.splat(LIFT * LIFT)));
-    zero_where_small(s.fma(a, b, c), lifted, LIFTED_MIN)
 }
 
 /// e4m3 codes in the low bytes of u32 lanes.
@@ -137,6 +111,16 @@ impl Simd for Avx2 {
         [half(0), half(1)]
     }
     #[inline(always)]
+    fn zero_where_small(self, v: F, measure: F, limit: f32) -> F {
+        // SAFETY: as in `each`.
+        let half = |v: __m256, measure: __m256| unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            let small = _mm256_cmp_ps::<_CMP_LT_OQ>(_mm256_andnot_ps(sign, measure), _mm256_set1_ps(limit));
+            _mm256_blendv_ps(v, _mm256_and_ps(v, sign), small)
+        };
+        [half(v[0], measure[0]), half(v[1], measure[1])]
+    }
+    #[inline(always)]
     fn round(self, a: F) -> F {
         // SAFETY: as in `each`.
         let half = |a: __m256| unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) };
@@ -197,11 +181,5 @@ impl Simd for Avx2 {
         // SAFETY: as in `each`.
         let high = |x: __m256i| unsafe { decode(_mm256_srli_epi32::<8>(x)) };
         [[high(half(0)), high(half(1))], [decode(half(0)), decode(half(1))]]
-    }
-    #[inline(always)]
-    fn dot_pairs(self, x: u32, w: [F; 2], acc: F) -> F {
-        let high = flush(self.splat(f32::from_bits(x & 0xffff_0000)));
-        let low = flush(self.splat(f32::from_bits(x << 16)));
-        zfma(self, low, flush(w[1]), zfma(self, high, flush(w[0]), flush(acc)))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{Kernel, LANES, LIFT, LIFTED_MIN, Simd};
+use crate::simd::{Kernel, LANES, Simd};
 
 /// Proof that AVX512F and AVX512BW (and AVX512BF16 with `DOT`) are there.
 #[derive(Clone, Copy)]
@@ -31,31 +31,6 @@ static MAGNITUDES: [u16; 128] = {
 /// In memory at any address.
 #[repr(C, packed)]
 struct Unaligned<T>(T);
-
-/// Denormals to zeros of the same sign.
-#[inline(always)]
-fn flush(v: __m512) -> __m512 {
-    zero_where_small(v, v, f32::MIN_POSITIVE)
-}
-
-/// Zeros of the same sign where `measure` is below `limit`.
-#[inline(always)]
-fn zero_where_small(v: __m512, measure: __m512, limit: f32) -> __m512 {
-    // SAFETY: called with an `Avx512` in hand, so the processor has the features; no memory is touched.
-    unsafe {
-        let small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(measure), _mm512_set1_ps(limit));
-        let bits = _mm512_castps_si512(v);
-        _mm512_castsi512_ps(_mm512_mask_and_epi32(bits, small, bits, _mm512_set1_epi32(i32::MIN)))
-    }
-}
-
-/// As at [`Simd::dot_pairs`].
-#[inline(always)]
-fn zfma<const DOT: bool>(s: Avx512<DOT>, a: __m512, b: __m512, c: __m512) -> __m512 {
-    let lift = s.splat(LIFT);
-    let lifted = s.fma(s.mul(a, lift), s.mul(b, lift), s.mul(c, s.splat(LIFT * LIFT)));
-    zero_where_small(s.fma(a, b, c), lifted, LIFTED_MIN)
-}
 
 impl<const DOT: bool> Simd for Avx512<DOT> {
     type F = __m512;
@@ -123,6 +98,15 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         unsafe { _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, limit), _mm512_setzero_ps()) }
     }
     #[inline(always)]
+    fn zero_where_small(self, v: __m512, measure: __m512, limit: f32) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(measure), _mm512_set1_ps(limit));
+            let bits = _mm512_castps_si512(v);
+            _mm512_castsi512_ps(_mm512_mask_and_epi32(bits, small, bits, _mm512_set1_epi32(i32::MIN)))
+        }
+    }
+    #[inline(always)]
     fn round(self, a: __m512) -> __m512 {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
@@ -183,16 +167,13 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
     #[inline(always)]
     fn dot_pairs(self, x: u32, w: __m512i, acc: __m512) -> __m512 {
-        if DOT {
-            // SAFETY: `self` proves the features; the casts between 512-bit types keep every bit.
-            return unsafe {
-                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32));
-                _mm512_dpbf16_ps(acc, x, std::mem::transmute::<__m512i, __m512bh>(w))
-            };
+        if !DOT {
+            return self.dot_pairs_by_steps(x, w, acc);
         }
-        // SAFETY: `self` proves the features.
-        let x = self.halves(unsafe { _mm512_set1_epi32(x as i32) }).map(flush);
-        let w = self.halves(w).map(flush);
-        zfma(self, x[1], w[1], zfma(self, x[0], w[0], flush(acc)))
+        // SAFETY: `self` proves the features; the casts between 512-bit types keep every bit.
+        unsafe {
+            let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32));
+            _mm512_dpbf16_ps(acc, x, std::mem::transmute::<__m512i, __m512bh>(w))
+        }
     }
 }
