@@ -119,7 +119,7 @@ fn experts(bench: &Bench) {
     let layer_bytes = experts * 3 * width * hidden * 2;
     let layer = || (0..experts).map(|_| Ffn::pack(&up, &up, &down, n)).collect::<Vec<Ffn>>();
     let layers: Vec<Vec<Ffn>> = (0..WORKING_SET_BYTES / layer_bytes).map(|_| layer()).collect();
-    for rows in [1usize, 4, 16, 64, 256] {
+    for rows in [1usize, 4, 16, 32, 64, 256] {
         let x = values(rows * hidden, 3);
         let mut picks: Vec<Vec<u32>> = vec![Vec::new(); experts];
         for row in 0..rows {
@@ -156,7 +156,7 @@ fn cached(n: Numerics, context: usize, latent: usize, rope: usize) -> (LatentPag
     (cache, (0..pages as u32).collect())
 }
 
-/// Emitted tokens: 16 heads over a latent of 256 + 32.
+/// Emitted tokens of a sequence each: 16 heads over a latent of 256 + 32.
 fn attention(bench: &Bench) {
     if !bench.wants("attention") {
         return;
@@ -164,18 +164,16 @@ fn attention(bench: &Bench) {
     let (heads, latent, rope) = (16, 256, 32);
     let n = bench.n;
     for (rows, context) in [(1usize, 512usize), (1, 4096), (64, 512), (256, 1024)] {
-        let (cache, table) = cached(n, context, latent, rope);
+        let (cache, table) = cached(n, rows * context, latent, rope);
         let q = values(rows * heads * (latent + rope), 9);
+        let tables = table.chunks_exact(context / PAGE_TOKENS);
         let queries: Vec<Query<'_>> =
-            q.chunks_exact(heads * (latent + rope)).map(|q| Query { q, pages: &table, context }).collect();
+            tables.zip(q.chunks_exact(heads * (latent + rope))).map(|(pages, q)| Query { q, pages, context }).collect();
         let (mut out, mut alone) = (vec![0.0; rows * heads * latent], vec![0.0; heads * latent]);
         mla_attend(&bench.pool, &cache, 0, &queries, heads, 0.1, &mut out);
         mla_attend(&bench.pool, &cache, 0, &queries[..1], heads, 0.1, &mut alone);
         assert_eq!(bits(&alone), bits(&out[..heads * latent]));
-        let work = Work {
-            bytes: (context * (latent + rope) * 2) as f64,
-            fma: (rows * context * heads * (2 * latent + rope)) as f64,
-        };
+        let work = Work { bytes: cache.bytes() as f64, fma: (rows * context * heads * (2 * latent + rope)) as f64 };
         bench.time(&format!("attention {rows} rows at {context}, 16 heads"), 4, work, |_| {
             mla_attend(&bench.pool, &cache, 0, &queries, heads, 0.1, &mut out);
         });

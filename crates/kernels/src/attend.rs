@@ -15,6 +15,7 @@
 //!    and every sum is the plain loop's. Of o lanes are d, so that a page is read as it lies. Fewer heads than lanes waste the rest.
 //! 2. q is turned to [d][head] once for a task.
 //! 3. Tokens are scored 16 (or 4) at a time, o is updated for 16 (or 4) heads at a time, so that many chains are on their way.
+//! 4. Pages lie anywhere in memory: the next one is fetched while this one is computed.
 
 mod expanded;
 mod pairs;
@@ -94,7 +95,10 @@ pub(crate) fn mla_attend_on(isa: Isa, pool: &Pool, call: Call<'_>, out: &mut [f3
         let padded = latent.next_multiple_of(LANES);
         with_scratch(&LANES_SCRATCH, width + PAGE_TOKENS, |lanes| {
             let (q, p) = lanes.split_at_mut(width);
-            with_scratch(&F32_SCRATCH, LANES * padded, |o| isa.run(Heads { call, query, q, p, o, out }));
+            with_scratch(&F32_SCRATCH, LANES * (padded + width), |values| {
+                let (o, rest) = values.split_at_mut(LANES * padded);
+                isa.run(Heads { call, query, q, p, o, rest, out });
+            });
         });
     });
 }
@@ -110,6 +114,8 @@ struct Heads<'a> {
     p: &'a mut [Lanes],
     /// [head][d], each padded to whole lanes.
     o: &'a mut [f32],
+    /// Some tokens: [LANES, latent + rope].
+    rest: &'a mut [f32],
     out: &'a mut [f32],
 }
 
@@ -118,17 +124,25 @@ impl Kernel for Heads<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
+        let mut state = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
+        let (call, context) = (self.call, self.query.context);
+        let pages = &self.query.pages[..context.div_ceil(PAGE_TOKENS)];
+        let page = |i: usize| match pages.get(i).map(|id| call.cache.page(call.layer, *id)) {
+            Some(Page::F32(kv)) => kv,
+            Some(Page::Bf16(_)) => unreachable!("pages of bf16 are attended to by pairs"),
+            None => &[],
+        };
+        lines(page(0)).for_each(|line| s.prefetch(line));
         turn(self.query.q, self.q);
         self.o.fill(0.0);
-        let mut state = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
-        let Query { pages, context, .. } = self.query;
-        for (i, id) in pages.iter().enumerate().take(context.div_ceil(PAGE_TOKENS)) {
+        for i in 0..pages.len() {
             let live = PAGE_TOKENS.min(context - i * PAGE_TOKENS);
-            let Page::F32(kv) = self.call.cache.page(self.call.layer, *id) else {
-                unreachable!("pages of bf16 are attended to by pairs");
+            let tokens = Tokens { kv: page(i), width: call.cache.width(), next: lines(page(i + 1)) };
+            state = if S::WIDE {
+                self.page::<S, 16>(s, tokens, live, state)
+            } else {
+                self.page::<S, 4>(s, tokens, live, state)
             };
-            state =
-                if S::WIDE { self.page::<S, 16>(s, kv, live, state) } else { self.page::<S, 4>(s, kv, live, state) };
         }
         let mut inverse = Lanes::default();
         s.store(s.div(s.splat(1.0), state.1), &mut inverse.0);
@@ -146,18 +160,41 @@ impl Heads<'_> {
     fn page<S: Simd, const N: usize>(
         &mut self,
         s: S,
-        kv: &[f32],
+        mut tokens: Tokens<'_>,
         live: usize,
         (max, sum): (S::F, S::F),
     ) -> (S::F, S::F) {
         let p = &mut self.p[..live];
-        scores::<S, N>(s, self.q, kv, p, self.call.scale);
+        scores::<S, N>(s, self.q, &mut tokens, self.rest, p, self.call.scale);
         let (max, sum, factor) = probabilities(s, p, max, sum);
         let mut factors = Lanes::default();
         s.store(factor, &mut factors.0);
-        values::<S, N>(s, p, kv, self.call.cache.width(), self.call.cache.latent, &factors, self.o);
+        values::<S, N>(s, p, tokens, self.call.cache.latent, &factors, self.o);
         (max, sum)
     }
+}
+
+/// A page's tokens [PAGE_TOKENS, width], and the lines of the next page, which are fetched meanwhile.
+struct Tokens<'a> {
+    kv: &'a [f32],
+    width: usize,
+    next: Lines<'a>,
+}
+
+impl Tokens<'_> {
+    #[inline(always)]
+    fn fetch_next<S: Simd>(&mut self, s: S) {
+        if let Some(line) = self.next.next() {
+            s.prefetch(line);
+        }
+    }
+}
+
+/// Of the processor's caches.
+type Lines<'a> = std::slice::Iter<'a, [f32; LANES]>;
+
+fn lines(kv: &[f32]) -> Lines<'_> {
+    kv.as_chunks().0.iter()
 }
 
 /// [head][d] to [d][head], zeros for the heads that are not there.
@@ -171,25 +208,55 @@ fn turn(rows: &[f32], to: &mut [Lanes]) {
     }
 }
 
-/// p[t] = scale * (q · kv[t]), T tokens at a time. A last block that is not whole reads what lies behind in the page, and forgets it.
+/// p[t] = scale * (q · kv[t]), T tokens at a time. Those of a last block that is not whole are scored in `rest`, with whatever lies
+/// behind them there: what lies behind them in a page may be memory that nobody has written to, which costs more to read than to copy them.
 #[inline(always)]
-fn scores<S: Simd, const T: usize>(s: S, q: &[Lanes], kv: &[f32], p: &mut [Lanes], scale: f32) {
-    let width = q.len();
-    for (p, kv) in p.chunks_mut(T).zip(kv.chunks_exact(T * width)) {
-        let mut tokens: [&[f32]; T] = [&[]; T];
-        for (t, token) in tokens.iter_mut().enumerate() {
-            *token = &kv[t * width..][..width];
+fn scores<S: Simd, const T: usize>(
+    s: S,
+    q: &[Lanes],
+    tokens: &mut Tokens<'_>,
+    rest: &mut [f32],
+    p: &mut [Lanes],
+    scale: f32,
+) {
+    let width = tokens.width;
+    let (steps, last) = q.as_chunks::<2>();
+    for (p, mut kv) in p.chunks_mut(T).zip(tokens.kv.chunks(T * width)) {
+        if p.len() < T {
+            rest[..p.len() * width].copy_from_slice(&kv[..p.len() * width]);
+            kv = rest;
         }
         let mut acc = [s.splat(0.0); T];
-        for (d, q) in q.iter().enumerate() {
-            let q = s.load(&q.0);
-            for t in 0..T {
-                // SAFETY: d is below q.len(), which is the length of every token.
-                acc[t] = s.fma(q, s.splat(unsafe { *tokens[t].get_unchecked(d) }), acc[t]);
-            }
+        for (i, q) in steps.iter().enumerate() {
+            tokens.fetch_next(s);
+            step(s, q, kv, width, 2 * i, &mut acc);
+        }
+        if let [q] = last {
+            step(s, &[*q], kv, width, width - 1, &mut acc);
         }
         for (p, acc) in p.iter_mut().zip(acc) {
             s.store(s.mul(acc, s.splat(scale)), &mut p.0);
+        }
+    }
+}
+
+/// acc[t] = fma(q[d], kv[t][first + d], acc[t]), d ascending.
+#[inline(always)]
+fn step<S: Simd, const T: usize, const D: usize>(
+    s: S,
+    q: &[Lanes; D],
+    kv: &[f32],
+    width: usize,
+    first: usize,
+    acc: &mut [S::F; T],
+) {
+    assert!(T * width <= kv.len() && first + D <= width);
+    let q: [S::F; D] = std::array::from_fn(|d| s.load(&q[d].0));
+    for (t, acc) in acc.iter_mut().enumerate() {
+        for (d, q) in q.into_iter().enumerate() {
+            // SAFETY: t < T and first + d < width, so that it is below T * width, which is kv's length at most.
+            let x = unsafe { *kv.get_unchecked(t * width + first + d) };
+            *acc = s.fma(q, s.splat(x), *acc);
         }
     }
 }
@@ -216,8 +283,7 @@ fn probabilities<S: Simd>(s: S, p: &mut [Lanes], max: S::F, sum: S::F) -> (S::F,
 fn values<S: Simd, const H: usize>(
     s: S,
     p: &[Lanes],
-    kv: &[f32],
-    width: usize,
+    mut tokens: Tokens<'_>,
     latent: usize,
     factors: &Lanes,
     o: &mut [f32],
@@ -230,7 +296,10 @@ fn values<S: Simd, const H: usize>(
                 let o = &o[(first + h) * padded + d..].as_chunks().0[0];
                 *acc = s.mul(s.load(o), s.splat(factors.0[first + h]));
             }
-            for (p, kv) in p.iter().zip(kv.chunks_exact(width)) {
+            for (t, (p, kv)) in p.iter().zip(tokens.kv.chunks_exact(tokens.width)).enumerate() {
+                if t % 2 == 0 {
+                    tokens.fetch_next(s);
+                }
                 let kv = load_part(s, &kv[d..latent.min(d + LANES)], 0.0);
                 let p = &p.0[first..][..H];
                 for h in 0..H {

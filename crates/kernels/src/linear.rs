@@ -21,7 +21,7 @@ use half::f16;
 pub use panels::UnfitBytes;
 pub use rows::RowsRef;
 
-pub(crate) use generic::{Place, Sums, Tile, rows_of_tile};
+pub(crate) use generic::{Fetch, Place, Sums, Tile, rows_of_tile};
 pub(crate) use panels::{Bf16Pairs, F32Lanes, Weight};
 pub(crate) use rows::{Form, Ready, bf16_bits, pair, with_rows, with_scratch};
 

@@ -38,8 +38,10 @@ pub(super) fn heads(isa: Isa, call: Call<'_>, query: Query<'_>, out: &mut [f32])
         let (q, p) = pairs.split_at_mut(width / 2);
         with_scratch(&LANES_SCRATCH, PAGE_TOKENS + latent, |lanes| {
             let (s, o) = lanes.split_at_mut(PAGE_TOKENS);
-            with_scratch(&TOKENS, PAGE_TOKENS / 2 * latent, |tokens| {
-                isa.run(PairHeads { call, query, q, p, s, o, tokens, out });
+            with_scratch(&TOKENS, PAGE_TOKENS / 2 * latent + LANES * width / 2, |tokens| {
+                let (tokens, rest) = tokens.split_at_mut(PAGE_TOKENS / 2 * latent);
+                let rest = bytemuck::cast_slice_mut(rest);
+                isa.run(PairHeads { call, query, q, p, s, o, tokens, rest, out });
             });
         });
     });
@@ -58,6 +60,8 @@ struct PairHeads<'a> {
     o: &'a mut [Lanes],
     /// A page, two tokens side by side: [PAGE_TOKENS / 2][latent]
     tokens: &'a mut [u32],
+    /// Some tokens: [LANES, width]
+    rest: &'a mut [u16],
     out: &'a mut [f32],
 }
 
@@ -66,7 +70,7 @@ impl Kernel for PairHeads<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { call, query, q, p, s: scores, o, tokens, out } = self;
+        let Self { call, query, q, p, s: scores, o, tokens, rest, out } = self;
         let (width, latent) = (call.cache.width(), call.cache.latent);
         turn(query.q, q);
         o.fill(Lanes::default());
@@ -82,9 +86,9 @@ impl Kernel for PairHeads<'_> {
             let (kv, next) = (page(i), page(i + 1));
             let factor;
             if S::WIDE {
-                score::<S, 16>(s, q, kv, next, &mut scores[..live], call.scale);
+                score::<S, 16>(s, q, [kv, next], rest, &mut scores[..live], call.scale);
             } else {
-                score::<S, 4>(s, q, kv, next, &mut scores[..live], call.scale);
+                score::<S, 4>(s, q, [kv, next], rest, &mut scores[..live], call.scale);
             }
             (max, factor) = probabilities(s, &mut scores[..live], max, &mut sum, p);
             side_by_side(kv, width, latent, live, tokens);
@@ -124,17 +128,29 @@ fn turn_back(from: &[Lanes], rows: &mut [f32]) {
     }
 }
 
-/// T tokens at a time; meanwhile those after them are fetched, from the `next` page too. A last block that is not whole
-/// reads what lies behind in the page, and forgets it.
+/// T tokens at a time; meanwhile those after them are fetched, from the `next` page too. A last block that is not whole is scored in `rest`
+/// (see [`super::scores`]).
 #[inline(always)]
-fn score<S: Simd, const T: usize>(s: S, q: &[PairLanes], kv: &[u16], next: &[u16], scores: &mut [Lanes], scale: f32) {
+fn score<S: Simd, const T: usize>(
+    s: S,
+    q: &[PairLanes],
+    [mut kv, next]: [&[u16]; 2],
+    rest: &mut [u16],
+    scores: &mut [Lanes],
+    scale: f32,
+) {
     let width = 2 * q.len();
-    for (block, scores) in scores.chunks_mut(T).enumerate() {
-        let ahead = kv.get((block + 1) * T * width..).filter(|kv| !kv.is_empty()).unwrap_or(next);
-        let mut ahead = ahead.iter().step_by(2 * T);
+    for scores in scores.chunks_mut(T) {
+        let block = if scores.len() < T {
+            rest[..scores.len() * width].copy_from_slice(&kv[..scores.len() * width]);
+            &*rest
+        } else {
+            kv.split_off(..T * width).unwrap_or_default()
+        };
+        let mut ahead = if kv.is_empty() { next } else { kv }.iter().step_by(2 * T);
         let mut tokens: [&[[u16; 2]]; T] = [&[]; T];
         for (t, token) in tokens.iter_mut().enumerate() {
-            *token = kv[(block * T + t) * width..][..width].as_chunks().0;
+            *token = block[t * width..][..width].as_chunks().0;
         }
         let mut acc = [s.splat(0.0); T];
         for (i, q) in q.iter().enumerate() {

@@ -82,11 +82,11 @@ pub(crate) fn rows_of_tile(left: usize, max: usize) -> usize {
 }
 
 /// `live` rows from `row`, for all `panels`.
-struct Strip<'a> {
+struct Strip<'a, W> {
     row: usize,
     live: usize,
     panels: Range<usize>,
-    fetch: Fetch<'a>,
+    fetch: Fetch<'a, W>,
 }
 
 impl<W: Weight> Tiles<'_, W> {
@@ -100,9 +100,12 @@ impl<W: Weight> Tiles<'_, W> {
             let rows = rows_of_tile(self.rows.end - row, max);
             let strips = (self.rows.end - row).div_ceil(max);
             // The first rows fetch their own, unless others have.
-            let own = row == self.rows.start && (strips == 1 || !near);
-            let share = if own { 0 } else { next.len() / strips };
-            let fetch = Fetch { own, ahead: next.split_off(..share).unwrap_or_default() };
+            let fetch = if row == self.rows.start && (strips == 1 || !near) {
+                let end = if strips == 1 { self.panels.end } else { panels.end };
+                Fetch { own: self.weights.panels(panels.start..end), ahead: &[] }
+            } else {
+                Fetch { own: &[], ahead: next.split_off(..next.len() / strips).unwrap_or_default() }
+            };
             let strip = Strip { row, live: rows, panels: panels.clone(), fetch };
             match (rows, S::WIDE) {
                 (1, true) => self.strip::<S, 1, 8>(s, strip),
@@ -120,11 +123,11 @@ impl<W: Weight> Tiles<'_, W> {
     }
 
     #[inline(always)]
-    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_>)
+    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_, W>)
     where
         Tile: Sums<R, P> + Sums<R, 4> + Sums<R, 1>,
     {
-        let Strip { row, live, mut panels, fetch: Fetch { own, mut ahead } } = strip;
+        let Strip { row, live, mut panels, fetch: Fetch { mut own, mut ahead } } = strip;
         let mut x: [&[W::X]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
             *x = self.x_row(row + r.min(live - 1));
@@ -134,6 +137,7 @@ impl<W: Weight> Tiles<'_, W> {
             let part = ahead.split_off(..ahead.len() / tiles).unwrap_or_default();
             let fetch = Fetch { own, ahead: part };
             s.apart(TileOf::<W, R, P> { tiles: self, x, row, live, panel: panels.start, fetch });
+            own = own.get(P * self.weights.steps..).unwrap_or_default();
             panels.start += P;
         }
         if P > 4 && panels.len() >= 4 {
@@ -175,7 +179,7 @@ struct TileOf<'a, W: Weight, const R: usize, const P: usize> {
     row: usize,
     live: usize,
     panel: usize,
-    fetch: Fetch<'a>,
+    fetch: Fetch<'a, W>,
 }
 
 impl<W: Weight, const R: usize, const P: usize> Kernel for TileOf<'_, W, R, P>
@@ -235,21 +239,22 @@ where
 
 /// What is brought near while a tile is computed.
 #[derive(Clone, Copy)]
-struct Fetch<'a> {
-    /// The tile's own panels, some steps ahead: for the first rows, which find them in memory.
-    own: bool,
+pub(crate) struct Fetch<'a, W> {
+    /// For the first rows, which find their panels in memory: those from the tile's first on, of which the tile fetches its own some steps ahead,
+    /// and near its end the first steps of the next one's.
+    own: &'a [W],
     /// Evenly over the steps.
     ahead: &'a [Line],
 }
 
-impl Fetch<'_> {
-    fn nothing() -> Self {
-        Self { own: false, ahead: &[] }
+impl<W> Fetch<'_, W> {
+    pub fn nothing() -> Self {
+        Self { own: &[], ahead: &[] }
     }
 }
 
 /// How many steps ahead a tile's own panels are fetched.
-const OWN_STEPS: usize = 24;
+const OWN_STEPS: usize = 48;
 
 /// Sums of R rows and P panels over `steps`, from zero.
 #[inline(always)]
@@ -258,16 +263,16 @@ fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
     x: [&[W::X]; R],
     panels: [&[W]; P],
     steps: Range<usize>,
-    fetch: Fetch<'_>,
+    fetch: Fetch<'_, W>,
 ) -> [[S::F; P]; R]
 where
     Tile: Sums<R, P>,
 {
     let zero = [[s.splat(0.0); P]; R];
-    if fetch.own {
-        Tile::sums::<S, W, true>(s, x, panels, steps, zero, fetch.ahead)
+    if fetch.own.is_empty() {
+        Tile::sums::<S, W, false>(s, x, panels, steps, zero, fetch)
     } else {
-        Tile::sums::<S, W, false>(s, x, panels, steps, zero, fetch.ahead)
+        Tile::sums::<S, W, true>(s, x, panels, steps, zero, fetch)
     }
 }
 
@@ -281,7 +286,7 @@ pub(crate) trait Sums<const R: usize, const P: usize> {
         panels: [&[W]; P],
         steps: Range<usize>,
         acc: [[S::F; P]; R],
-        ahead: &[Line],
+        fetch: Fetch<'_, W>,
     ) -> [[S::F; P]; R];
 }
 
@@ -301,13 +306,23 @@ macro_rules! tile {
                 panels: [&[W]; $P],
                 steps: Range<usize>,
                 mut acc: [[S::F; $P]; $R],
-                ahead: &[Line],
+                fetch: Fetch<'_, W>,
             ) -> [[S::F; $P]; $R] {
                 assert!(x.iter().all(|x| steps.end * W::PARTS <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
+                let Fetch { own, ahead } = fetch;
+                let len = panels[0].len();
                 let pace = ahead.len().div_ceil(steps.len().max(1));
                 let mut ahead = ahead.iter();
                 for k in steps {
-                    tile!(@fetch s, panels, k, ahead, pace, $R, FETCH_OWN, $panels);
+                    if FETCH_OWN {
+                        let at = k + OWN_STEPS;
+                        let at = if at < len { at } else { at + ($P - 1) * len };
+                        tile!(@fetch s, own, at, len, $panels);
+                    } else if $R > 2 {
+                        for line in ahead.by_ref().take(pace) {
+                            s.prefetch(line);
+                        }
+                    }
                     for part in 0..W::PARTS {
                         // SAFETY: `k` is below the length of every panel, and of every row in steps.
                         let w = unsafe { tile!(@open s, panels, k, part, $panels) };
@@ -322,16 +337,10 @@ macro_rules! tile {
             }
         }
     };
-    (@fetch $s:ident, $w:ident, $k:ident, $ahead:ident, $pace:ident, $R:literal, $own:ident, [$($p:literal)*]) => {
-        if $own {
-            $(if let Some(line) = $w[$p].get($k + OWN_STEPS) {
-                $s.prefetch(line);
-            })*
-        } else if $R > 2 {
-            for line in $ahead.by_ref().take($pace) {
-                $s.prefetch(line);
-            }
-        }
+    (@fetch $s:ident, $own:ident, $at:ident, $len:ident, [$($p:literal)*]) => {
+        $(if let Some(line) = $own.get($at + $p * $len) {
+            $s.prefetch(line);
+        })*
     };
     (@open $s:ident, $w:ident, $k:ident, $part:ident, [$($p:literal)*]) => {
         [$($w[$p].get_unchecked($k).open($s, $part)),*]

@@ -1,7 +1,7 @@
 //! One page: its keys and values laid out as panels, and the rows that pass over them, a few at a time.
 
 use super::operand::Operand;
-use crate::linear::{F32Lanes, Sums, Tile, rows_of_tile};
+use crate::linear::{F32Lanes, Fetch, Sums, Tile, rows_of_tile};
 use crate::math::{exp, max_lanes, sum_lanes};
 use crate::pages::{PAGE_TOKENS, Page};
 use crate::simd::{Kernel, LANES, Lanes, Simd};
@@ -227,7 +227,7 @@ fn scores<S: Simd, W: Operand, const R: usize, const P: usize>(
 {
     let steps = k.len() / PANELS;
     let zero = [[s.splat(0.0); P]; R];
-    let acc = Tile::sums::<S, W, false>(s, q, panels(k, steps, panel), 0..steps, zero, &[]);
+    let acc = Tile::sums::<S, W, false>(s, q, panels(k, steps, panel), 0..steps, zero, Fetch::nothing());
     for (p, acc) in p.iter_mut().zip(acc) {
         for (p, acc) in p[panel..].iter_mut().zip(acc) {
             s.store(s.mul(acc, s.splat(scale)), &mut p.0);
@@ -258,7 +258,7 @@ fn values<S: Simd, W: Operand, const R: usize, const P: usize>(
         }
     }
     let steps = PAGE_TOKENS / W::PER_STEP;
-    let acc = Tile::sums::<S, W, false>(s, p, panels(v, steps, panel), 0..steps, acc, &[]);
+    let acc = Tile::sums::<S, W, false>(s, p, panels(v, steps, panel), 0..steps, acc, Fetch::nothing());
     for (r, acc) in acc.into_iter().enumerate() {
         for (c, acc) in acc.into_iter().enumerate() {
             s.store(acc, &mut o[at(r, c)..].as_chunks_mut().0[0]);
