@@ -144,7 +144,7 @@ fn experts(bench: &Bench) {
     }
 }
 
-/// A cache of one layer with one sequence in it, and its page table.
+/// A cache of one layer with so many tokens in it, and the pages they are in.
 fn cached(n: Numerics, context: usize, latent: usize, rope: usize) -> (LatentPages, Vec<u32>) {
     let pages = context.div_ceil(PAGE_TOKENS);
     let mut cache = LatentPages::new(n, 1, pages, latent, rope);
@@ -203,7 +203,7 @@ fn prompt_attention(bench: &Bench) {
         assert_eq!(alone, attend(0..rows));
         let keys: usize = (0..rows).map(|row| start + row + 1).sum();
         let work = Work {
-            bytes: ((start + rows) * (latent + rope) * 2) as f64,
+            bytes: cache.bytes() as f64,
             fma: (heads * (keys * (nope + rope + v) + (start + rows) * latent * (nope + v))) as f64,
         };
         bench.time(&format!("prompt attention {rows} rows behind {start}"), 4, work, |_| {

@@ -125,24 +125,14 @@ impl Kernel for Heads<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let mut state = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
-        let (call, context) = (self.call, self.query.context);
-        let pages = &self.query.pages[..context.div_ceil(PAGE_TOKENS)];
-        let page = |i: usize| match pages.get(i).map(|id| call.cache.page(call.layer, *id)) {
-            Some(Page::F32(kv)) => kv,
-            Some(Page::Bf16(_)) => unreachable!("pages of bf16 are attended to by pairs"),
-            None => &[],
-        };
+        let (call, query) = (self.call, self.query);
+        let page = |i| tokens_of(call, query, i, Page::f32);
         lines(page(0)).for_each(|line| s.prefetch(line));
-        turn(self.query.q, self.q);
+        turn(query.q, self.q);
         self.o.fill(0.0);
-        for i in 0..pages.len() {
-            let live = PAGE_TOKENS.min(context - i * PAGE_TOKENS);
+        for i in 0..query.context.div_ceil(PAGE_TOKENS) {
             let tokens = Tokens { kv: page(i), width: call.cache.width(), next: lines(page(i + 1)) };
-            state = if S::WIDE {
-                self.page::<S, 16>(s, tokens, live, state)
-            } else {
-                self.page::<S, 4>(s, tokens, live, state)
-            };
+            state = if S::WIDE { self.page::<S, 16>(s, tokens, state) } else { self.page::<S, 4>(s, tokens, state) };
         }
         let mut inverse = Lanes::default();
         s.store(s.div(s.splat(1.0), state.1), &mut inverse.0);
@@ -155,16 +145,15 @@ impl Kernel for Heads<'_> {
 }
 
 impl Heads<'_> {
-    /// Adds `live` tokens of a page, N tokens or heads at a time; takes and gives each head's maximum and sum.
+    /// Adds a page's tokens, N tokens or heads at a time; takes and gives each head's maximum and sum.
     #[inline(always)]
     fn page<S: Simd, const N: usize>(
         &mut self,
         s: S,
         mut tokens: Tokens<'_>,
-        live: usize,
         (max, sum): (S::F, S::F),
     ) -> (S::F, S::F) {
-        let p = &mut self.p[..live];
+        let p = &mut self.p[..tokens.kv.len() / tokens.width];
         scores::<S, N>(s, self.q, &mut tokens, self.rest, p, self.call.scale);
         let (max, sum, factor) = probabilities(s, p, max, sum);
         let mut factors = Lanes::default();
@@ -174,7 +163,28 @@ impl Heads<'_> {
     }
 }
 
-/// A page's tokens [PAGE_TOKENS, width], and the lines of the next page, which are fetched meanwhile.
+/// The query's tokens in its i-th page, [up to PAGE_TOKENS, width]; none behind its last page. What lies behind its last token may be memory that
+/// nobody has written to: to read that first makes the write to it dear.
+#[inline(always)]
+fn tokens_of<'a, X>(call: Call<'a>, query: Query<'_>, i: usize, values: impl Fn(Page<'a>) -> &'a [X]) -> &'a [X] {
+    let live = query.context.saturating_sub(i * PAGE_TOKENS).min(PAGE_TOKENS);
+    if live == 0 {
+        return &[];
+    }
+    &values(call.cache.page(call.layer, query.pages[i]))[..live * call.cache.width()]
+}
+
+/// A block of `len` values. One that is not whole is copied to `rest`, where anything lies behind it.
+#[inline(always)]
+fn whole<'a, X: Copy>(block: &'a [X], len: usize, rest: &'a mut [X]) -> &'a [X] {
+    if block.len() == len {
+        return block;
+    }
+    rest[..block.len()].copy_from_slice(block);
+    rest
+}
+
+/// A page's tokens [up to PAGE_TOKENS, width], and the lines of the next page, which are fetched meanwhile.
 struct Tokens<'a> {
     kv: &'a [f32],
     width: usize,
@@ -208,8 +218,7 @@ fn turn(rows: &[f32], to: &mut [Lanes]) {
     }
 }
 
-/// p[t] = scale * (q · kv[t]), T tokens at a time. Those of a last block that is not whole are scored in `rest`, with whatever lies
-/// behind them there: what lies behind them in a page may be memory that nobody has written to, which costs more to read than to copy them.
+/// p[t] = scale * (q · kv[t]), T tokens at a time.
 #[inline(always)]
 fn scores<S: Simd, const T: usize>(
     s: S,
@@ -221,11 +230,8 @@ fn scores<S: Simd, const T: usize>(
 ) {
     let width = tokens.width;
     let (steps, last) = q.as_chunks::<2>();
-    for (p, mut kv) in p.chunks_mut(T).zip(tokens.kv.chunks(T * width)) {
-        if p.len() < T {
-            rest[..p.len() * width].copy_from_slice(&kv[..p.len() * width]);
-            kv = rest;
-        }
+    for (p, kv) in p.chunks_mut(T).zip(tokens.kv.chunks(T * width)) {
+        let kv = whole(kv, T * width, rest);
         let mut acc = [s.splat(0.0); T];
         for (i, q) in steps.iter().enumerate() {
             tokens.fetch_next(s);

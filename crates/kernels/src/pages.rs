@@ -32,6 +32,20 @@ pub(crate) enum Page<'a> {
     Bf16(&'a [u16]),
 }
 
+impl<'a> Page<'a> {
+    #[inline(always)]
+    pub fn f32(self) -> &'a [f32] {
+        let Self::F32(kv) = self else { unreachable!("pages of bf16 are attended to by pairs") };
+        kv
+    }
+
+    #[inline(always)]
+    pub fn bf16(self) -> &'a [u16] {
+        let Self::Bf16(kv) = self else { unreachable!("pairs are bf16") };
+        kv
+    }
+}
+
 impl LatentPages {
     pub fn new(n: Numerics, layers: usize, pages: usize, latent: usize, rope: usize) -> Self {
         let len = layers * pages * PAGE_TOKENS * (latent + rope);

@@ -14,7 +14,7 @@
 
 use std::cell::Cell;
 
-use super::{Call, Query};
+use super::{Call, Query, tokens_of, whole};
 use crate::linear::{bf16_bits, with_scratch};
 use crate::math::exp;
 use crate::pages::{PAGE_TOKENS, Page};
@@ -75,15 +75,10 @@ impl Kernel for PairHeads<'_> {
         turn(query.q, q);
         o.fill(Lanes::default());
         let (mut max, mut sum) = (s.splat(f32::NEG_INFINITY), Lanes::default());
-        let pages = &query.pages[..query.context.div_ceil(PAGE_TOKENS)];
-        let page = |i: usize| match pages.get(i).map(|id| call.cache.page(call.layer, *id)) {
-            Some(Page::Bf16(kv)) => kv,
-            Some(Page::F32(_)) => unreachable!("pairs are bf16"),
-            None => &[],
-        };
-        for i in 0..pages.len() {
-            let live = PAGE_TOKENS.min(query.context - i * PAGE_TOKENS);
+        let page = |i| tokens_of(call, query, i, Page::bf16);
+        for i in 0..query.context.div_ceil(PAGE_TOKENS) {
             let (kv, next) = (page(i), page(i + 1));
+            let live = kv.len() / width;
             let factor;
             if S::WIDE {
                 score::<S, 16>(s, q, [kv, next], rest, &mut scores[..live], call.scale);
@@ -128,26 +123,21 @@ fn turn_back(from: &[Lanes], rows: &mut [f32]) {
     }
 }
 
-/// T tokens at a time; meanwhile those after them are fetched, from the `next` page too. A last block that is not whole is scored in `rest`
-/// (see [`super::scores`]).
+/// T tokens at a time; meanwhile those after them are fetched, from the `next` page too.
 #[inline(always)]
 fn score<S: Simd, const T: usize>(
     s: S,
     q: &[PairLanes],
-    [mut kv, next]: [&[u16]; 2],
+    [kv, next]: [&[u16]; 2],
     rest: &mut [u16],
     scores: &mut [Lanes],
     scale: f32,
 ) {
     let width = 2 * q.len();
+    let mut blocks = kv.chunks(T * width);
     for scores in scores.chunks_mut(T) {
-        let block = if scores.len() < T {
-            rest[..scores.len() * width].copy_from_slice(&kv[..scores.len() * width]);
-            &*rest
-        } else {
-            kv.split_off(..T * width).unwrap_or_default()
-        };
-        let mut ahead = if kv.is_empty() { next } else { kv }.iter().step_by(2 * T);
+        let block = whole(blocks.next().unwrap_or_default(), T * width, rest);
+        let mut ahead = blocks.clone().next().unwrap_or(next).iter().step_by(2 * T);
         let mut tokens: [&[[u16; 2]]; T] = [&[]; T];
         for (t, token) in tokens.iter_mut().enumerate() {
             *token = block[t * width..][..width].as_chunks().0;
