@@ -86,7 +86,7 @@ impl Kernel for PairHeads<'_> {
                 score::<S, 4>(s, q, [kv, next], rest, &mut scores[..live], call.scale);
             }
             (max, factor) = probabilities(s, &mut scores[..live], max, &mut sum, p);
-            side_by_side(kv, width, latent, live, tokens);
+            side_by_side(kv, width, latent, tokens);
             let pairs = live.div_ceil(2);
             if S::WIDE {
                 values::<S, 16>(s, &p[..pairs], tokens, latent, factor, o);
@@ -188,16 +188,15 @@ fn probabilities<S: Simd>(s: S, scores: &mut [Lanes], max: S::F, sum: &mut Lanes
 
 /// Latents of tokens 2j and 2j + 1, the first in the high half; a zero where there is no second.
 #[inline(always)]
-fn side_by_side(kv: &[u16], width: usize, latent: usize, live: usize, to: &mut [u32]) {
-    for (j, to) in to.chunks_exact_mut(latent).enumerate().take(live.div_ceil(2)) {
-        let first = &kv[2 * j * width..][..latent];
-        if 2 * j + 1 < live {
-            let second = &kv[(2 * j + 1) * width..][..latent];
+fn side_by_side(kv: &[u16], width: usize, latent: usize, to: &mut [u32]) {
+    for (two, to) in kv.chunks(2 * width).zip(to.chunks_exact_mut(latent)) {
+        let (first, second) = two.split_at(width);
+        if second.is_empty() {
+            to.iter_mut().zip(first).for_each(|(to, first)| *to = u32::from(*first) << 16);
+        } else {
             for ((to, first), second) in to.iter_mut().zip(first).zip(second) {
                 *to = u32::from(*first) << 16 | u32::from(*second);
             }
-        } else {
-            to.iter_mut().zip(first).for_each(|(to, first)| *to = u32::from(*first) << 16);
         }
     }
 }
