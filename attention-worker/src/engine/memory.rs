@@ -83,7 +83,7 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// As the kernels pack them: outputs in panels of 16, FP8 and bf16 kept where the checkpoint has them.
+/// At most, as the kernels pack them: outputs in panels of 16, FP8 and bf16 kept where the checkpoint has them (bf16 may become a quarter smaller).
 fn weight_bytes(checkpoint: &Checkpoint, n: Numerics) -> Result<u64, ModelError> {
     let c = checkpoint.config();
     // All of a checkpoint's projections are stored alike, but not its head.

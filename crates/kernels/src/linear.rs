@@ -12,6 +12,7 @@ mod panels;
 mod rows;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tight;
 
 use std::ops::Range;
 
@@ -61,7 +62,8 @@ macro_rules! on_panels {
 impl Linear {
     /// `m` is [out, in]. Panics where its data does not have the size that its shape says (`crates/model` checks files).
     pub fn pack(m: &Matrix<'_>, n: Numerics) -> Self {
-        Self::of(m, n, &Source::Matrix).expect("only packed bytes can be unfit")
+        let tight = n.kernels().opens_tight();
+        Self::of(m, n, &Source::Matrix { tight }).expect("only packed bytes can be unfit")
     }
 
     /// The same without packing: `packed` is what [`Linear::packed`] gave for the same matrix and numerics.
@@ -90,10 +92,14 @@ impl Linear {
             (MatrixData::Fp8 { q, scales, block }, _) => {
                 let scales = Some(Scales { values: scales, block: *block });
                 let read = |i: usize, to: &mut [u8]| to.copy_from_slice(&q[i..i + to.len()]);
-                match (block[1] % 2, cols % 2, n.by_pairs()) {
-                    (0, _, true) => Panels::E4m3Pairs(source.panels(rows, cols, scales, read)?),
+                let bf16 = |code: &u8| (e4m3_to_f32(*code).to_bits() >> 16) as u16;
+                match (block[1] % 4, cols % 4, n.by_pairs()) {
+                    (0, 0, true) => Panels::E4m3Pairs(source.panels(rows, cols, scales, read)?),
                     (0, 0, false) => Panels::E4m3(source.panels(rows, cols, scales, read)?),
-                    // A pair cannot lie across two blocks, nor end beyond a row of x that is not made of pairs.
+                    // Four values of k cannot lie across two blocks, nor end beyond a row of x.
+                    (0 | 2, _, true) => Panels::Bf16Pairs(source.panels(rows, cols, scales, |i, to| {
+                        to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = bf16(code))
+                    })?),
                     _ => Panels::F32(source.panels(rows, cols, scales, |i, to| {
                         to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = e4m3_to_f32(*code))
                     })?),
@@ -173,7 +179,10 @@ impl std::fmt::Debug for Linear {
 
 /// Where a linear's panels come from.
 enum Source {
-    Matrix,
+    /// Bf16 is made `tight` where that can be.
+    Matrix {
+        tight: bool,
+    },
     Packed(Bytes),
 }
 
@@ -186,7 +195,7 @@ impl Source {
         read: impl Fn(usize, &mut [W::Element]),
     ) -> Result<Packed<W>, UnfitBytes> {
         match self {
-            Self::Matrix => Ok(Packed::new(rows, cols, scales, read)),
+            Self::Matrix { tight } => Ok(Packed::new(rows, cols, scales, *tight, read)),
             Self::Packed(bytes) => Packed::mapped(rows, cols, scales, bytes.clone()),
         }
     }

@@ -22,6 +22,29 @@ use std::sync::OnceLock;
 /// Lanes of a vector; outputs of a panel of weights; heads of an attention task.
 pub(crate) const LANES: usize = 16;
 
+/// Sixteen pairs of bf16.
+pub(crate) type Words = [u16; 2 * LANES];
+
+/// A line of the processor's caches.
+pub(crate) type Line = [u8; 64];
+
+/// The V-th of four steps of tight weights (see `linear::tight`): exponents from a table by codes of 4 bits, of which two are in a byte; fraction and
+/// sign from `rests`.
+#[inline(always)]
+pub(crate) fn tight_words<const V: usize>(codes: &Line, rests: &Line, exponents: &Line) -> Words {
+    std::array::from_fn(|word| {
+        let byte = interleaved::<V>(word);
+        let exponent = exponents[usize::from(codes[byte] >> (V / 2 * 4) & 0xf)];
+        u16::from_be_bytes([exponent, rests[byte]]).rotate_right(1)
+    })
+}
+
+/// Where a word of the V-th of two vectors (the V-th of four: of the V / 2-th two) has its byte in 64: as registers are interleaved, 16 bytes by 16.
+#[inline(always)]
+pub(crate) fn interleaved<const V: usize>(word: usize) -> usize {
+    word / 8 * 16 + V % 2 * 8 + word % 8
+}
+
 /// What the factors of a sum are multiplied by before it is asked whether it is denormal; the sum is lifted by its square.
 const LIFT: f32 = (1u64 << 32) as f32;
 /// A lifted sum below this is denormal.
@@ -69,7 +92,8 @@ impl Isa {
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-            let bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
+            let bytes = is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
+            let bf16 = avx512 && bytes && is_x86_feature_detected!("avx512bf16");
             let all = [(avx2, Self::Avx2), (avx512, Self::Avx512), (bf16, Self::Avx512Bf16)];
             found.extend(all.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
         }
@@ -98,6 +122,11 @@ impl Isa {
     /// Whether it is faster than two multiply-adds of f32: twice on AMD's processors, half on Intel's.
     pub fn has_fast_dot_pairs(self) -> bool {
         self.has_dot_pairs() && !vendor_is_intel()
+    }
+
+    /// Whether tight weights are opened in registers ([`Simd::OPENS_TIGHT`]), so that they are read faster than others and not only smaller.
+    pub fn opens_tight(self) -> bool {
+        self.name() == "avx512-bf16"
     }
 
     #[inline]
@@ -138,6 +167,8 @@ pub(crate) trait Simd: Copy {
     type Pairs: Copy;
     /// Whether there are 32 registers of a whole vector (else 16 of half a vector).
     const WIDE: bool;
+    /// Whether [`Simd::pairs_tight`] takes less time than memory takes to bring what it saves.
+    const OPENS_TIGHT: bool = false;
 
     /// Runs a kernel, on x86 as a function of its own: the compiler does better with a small hot loop than with one in the middle of a large function.
     fn apart<K: Kernel>(self, kernel: K) -> K::Out;
@@ -177,8 +208,13 @@ pub(crate) trait Simd: Copy {
     fn halves(self, v: Self::Pairs) -> [Self::F; 2];
     /// What `pairs_bf16` reads back.
     fn store_pairs(self, v: Self::Pairs, to: &mut [u32; LANES]);
-    /// Bytes 2i + 1 and 2i become the high and the low half of pair i.
-    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> Self::Pairs;
+    /// [`tight_words`].
+    #[inline(always)]
+    fn pairs_tight<const V: usize>(self, codes: &Line, rests: &Line, exponents: &Line) -> Self::Pairs {
+        self.pairs_bf16(&bytemuck::cast(tight_words::<V>(codes, rests, exponents)))
+    }
+    /// The V-th of the two that lie [`interleaved`] in `x`.
+    fn pairs_e4m3<const V: usize>(self, x: &Line) -> Self::Pairs;
     /// What `vdpbf16ps` does (found by comparing 160 million inputs, denormals, infinities and cancellations among them):
     /// ```text
     /// z(v)           = v with denormals replaced by a zero of the same sign

@@ -1,8 +1,9 @@
 //! Experts in the layout that the kernels read, beside the checkpoint: a worker maps them instead of packing them again.
 //!
 //! ```text
-//! experts-<numerics>.packed:   a page with the header as JSON, then for each layer with experts, for each expert:
-//!                              gate, up, down, each padded to 64 bytes
+//! experts-<numerics>.packed:   a page with the header as JSON
+//!                              the bytes of each matrix, u64: for each layer with experts, for each expert, of gate, up and down
+//!                              the matrices in that order; all is padded to 64 bytes
 //! ```
 //! Only a copy: shapes and scales are read from the checkpoint, and a file that was made of another one, for other numerics or by another version is
 //! refused.
@@ -20,28 +21,22 @@ use crate::shards::map;
 use crate::{Checkpoint, ModelError};
 
 /// Of the layout of panels and of this file.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER_BYTES: usize = 4096;
 const ALIGNMENT: usize = 64;
+const PARTS: usize = 3;
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Header {
+struct Header<T> {
     version: u32,
-    fingerprint: String,
-    numerics: String,
-    /// Of one expert's gate, up and down.
-    bytes: [usize; 3],
+    fingerprint: T,
+    numerics: T,
 }
 
-impl Header {
-    /// Where an expert's gate, up and down begin, and where it ends; from its own begin on.
-    fn places(&self) -> [usize; 4] {
-        let mut places = [0; 4];
-        for (i, bytes) in self.bytes.iter().enumerate() {
-            places[i + 1] = places[i] + bytes.next_multiple_of(ALIGNMENT);
-        }
-        places
+impl<'a> Header<&'a str> {
+    fn of(checkpoint: &'a Checkpoint, numerics: Numerics) -> Self {
+        Self { version: VERSION, fingerprint: checkpoint.fingerprint(), numerics: numerics.name() }
     }
 }
 
@@ -49,7 +44,8 @@ impl Header {
 pub struct Experts<'c> {
     checkpoint: &'c Checkpoint,
     numerics: Numerics,
-    packed: Option<(Header, Bytes)>,
+    /// Of each expert in their order, gate, up and down.
+    packed: Option<Vec<[Bytes; PARTS]>>,
 }
 
 impl<'c> Experts<'c> {
@@ -66,15 +62,13 @@ impl<'c> Experts<'c> {
     /// The expert, and how many bytes of the checkpoint it is.
     pub fn get(&self, layer: usize, expert: usize) -> Result<(Ffn, u64), ModelError> {
         let block = self.checkpoint.expert(layer, expert)?;
-        let Some((header, bytes)) = &self.packed else {
+        let Some(packed) = &self.packed else {
             let ffn = Ffn::pack(&block.gate, &block.up, &block.down, self.numerics);
             self.checkpoint.release(block.matrices());
             return Ok((ffn, block.bytes()));
         };
-        let places = header.places();
-        let begin = HEADER_BYTES + index(self.checkpoint, layer, expert) * places[3];
-        let part = |i: usize| bytes.slice(begin + places[i]..begin + places[i] + header.bytes[i]);
-        Ffn::mapped([&block.gate, &block.up, &block.down], self.numerics, [part(0), part(1), part(2)])
+        let parts = packed[index(self.checkpoint, layer, expert)].clone();
+        Ffn::mapped([&block.gate, &block.up, &block.down], self.numerics, parts)
             .map(|ffn| (ffn, block.bytes()))
             .map_err(|unfit| stale(path(self.checkpoint, self.numerics), unfit.to_string()))
     }
@@ -95,7 +89,7 @@ fn stale(path: PathBuf, detail: impl std::fmt::Display) -> ModelError {
     ModelError::file(path, format!("{detail}; delete it, or make it again with `moesaic pack`"))
 }
 
-fn read(checkpoint: &Checkpoint, numerics: Numerics, path: &Path) -> Result<(Header, Bytes), ModelError> {
+fn read(checkpoint: &Checkpoint, numerics: Numerics, path: &Path) -> Result<Vec<[Bytes; PARTS]>, ModelError> {
     let bytes = Bytes::from_owner(map(path)?);
     let stale = |detail: String| stale(path.to_owned(), detail);
     let header = bytes.get(..HEADER_BYTES).ok_or_else(|| stale(format!("has {} bytes and no header", bytes.len())))?;
@@ -103,23 +97,41 @@ fn read(checkpoint: &Checkpoint, numerics: Numerics, path: &Path) -> Result<(Hea
     if header.is_empty() {
         return Err(stale("header is empty".into()));
     }
-    let header: Header = serde_json::from_slice(header).map_err(|e| stale(format!("header: {e}")))?;
-    let expected = [VERSION.to_string(), checkpoint.fingerprint().to_owned(), numerics.name().to_owned()];
-    let found = [header.version.to_string(), header.fingerprint.clone(), header.numerics.clone()];
-    for ((field, found), expected) in ["version", "fingerprint", "numerics"].iter().zip(found).zip(expected) {
+    let header: Header<String> = serde_json::from_slice(header).map_err(|e| stale(format!("header: {e}")))?;
+    let expected = Header::of(checkpoint, numerics);
+    for (field, found, expected) in [
+        ("version", &*header.version.to_string(), &*expected.version.to_string()),
+        ("fingerprint", &header.fingerprint, expected.fingerprint),
+        ("numerics", &header.numerics, expected.numerics),
+    ] {
         if found != expected {
             return Err(stale(format!("{field} is {found}, expected {expected}")));
         }
     }
-    if let Some(part) = header.bytes.iter().find(|part| **part > bytes.len()) {
-        return Err(stale(format!("header: an expert with a matrix of {part} bytes, more than the file has")));
-    }
     let experts = checkpoint.config().moe_layers().len() * checkpoint.config().n_routed_experts;
-    let expected = HEADER_BYTES + experts * header.places()[3];
-    if bytes.len() != expected {
-        return Err(stale(format!("has {} bytes, expected {expected}", bytes.len())));
+    let (lengths, mut begin) = (HEADER_BYTES, HEADER_BYTES + lengths_bytes(experts));
+    let missing = || stale(format!("has {} bytes, less than its matrices take", bytes.len()));
+    let lengths = bytes.get(lengths..begin).ok_or_else(missing)?;
+    let mut packed = Vec::with_capacity(experts);
+    for lengths in lengths.as_chunks().0.as_chunks::<PARTS>().0.iter().take(experts) {
+        let mut parts = [const { Bytes::new() }; PARTS];
+        for (part, length) in parts.iter_mut().zip(lengths) {
+            let end = usize::try_from(u64::from_le_bytes(*length)).ok().and_then(|length| begin.checked_add(length));
+            let end = end.filter(|end| *end <= bytes.len()).ok_or_else(missing)?;
+            *part = bytes.slice(begin..end);
+            begin = end.next_multiple_of(ALIGNMENT);
+        }
+        packed.push(parts);
     }
-    Ok((header, bytes))
+    if begin != bytes.len() {
+        return Err(stale(format!("has {} bytes, expected {begin}", bytes.len())));
+    }
+    Ok(packed)
+}
+
+/// Of the lengths of so many experts' matrices.
+fn lengths_bytes(experts: usize) -> usize {
+    (experts * PARTS * size_of::<u64>()).next_multiple_of(ALIGNMENT)
 }
 
 /// What [`write`] made.
@@ -136,39 +148,35 @@ pub fn write(checkpoint: &Checkpoint, numerics: Numerics) -> Result<Written, Mod
     let of_layer = |layer| (0..config.n_routed_experts).map(move |expert| (layer, expert));
     let experts: Vec<(usize, usize)> = config.moe_layers().into_iter().flat_map(of_layer).collect();
     let from_matrices = Experts { checkpoint, numerics, packed: None };
-    let Some(&(layer, expert)) = experts.first() else {
+    if experts.is_empty() {
         return Err(ModelError::file(checkpoint.dir(), "has no routed experts, so there is nothing to pack"));
-    };
-    let header = Header {
-        version: VERSION,
-        fingerprint: checkpoint.fingerprint().to_owned(),
-        numerics: numerics.name().to_owned(),
-        bytes: from_matrices.get(layer, expert)?.0.packed().map(<[u8]>::len),
-    };
+    }
     let path = path(checkpoint, numerics);
-    let bytes = (HEADER_BYTES + experts.len() * header.places()[3]) as u64;
-    let unwritten = |e: std::io::Error| {
-        ModelError::file(&path, format!("cannot be written: {e}; it takes {bytes} bytes on the disk"))
-    };
     let partial = path.with_extension("partial");
+    let mut page = serde_json::to_vec(&Header::of(checkpoint, numerics)).expect("a number and strings");
+    page.resize(HEADER_BYTES, b' ');
     let fill = || {
+        let mut end = HEADER_BYTES + lengths_bytes(experts.len());
+        let unwritten = |e: std::io::Error| ModelError::file(&path, format!("cannot be written: {e}"));
         let file = File::create(&partial).map_err(unwritten)?;
-        let mut page = serde_json::to_vec(&header).expect("numbers and strings");
-        page.resize(HEADER_BYTES, b' ');
-        file.set_len(bytes).and_then(|()| file.write_all_at(&page, 0)).map_err(unwritten)?;
-        let places = header.places();
-        experts.par_iter().enumerate().try_for_each(|(index, &(layer, expert))| {
-            let (ffn, _) = from_matrices.get(layer, expert)?;
-            if ffn.packed().map(<[u8]>::len) != header.bytes {
-                let detail = format!("layer {layer}, expert {expert} is stored unlike the first, expected all alike");
-                return Err(ModelError::file(checkpoint.dir(), detail));
+        file.write_all_at(&page, 0).map_err(unwritten)?;
+        let mut lengths: Vec<u8> = Vec::new();
+        for some in experts.chunks(2 * rayon::current_num_threads()) {
+            let some: Result<Vec<_>, _> =
+                some.par_iter().map(|(layer, expert)| from_matrices.get(*layer, *expert)).collect();
+            for (ffn, _) in some? {
+                for part in ffn.packed() {
+                    file.write_all_at(part, end as u64).map_err(unwritten)?;
+                    lengths.extend((part.len() as u64).to_le_bytes());
+                    end = (end + part.len()).next_multiple_of(ALIGNMENT);
+                }
             }
-            let begin = HEADER_BYTES + index * places[3];
-            let mut parts = ffn.packed().into_iter().zip(places);
-            parts.try_for_each(|(part, place)| file.write_all_at(part, (begin + place) as u64)).map_err(unwritten)
-        })?;
-        file.sync_all().and_then(|()| fs::rename(&partial, &path)).map_err(unwritten)
+        }
+        file.write_all_at(&lengths, HEADER_BYTES as u64).map_err(unwritten)?;
+        file.set_len(end as u64).and_then(|()| file.sync_all()).map_err(unwritten)?;
+        fs::rename(&partial, &path).map_err(unwritten)?;
+        Ok(end as u64)
     };
-    fill().inspect_err(|_| drop(fs::remove_file(&partial)))?;
+    let bytes = fill().inspect_err(|_| drop(fs::remove_file(&partial)))?;
     Ok(Written { path, experts: experts.len(), bytes })
 }

@@ -17,9 +17,12 @@
 
 use std::ops::Range;
 
+use bytemuck::Zeroable;
+
 use super::panels::{View, Weight};
+use super::tight::{GROUP_LINES, GROUP_STEPS, Group, TightTile};
 use crate::pool::Shared;
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, Line, Simd};
 
 /// Where the rows of a call lie: row r of the call is row `pick[r]` (or r) of x, and row r of y.
 #[derive(Clone, Copy)]
@@ -46,34 +49,60 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let widens = self.rows.len() >= W::WIDEN_ROWS_MIN;
-        let group = if S::WIDE && !widens { 8 } else { 4 };
+        let tight = self.weights.tight();
+        let widens = match tight {
+            Some(_) => !S::OPENS_TIGHT || self.rows.len() > OPENED_AGAIN_MAX * W::rows_max::<S>(),
+            None => self.rows.len() >= W::WIDEN_ROWS_MIN,
+        };
+        let opens_in_registers = if tight.is_some() { W::IS_BF16 && S::OPENS_TIGHT } else { S::WIDE };
+        let group = if S::WIDE { 8 } else { 4 };
+        let steps = self.weights.steps;
+        let opened_steps = W::PER_STEP / W::Wide::PER_STEP;
         let mut wide = W::take_wide();
         for first in self.panels.clone().step_by(group) {
             let panels = first..self.panels.end.min(first + group);
-            let next = lines(self.weights.panels(panels.end..self.panels.end.min(panels.end + group)));
+            let next = self.weights.lines(panels.end..self.panels.end.min(panels.end + group));
             if !widens {
-                self.pass(s, panels, first > self.panels.start, next);
+                let near = if first > self.panels.start { Near::Fetched } else { Near::No };
+                self.pass(s, panels, near, next);
                 continue;
             }
-            let narrow = self.weights.panels(panels.clone());
-            wide.clear();
-            for narrow in narrow {
-                wide.push(narrow.widen(s));
+            let mut rows = self.rows.clone();
+            if opens_in_registers && first == self.panels.start {
+                // Nobody has fetched this group: the first rows do while they compute.
+                let live = rows_of_tile(rows.len(), W::rows_max::<S>());
+                let fetch = Fetch::own(self.weights, panels.clone());
+                self.rows(s, Strip { row: rows.start, live, panels: panels.clone(), fetch });
+                rows.start += live;
             }
-            let Self { weights, x, y, place, ref rows, .. } = self;
+            wide.resize(wide.len().max(panels.len() * steps * opened_steps), Zeroable::zeroed());
+            if let Some(tight) = tight {
+                for (panel, to) in panels.clone().zip(wide.chunks_exact_mut(steps)) {
+                    tight.open(s, panel, 0, &mut tight.outliers(panel), bytemuck::cast_slice_mut(to));
+                }
+            } else {
+                let narrow = self.weights.panels(panels.clone()).iter();
+                for (narrow, to) in narrow.zip(wide.chunks_exact_mut(opened_steps)) {
+                    narrow.widen(s, to);
+                }
+            }
+            let Self { weights, x, y, place, .. } = self;
             let weights = weights.of(&wide, first);
-            Tiles { weights, x, y, place, rows: rows.clone(), panels: panels.clone() }.pass(s, panels, true, next);
+            Tiles { weights, x, y, place, rows, panels: panels.clone() }.pass(s, panels, Near::Opened, next);
         }
         W::give_back_wide(wide);
     }
 }
 
-/// A line of the processor's caches.
-type Line = [u8; 64];
+/// How many times a tight matrix is opened in registers, before it pays to open it in memory once for all rows.
+const OPENED_AGAIN_MAX: usize = 2;
 
-fn lines<W: Weight>(weights: &[W]) -> &[Line] {
-    bytemuck::cast_slice::<W, u8>(weights).as_chunks().0
+/// Whether a group of panels has been brought near, or opened even.
+#[derive(Clone, Copy, PartialEq)]
+enum Near {
+    No,
+    Fetched,
+    Opened,
 }
 
 /// Of `left` rows: `max` while there are many; fewer than twice as many are cut into halves, not into `max` and a small rest.
@@ -82,70 +111,84 @@ pub(crate) fn rows_of_tile(left: usize, max: usize) -> usize {
 }
 
 /// `live` rows from `row`, for all `panels`.
-struct Strip<'a, W> {
+struct Strip<'a> {
     row: usize,
     live: usize,
     panels: Range<usize>,
-    fetch: Fetch<'a, W>,
+    fetch: Fetch<'a>,
 }
 
 impl<W: Weight> Tiles<'_, W> {
-    /// All rows pass over a group of panels, which may be near already; meanwhile the `next` is fetched.
+    /// All rows pass over a group of panels; meanwhile the `next` is fetched.
     #[inline(always)]
-    fn pass<S: Simd>(&self, s: S, panels: Range<usize>, near: bool, mut next: &[Line]) {
-        // Weights that take work to open are opened for more rows.
-        let max = if S::WIDE && W::PARTS > 1 { 8 } else { 6 };
+    fn pass<S: Simd>(&self, s: S, panels: Range<usize>, near: Near, mut next: &[Line]) {
+        let max = W::rows_max::<S>();
         let mut row = self.rows.start;
         while row < self.rows.end {
-            let rows = rows_of_tile(self.rows.end - row, max);
+            let live = rows_of_tile(self.rows.end - row, max);
             let strips = (self.rows.end - row).div_ceil(max);
-            // The first rows fetch their own, unless others have.
-            let fetch = if row == self.rows.start && (strips == 1 || !near) {
-                let end = if strips == 1 { self.panels.end } else { panels.end };
-                Fetch { own: self.weights.panels(panels.start..end), ahead: &[] }
+            let is_first = row == self.rows.start && near != Near::Opened;
+            let fetch = if is_first && strips == 1 {
+                Fetch::own(self.weights, panels.start..self.panels.end)
+            } else if is_first && near == Near::No {
+                Fetch::own(self.weights, panels.clone())
             } else {
-                Fetch { own: &[], ahead: next.split_off(..next.len() / strips).unwrap_or_default() }
+                Fetch { ahead: next.split_off(..next.len() / strips).unwrap_or_default(), ..Fetch::nothing() }
             };
-            let strip = Strip { row, live: rows, panels: panels.clone(), fetch };
-            match (rows, S::WIDE) {
-                (1, true) => self.strip::<S, 1, 8>(s, strip),
-                (1, false) => self.strip::<S, 1, 4>(s, strip),
-                (2, true) => self.strip::<S, 2, 4>(s, strip),
-                (2, false) => self.strip::<S, 2, 2>(s, strip),
-                (3..=4, true) => self.strip::<S, 4, 4>(s, strip),
-                (3..=4, false) => self.strip::<S, 4, 1>(s, strip),
-                (5..=6, true) => self.strip::<S, 6, 4>(s, strip),
-                (_, true) => self.strip::<S, 8, 2>(s, strip),
-                (_, false) => self.strip::<S, 6, 1>(s, strip),
-            }
-            row += rows;
+            self.rows(s, Strip { row, live, panels: panels.clone(), fetch });
+            row += live;
         }
     }
 
     #[inline(always)]
-    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_, W>)
+    fn rows<S: Simd>(&self, s: S, strip: Strip<'_>) {
+        // Not one `match` of both: each set of instructions would get the other's tiles, too.
+        if S::WIDE {
+            match strip.live {
+                1 => self.strip::<S, 1, 8>(s, strip),
+                2 => self.strip::<S, 2, 4>(s, strip),
+                3..=4 => self.strip::<S, 4, 4>(s, strip),
+                5..=6 if W::WIDEN_ROWS_MIN < usize::MAX || self.weights.tight().is_some() => {
+                    self.strip::<S, 6, 2>(s, strip)
+                }
+                5..=6 => self.strip::<S, 6, 4>(s, strip),
+                _ => self.strip::<S, 8, 2>(s, strip),
+            }
+        } else {
+            match strip.live {
+                1 => self.strip::<S, 1, 4>(s, strip),
+                2 => self.strip::<S, 2, 2>(s, strip),
+                3..=4 => self.strip::<S, 4, 1>(s, strip),
+                _ => self.strip::<S, 6, 1>(s, strip),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn strip<S: Simd, const R: usize, const P: usize>(&self, s: S, strip: Strip<'_>)
     where
         Tile: Sums<R, P> + Sums<R, 4> + Sums<R, 1>,
     {
-        let Strip { row, live, mut panels, fetch: Fetch { mut own, mut ahead } } = strip;
+        let Strip { row, live, mut panels, mut fetch } = strip;
         let mut x: [&[W::X]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
             *x = self.x_row(row + r.min(live - 1));
         }
         while panels.len() >= P {
             let tiles = panels.len() / P;
-            let part = ahead.split_off(..ahead.len() / tiles).unwrap_or_default();
-            let fetch = Fetch { own, ahead: part };
-            s.apart(TileOf::<W, R, P> { tiles: self, x, row, live, panel: panels.start, fetch });
-            own = own.get(P * self.weights.steps..).unwrap_or_default();
+            let ahead = fetch.ahead.split_off(..fetch.ahead.len() / tiles).unwrap_or_default();
+            let now = Fetch { ahead, ..fetch };
+            TileOf::<W, R, P> { tiles: self, x, row, live, panel: panels.start, fetch: now }.on(s);
+            fetch.own = fetch.own.get(P * self.weights.panel_lines()..).unwrap_or_default();
             panels.start += P;
         }
+        let fetch = Fetch::nothing();
         if P > 4 && panels.len() >= 4 {
-            s.apart(TileOf::<W, R, 4> { tiles: self, x, row, live, panel: panels.start, fetch: Fetch::nothing() });
+            TileOf::<W, R, 4> { tiles: self, x, row, live, panel: panels.start, fetch }.on(s);
             panels.start += 4;
         }
         for panel in panels {
-            s.apart(TileOf::<W, R, 1> { tiles: self, x, row, live, panel, fetch: Fetch::nothing() });
+            TileOf::<W, R, 1> { tiles: self, x, row, live, panel, fetch }.on(s);
         }
     }
 
@@ -172,14 +215,14 @@ impl<W: Weight> Tiles<'_, W> {
 }
 
 /// `live` rows from `row`, with P panels from `panel`.
-struct TileOf<'a, W: Weight, const R: usize, const P: usize> {
+pub(super) struct TileOf<'a, W: Weight, const R: usize, const P: usize> {
     tiles: &'a Tiles<'a, W>,
     /// The last of `live` rows again where there are fewer than R.
-    x: [&'a [W::X]; R],
+    pub x: [&'a [W::X]; R],
     row: usize,
     live: usize,
-    panel: usize,
-    fetch: Fetch<'a, W>,
+    pub panel: usize,
+    pub fetch: Fetch<'a>,
 }
 
 impl<W: Weight, const R: usize, const P: usize> Kernel for TileOf<'_, W, R, P>
@@ -196,16 +239,11 @@ where
             *w = weights.panel(self.panel + p);
         }
         let acc = if weights.scales(self.panel).is_empty() {
-            chain::<S, W, R, P>(s, self.x, panels, 0..weights.steps, self.fetch)
+            chain::<S, W, R, P>(s, self.x, panels, 0..weights.steps, zero(s), self.fetch)
         } else {
             self.scaled(s, panels)
         };
-        // Every index is known to the compiler: sums that are indexed by anything else live in memory.
-        for (r, acc) in acc.into_iter().enumerate() {
-            for (p, sum) in acc.into_iter().enumerate() {
-                self.tiles.store(s, self.row + r.min(self.live - 1), self.panel + p, sum);
-            }
-        }
+        self.store(s, acc);
     }
 }
 
@@ -213,19 +251,41 @@ impl<W: Weight, const R: usize, const P: usize> TileOf<'_, W, R, P>
 where
     Tile: Sums<R, P>,
 {
+    /// As a function of its own.
+    #[inline(always)]
+    fn on<S: Simd>(self, s: S) {
+        if W::IS_BF16
+            && S::OPENS_TIGHT
+            && let Some(tight) = self.tiles.weights.tight()
+        {
+            return s.apart(TightTile { tile: self, tight });
+        }
+        s.apart(self);
+    }
+
+    #[inline(always)]
+    pub fn store<S: Simd>(&self, s: S, acc: [[S::F; P]; R]) {
+        // Every index is known to the compiler: sums that are indexed by anything else live in memory.
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (p, sum) in acc.into_iter().enumerate() {
+                self.tiles.store(s, self.row + r.min(self.live - 1), self.panel + p, sum);
+            }
+        }
+    }
+
     /// A chain for each block of K, then one chain over the blocks.
     #[inline(always)]
     fn scaled<S: Simd>(&self, s: S, panels: [&[W]; P]) -> [[S::F; P]; R] {
         let weights = self.tiles.weights;
         let mut ahead = self.fetch.ahead;
-        let mut acc = [[s.splat(0.0); P]; R];
+        let mut acc = zero(s);
         let blocks = weights.scales(self.panel).len();
         for block in 0..blocks {
             let first = block * weights.block_steps;
             let now = ahead.split_off(..ahead.len() / (blocks - block)).unwrap_or_default();
             let fetch = Fetch { ahead: now, ..self.fetch };
             let steps = first..weights.steps.min(first + weights.block_steps);
-            let part = chain::<S, W, R, P>(s, self.x, panels, steps, fetch);
+            let part = chain::<S, W, R, P>(s, self.x, panels, steps, zero(s), fetch);
             for p in 0..P {
                 let scale = weights.scales(self.panel + p)[block].open(s, 0);
                 for r in 0..R {
@@ -237,42 +297,56 @@ where
     }
 }
 
-/// What is brought near while a tile is computed.
-#[derive(Clone, Copy)]
-pub(crate) struct Fetch<'a, W> {
-    /// For the first rows, which find their panels in memory: those from the tile's first on, of which the tile fetches its own some steps ahead,
-    /// and near its end the first steps of the next one's.
-    own: &'a [W],
-    /// Evenly over the steps.
-    ahead: &'a [Line],
+#[inline(always)]
+pub(super) fn zero<S: Simd, const R: usize, const P: usize>(s: S) -> [[S::F; P]; R] {
+    [[s.splat(0.0); P]; R]
 }
 
-impl<W> Fetch<'_, W> {
+/// What is brought near while a tile is computed.
+#[derive(Clone, Copy)]
+pub(crate) struct Fetch<'a> {
+    /// For the first rows, which find their panels in memory: those from the tile's first on, of which the tile fetches its own some steps ahead,
+    /// and near its end the first steps of the next one's.
+    pub own: &'a [Line],
+    /// Lines of each.
+    pub panel: usize,
+    /// The line of each panel that step 0 fetches.
+    pub from: usize,
+    /// Evenly over the steps.
+    pub ahead: &'a [Line],
+}
+
+impl<'a> Fetch<'a> {
     pub fn nothing() -> Self {
-        Self { own: &[], ahead: &[] }
+        Self { own: &[], panel: 0, from: 0, ahead: &[] }
+    }
+
+    fn own<W: Weight>(weights: View<'a, W>, panels: Range<usize>) -> Self {
+        let from = OWN_STEPS * size_of::<W>() / size_of::<Line>();
+        Self { own: weights.lines(panels), panel: weights.panel_lines(), from, ..Self::nothing() }
     }
 }
 
 /// How many steps ahead a tile's own panels are fetched.
 const OWN_STEPS: usize = 48;
 
-/// Sums of R rows and P panels over `steps`, from zero.
+/// Sums of R rows and P panels over `steps`, from `acc`.
 #[inline(always)]
-fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
+pub(super) fn chain<S: Simd, W: Weight, const R: usize, const P: usize>(
     s: S,
     x: [&[W::X]; R],
     panels: [&[W]; P],
     steps: Range<usize>,
-    fetch: Fetch<'_, W>,
+    acc: [[S::F; P]; R],
+    fetch: Fetch<'_>,
 ) -> [[S::F; P]; R]
 where
     Tile: Sums<R, P>,
 {
-    let zero = [[s.splat(0.0); P]; R];
     if fetch.own.is_empty() {
-        Tile::sums::<S, W, false>(s, x, panels, steps, zero, fetch)
+        Tile::sums::<S, W, false>(s, x, panels, steps, acc, fetch)
     } else {
-        Tile::sums::<S, W, true>(s, x, panels, steps, zero, fetch)
+        Tile::sums::<S, W, true>(s, x, panels, steps, acc, fetch)
     }
 }
 
@@ -286,7 +360,17 @@ pub(crate) trait Sums<const R: usize, const P: usize> {
         panels: [&[W]; P],
         steps: Range<usize>,
         acc: [[S::F; P]; R],
-        fetch: Fetch<'_, W>,
+        fetch: Fetch<'_>,
+    ) -> [[S::F; P]; R];
+
+    /// The same over some groups of panels of a tight matrix, and with its table of exponents.
+    fn tight_sums<S: Simd, W: Weight, const FETCH_OWN: bool>(
+        s: S,
+        x: [&[W::X]; R],
+        panels: ([&[Group]; P], &Line),
+        groups: Range<usize>,
+        acc: [[S::F; P]; R],
+        fetch: Fetch<'_>,
     ) -> [[S::F; P]; R];
 }
 
@@ -306,18 +390,17 @@ macro_rules! tile {
                 panels: [&[W]; $P],
                 steps: Range<usize>,
                 mut acc: [[S::F; $P]; $R],
-                fetch: Fetch<'_, W>,
+                fetch: Fetch<'_>,
             ) -> [[S::F; $P]; $R] {
                 assert!(x.iter().all(|x| steps.end * W::PARTS <= x.len()) && panels.iter().all(|w| steps.end <= w.len()));
-                let Fetch { own, ahead } = fetch;
-                let len = panels[0].len();
+                let Fetch { own, panel, from, ahead } = fetch;
                 let pace = ahead.len().div_ceil(steps.len().max(1));
                 let mut ahead = ahead.iter();
                 for k in steps {
                     if FETCH_OWN {
-                        let at = k + OWN_STEPS;
-                        let at = if at < len { at } else { at + ($P - 1) * len };
-                        tile!(@fetch s, own, at, len, $panels);
+                        let at = from + k * size_of::<W>() / size_of::<Line>();
+                        let at = if at < panel { at } else { at + ($P - 1) * panel };
+                        tile!(@fetch s, own, at, panel, $panels);
                     } else if $R > 2 {
                         for line in ahead.by_ref().take(pace) {
                             s.prefetch(line);
@@ -335,10 +418,75 @@ macro_rules! tile {
                 }
                 acc
             }
+
+            #[inline(always)]
+            fn tight_sums<S: Simd, W: Weight, const FETCH_OWN: bool>(
+                s: S,
+                x: [&[W::X]; $R],
+                (panels, exponents): ([&[Group]; $P], &Line),
+                groups: Range<usize>,
+                mut acc: [[S::F; $P]; $R],
+                fetch: Fetch<'_>,
+            ) -> [[S::F; $P]; $R] {
+                let parts = GROUP_STEPS * W::PARTS;
+                assert!(x.iter().all(|x| groups.end * parts <= x.len()) && panels.iter().all(|g| groups.end <= g.len()));
+                let Fetch { own, panel, from, ahead } = fetch;
+                let pace = ahead.len().div_ceil(groups.len().max(1));
+                assert!(!FETCH_OWN || !own.is_empty());
+                let last = own.len().saturating_sub(1);
+                let mut ahead = ahead.iter();
+                for group in groups {
+                    if FETCH_OWN {
+                        for line in 0..GROUP_LINES {
+                            let at = from + group * GROUP_LINES + line;
+                            let at = if at < panel { at } else { at + ($P - 1) * panel };
+                            // SAFETY: `last` is below the length of `own`, which is not empty.
+                            unsafe { tile!(@fetch_up_to last, s, own, at, panel, $panels) }
+                        }
+                    }
+                    tile!(@of_group 0, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
+                    tile!(@of_group 1, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
+                    tile!(@of_group 2, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
+                    tile!(@of_group 3, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
+                    if !FETCH_OWN && $R > 2 {
+                        for line in ahead.by_ref().take(pace) {
+                            s.prefetch(line);
+                        }
+                    }
+                }
+                acc
+            }
         }
     };
-    (@fetch $s:ident, $own:ident, $at:ident, $len:ident, [$($p:literal)*]) => {
-        $(if let Some(line) = $own.get($at + $p * $len) {
+    (@fetch_up_to $last:ident, $s:ident, $own:ident, $at:ident, $panel:ident, [$($p:literal)*]) => {{
+        $($s.prefetch($own.get_unchecked($last.min($at + $p * $panel)));)*
+    }};
+    (
+        @of_group $v:literal, $W:ident, $s:ident, $x:ident, $of:ident, $group:ident, $exponents:ident,
+        $acc:ident, [$($r:literal)*], $panels:tt
+    ) => {
+        // SAFETY: `group` is below the length of every panel.
+        let pairs = unsafe { tile!(@pairs $s, $of, $group, $v, $exponents, $panels) };
+        for part in 0..$W::PARTS {
+            let w = tile!(@parts $s, $W, pairs, part, $panels);
+            $(
+                // SAFETY: `group` is below the length of every row in groups.
+                let value = unsafe { *$x[$r].get_unchecked(($group * GROUP_STEPS + $v) * $W::PARTS + part) };
+                tile!(@step $s, value, w, $acc, $r, $panels);
+            )*
+        }
+    };
+    (@pairs $s:ident, $w:ident, $group:ident, $v:literal, $exponents:ident, [$($p:literal)*]) => {
+        [$({
+            let group = $w[$p].get_unchecked($group);
+            $s.pairs_tight::<$v>(&group.codes, &group.rests[$v / 2], $exponents)
+        }),*]
+    };
+    (@parts $s:ident, $W:ident, $pairs:ident, $part:ident, [$($p:literal)*]) => {
+        [$($W::of_pairs($s, $pairs[$p], $part)),*]
+    };
+    (@fetch $s:ident, $own:ident, $at:ident, $panel:ident, [$($p:literal)*]) => {
+        $(if let Some(line) = $own.get($at + $p * $panel) {
             $s.prefetch(line);
         })*
     };
@@ -353,5 +501,5 @@ macro_rules! tile {
 tile!(1: [0], 1: [0], 4: [0 1 2 3], 8: [0 1 2 3 4 5 6 7]);
 tile!(2: [0 1], 1: [0], 2: [0 1], 4: [0 1 2 3]);
 tile!(4: [0 1 2 3], 1: [0], 4: [0 1 2 3]);
-tile!(6: [0 1 2 3 4 5], 1: [0], 4: [0 1 2 3]);
+tile!(6: [0 1 2 3 4 5], 1: [0], 2: [0 1], 4: [0 1 2 3]);
 tile!(8: [0 1 2 3 4 5 6 7], 1: [0], 2: [0 1], 4: [0 1 2 3]);

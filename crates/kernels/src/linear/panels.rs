@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! panel p holds outputs 16p .. 16p+16 (missing ones are zero); lanes[p][step] holds what one step of the chain over K needs for all 16
-//! step of f32:         one k,            [w[16p][k], w[16p+1][k], ...]
-//! step of bf16, e4m3:  k = 2s, 2s + 1,   a u32 or two bytes for each output, the lower k in the upper half
+//! step of f32:   one k,           [w[16p][k], w[16p+1][k], ...]
+//! step of bf16:  k = 2s, 2s + 1,  a u32 for each output, the lower k in the upper half
+//! step of e4m3:  k = 4s .. 4s+4,  a byte in place of each half of two such steps, these interleaved as registers are
 //! ```
 //! A forward pass then reads each panel from its first byte to its last. A pair is multiplied as it is, or by halves: one load and one
 //! operation widen the lower k's sixteen, one more the higher k's, where sixteen values of a single k would take two each.
@@ -15,7 +16,12 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 use bytes::Bytes;
 
-use crate::simd::{LANES, Simd};
+use super::tight::{GROUP_LINES, GROUP_STEPS, Tight, Tightening};
+use crate::simd::{LANES, Line, Simd, Words, interleaved};
+
+fn lines<T: Pod>(values: &[T]) -> &[Line] {
+    bytemuck::cast_slice::<T, u8>(values).as_chunks().0
+}
 
 /// Values of a row that are read at a time: some cache lines.
 const STRETCH: usize = 64;
@@ -38,50 +44,68 @@ pub(crate) trait Weight: Pod + Send + Sync {
     /// Rows from which that pays.
     const WIDEN_ROWS_MIN: usize;
 
+    /// Whether a step is [`Words`] of bf16.
+    const IS_BF16: bool;
+
+    /// A matrix [rows, cols] may be made tight.
+    fn may_be_tight(rows: usize, cols: usize) -> bool {
+        Self::IS_BF16 && rows > 0 && cols > 0 && cols.is_multiple_of(Self::PER_STEP * GROUP_STEPS)
+    }
+
+    /// Rows of the largest tile. Weights that take work to open are opened for more of them.
+    fn rows_max<S: Simd>() -> usize {
+        if S::WIDE && Self::PARTS > 1 { 8 } else { 6 }
+    }
+
     /// One output's weights of this step: PER_STEP of them.
     fn set(&mut self, lane: usize, w: &[Self::Element]);
     fn open<S: Simd>(&self, s: S, part: usize) -> Self::Open<S>;
+    /// The same of a step that is in registers, of a tight matrix.
+    fn of_pairs<S: Simd>(s: S, pairs: S::Pairs, part: usize) -> Self::Open<S>;
     fn step<S: Simd>(s: S, x: Self::X, w: Self::Open<S>, acc: S::F) -> S::F;
-    fn widen<S: Simd>(&self, s: S) -> Self::Wide;
+    fn widen<S: Simd>(&self, s: S, to: &mut [Self::Wide]);
     /// A thread's scratch of any content, to be given back. (No closure: it would not be compiled for the instruction set.)
     fn take_wide() -> Vec<Self::Wide>;
     fn give_back_wide(scratch: Vec<Self::Wide>);
 }
 
 thread_local! {
+    static WIDE_F32: Cell<Vec<F32Lanes>> = const { Cell::new(Vec::new()) };
     static WIDE_HALVES: Cell<Vec<Bf16Halves>> = const { Cell::new(Vec::new()) };
     static WIDE_PAIRS: Cell<Vec<Bf16Pairs>> = const { Cell::new(Vec::new()) };
 }
 
-/// Opening is cheap: it stays as it is.
+/// Opening is cheap: it stays as it is. (A tight matrix of it is opened into the same form.)
 macro_rules! as_it_is {
-    () => {
-        type Wide = Self;
-        const WIDEN_ROWS_MIN: usize = usize::MAX;
+    ($scratch:ident, is_bf16: $is_bf16:literal) => {
+        wide!(Self, $scratch, usize::MAX, is_bf16: $is_bf16);
 
         #[inline(always)]
-        fn widen<S: Simd>(&self, _: S) -> Self {
-            *self
+        fn widen<S: Simd>(&self, _: S, to: &mut [Self]) {
+            to[0] = *self;
         }
-        fn take_wide() -> Vec<Self> {
-            Vec::new()
-        }
-        fn give_back_wide(_: Vec<Self>) {}
     };
 }
 
 /// e4m3 as bf16.
 macro_rules! widens {
     ($wide:ident, $scratch:ident, $rows_min:literal) => {
-        type Wide = $wide;
-        const WIDEN_ROWS_MIN: usize = $rows_min;
+        wide!($wide, $scratch, $rows_min, is_bf16: false);
 
         #[inline(always)]
-        fn widen<S: Simd>(&self, s: S) -> $wide {
-            let mut wide = $wide::default();
-            s.store_pairs(s.pairs_e4m3(&self.0), &mut wide.0);
-            wide
+        fn widen<S: Simd>(&self, s: S, to: &mut [$wide]) {
+            s.store_pairs(s.pairs_e4m3::<0>(&self.0), &mut to[0].0);
+            s.store_pairs(s.pairs_e4m3::<1>(&self.0), &mut to[1].0);
         }
+    };
+}
+
+macro_rules! wide {
+    ($wide:ty, $scratch:ident, $rows_min:expr, is_bf16: $is_bf16:literal) => {
+        type Wide = $wide;
+        const WIDEN_ROWS_MIN: usize = $rows_min;
+        const IS_BF16: bool = $is_bf16;
+
         fn take_wide() -> Vec<$wide> {
             $scratch.take()
         }
@@ -91,51 +115,63 @@ macro_rules! widens {
     };
 }
 
-/// A weight whose step is a pair of k, kept as `$kept`.
-macro_rules! paired {
-    ($name:ident, $align:literal, [$element:ty; $len:expr] of $kept:ty, $set:expr, $($by:tt)*) => {
-        #[repr(C, align($align))]
+/// A pair of k, as u32 of bf16.
+macro_rules! paired_bf16 {
+    ($name:ident, $($by:tt)*) => {
+        #[repr(C, align(64))]
         #[derive(Clone, Copy, Default, Zeroable, Pod)]
-        pub(crate) struct $name(pub [$kept; $len]);
+        pub(crate) struct $name(pub [u32; LANES]);
 
         impl Weight for $name {
-            type Element = $element;
+            type Element = u16;
             const PER_STEP: usize = 2;
 
             #[inline(always)]
-            fn set(&mut self, lane: usize, w: &[$element]) {
-                let set: fn(&mut [$kept; $len], usize, $element, $element) = $set;
-                set(&mut self.0, lane, w[0], w[1]);
+            fn set(&mut self, lane: usize, w: &[u16]) {
+                self.0[lane] = u32::from(w[0]) << 16 | u32::from(w[1]);
             }
             $($by)*
         }
     };
 }
 
-/// u32 of bf16.
-macro_rules! paired_bf16 {
-    ($name:ident, $($by:tt)*) => {
-        paired!($name, 64, [u16; LANES] of u32, |to, lane, a, b| to[lane] = u32::from(a) << 16 | u32::from(b), $($by)*);
-    };
-}
-
-/// Two bytes of e4m3.
+/// Two pairs of k.
 macro_rules! paired_e4m3 {
     ($name:ident, $($by:tt)*) => {
-        paired!($name, 32, [u8; 2 * LANES] of u8, |to, lane, a, b| (to[2 * lane + 1], to[2 * lane]) = (a, b), $($by)*);
+        #[repr(C, align(64))]
+        #[derive(Clone, Copy, Zeroable, Pod)]
+        pub(crate) struct $name(pub Line);
+
+        impl Weight for $name {
+            type Element = u8;
+            const PER_STEP: usize = 4;
+
+            #[inline(always)]
+            fn set(&mut self, lane: usize, w: &[u8]) {
+                let (upper, lower) = (2 * lane + 1, 2 * lane);
+                (self.0[interleaved::<0>(upper)], self.0[interleaved::<0>(lower)]) = (w[0], w[1]);
+                (self.0[interleaved::<1>(upper)], self.0[interleaved::<1>(lower)]) = (w[2], w[3]);
+            }
+            $($by)*
+        }
     };
 }
 
-/// Multiplied as pairs of bf16.
+/// Multiplied as pairs of bf16: `$part` of `$x`, by `$open`.
 macro_rules! by_pairs {
-    ($load:ident) => {
+    ($parts:literal, |$s:ident, $x:ident, $part:ident| $open:expr) => {
         type X = u32;
         type Open<S: Simd> = S::Pairs;
-        const PARTS: usize = 1;
+        const PARTS: usize = $parts;
 
         #[inline(always)]
-        fn open<S: Simd>(&self, s: S, _: usize) -> S::Pairs {
-            s.$load(&self.0)
+        fn open<S: Simd>(&self, $s: S, $part: usize) -> S::Pairs {
+            let $x = &self.0;
+            $open
+        }
+        #[inline(always)]
+        fn of_pairs<S: Simd>(_: S, pairs: S::Pairs, _: usize) -> S::Pairs {
+            pairs
         }
         #[inline(always)]
         fn step<S: Simd>(s: S, x: u32, w: S::Pairs, acc: S::F) -> S::F {
@@ -144,16 +180,21 @@ macro_rules! by_pairs {
     };
 }
 
-/// Multiplied one by one, in f32.
+/// Multiplied one by one, in f32: half `$part % 2` of `$open`.
 macro_rules! by_halves {
-    ($load:ident, $load_again:ident) => {
+    ($parts:literal, |$s:ident, $x:ident, $part:ident| $open:expr) => {
         type X = f32;
         type Open<S: Simd> = S::F;
-        const PARTS: usize = 2;
+        const PARTS: usize = $parts;
 
         #[inline(always)]
-        fn open<S: Simd>(&self, s: S, part: usize) -> S::F {
-            if part == 0 { s.halves(s.$load(&self.0))[0] } else { s.halves(s.$load_again(&self.0))[1] }
+        fn open<S: Simd>(&self, $s: S, $part: usize) -> S::F {
+            let $x = &self.0;
+            $s.halves($open)[$part % 2]
+        }
+        #[inline(always)]
+        fn of_pairs<S: Simd>(s: S, pairs: S::Pairs, part: usize) -> S::F {
+            s.halves(pairs)[part]
         }
         #[inline(always)]
         fn step<S: Simd>(s: S, x: f32, w: S::F, acc: S::F) -> S::F {
@@ -162,10 +203,19 @@ macro_rules! by_halves {
     };
 }
 
-paired_bf16!(Bf16Pairs, by_pairs!(pairs_bf16); as_it_is!(););
-paired_bf16!(Bf16Halves, by_halves!(pairs_bf16, pairs_bf16_again); as_it_is!(););
-paired_e4m3!(E4m3Pairs, by_pairs!(pairs_e4m3); widens!(Bf16Pairs, WIDE_PAIRS, 18););
-paired_e4m3!(E4m3Halves, by_halves!(pairs_e4m3, pairs_e4m3); widens!(Bf16Halves, WIDE_HALVES, 9););
+paired_bf16!(Bf16Pairs, by_pairs!(1, |s, x, _part| s.pairs_bf16(x)); as_it_is!(WIDE_PAIRS, is_bf16: true););
+paired_bf16!(Bf16Halves,
+    by_halves!(2, |s, x, part| if part == 0 { s.pairs_bf16(x) } else { s.pairs_bf16_again(x) });
+    as_it_is!(WIDE_HALVES, is_bf16: true);
+);
+paired_e4m3!(E4m3Pairs,
+    by_pairs!(2, |s, x, part| if part == 0 { s.pairs_e4m3::<0>(x) } else { s.pairs_e4m3::<1>(x) });
+    widens!(Bf16Pairs, WIDE_PAIRS, 18);
+);
+paired_e4m3!(E4m3Halves,
+    by_halves!(4, |s, x, part| if part < 2 { s.pairs_e4m3::<0>(x) } else { s.pairs_e4m3::<1>(x) });
+    widens!(Bf16Halves, WIDE_HALVES, 17);
+);
 
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Default, Zeroable, Pod)]
@@ -186,16 +236,22 @@ impl Weight for F32Lanes {
     fn open<S: Simd>(&self, s: S, _: usize) -> S::F {
         s.load(&self.0)
     }
+    fn of_pairs<S: Simd>(_: S, _: S::Pairs, _: usize) -> S::F {
+        unreachable!("only bf16 is tight")
+    }
     #[inline(always)]
     fn step<S: Simd>(s: S, x: f32, w: S::F, acc: S::F) -> S::F {
         s.fma(s.splat(x), w, acc)
     }
-    as_it_is!();
+    as_it_is!(WIDE_F32, is_bf16: false);
 }
 
 /// All panels of a matrix.
 pub(crate) struct Packed<W> {
-    lanes: Storage<W>,
+    /// Packed here, or earlier and now in a mapped file.
+    panels: Bytes,
+    is_tight: bool,
+    kind: PhantomData<W>,
     /// For each panel and block of K the factor of its 16 outputs; none where weights have no scales.
     scales: Vec<F32Lanes>,
     pub outputs: usize,
@@ -205,24 +261,11 @@ pub(crate) struct Packed<W> {
     pub block_steps: usize,
 }
 
-/// Packed here, or earlier and now in a mapped file.
-enum Storage<W> {
-    Own(Vec<W>),
-    Mapped(Bytes, PhantomData<W>),
-}
-
-impl<W: Weight> Storage<W> {
-    fn lanes(&self) -> &[W] {
-        match self {
-            Self::Own(lanes) => lanes,
-            Self::Mapped(bytes, _) => bytemuck::cast_slice(bytes),
-        }
-    }
-}
-
 /// What [`Packed::bytes`] gave does not fit the matrix.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{given} packed bytes for a matrix [{rows}, {cols}] of {expected}, or not at a multiple of 64 in memory")]
+#[error(
+    "{given} packed bytes for a matrix [{rows}, {cols}]: expected {expected}, or those of a tight one, from a multiple of 64 in memory on"
+)]
 pub struct UnfitBytes {
     given: usize,
     expected: usize,
@@ -238,47 +281,60 @@ pub(crate) struct Scales<'a> {
 }
 
 impl<W: Weight> Packed<W> {
-    /// `read(i, to)` reads values of the checkpoint's matrix [rows, cols] from its i-th on. A stretch of each of 16 rows at a
-    /// time, turned where it fits the first-level cache and then written once, in order.
-    pub fn new(rows: usize, cols: usize, scales: Option<Scales<'_>>, read: impl Fn(usize, &mut [W::Element])) -> Self {
+    /// `read(i, to)` reads values of the checkpoint's matrix [rows, cols] from its i-th on.
+    pub fn new(
+        rows: usize,
+        cols: usize,
+        scales: Option<Scales<'_>>,
+        tight: bool,
+        read: impl Fn(usize, &mut [W::Element]),
+    ) -> Self {
         let steps = cols.div_ceil(W::PER_STEP);
-        let mut lanes = Vec::with_capacity(rows.div_ceil(LANES) * steps);
+        let tight = if tight && W::may_be_tight(rows, cols) { Self::tighten(rows, cols, &read) } else { None };
+        let is_tight = tight.is_some();
+        let panels = tight.unwrap_or_else(|| {
+            let mut panels: Vec<W> = Vec::with_capacity(rows.div_ceil(LANES) * steps);
+            (0..rows).step_by(LANES).for_each(|first| pack_panel(first..rows, cols, &read, &mut panels));
+            AlignedBytes::new(panels)
+        });
+        Self::of(rows, cols, scales, panels.0, is_tight)
+    }
+
+    /// None where too many weights are outliers, or nothing is saved. (Its length tells a tight matrix from another.)
+    fn tighten(rows: usize, cols: usize, read: &impl Fn(usize, &mut [W::Element])) -> Option<AlignedBytes> {
+        let panels = rows.div_ceil(LANES);
+        let mut panel = Vec::with_capacity(cols / W::PER_STEP);
+        pack_panel(panels / 2 * LANES..rows, cols, read, &mut panel);
+        let mut tight = Tightening::new(panels, bytemuck::cast_slice::<W, Words>(&panel));
         for first in (0..rows).step_by(LANES) {
-            for k in (0..cols).step_by(STRETCH) {
-                let mut tile = [W::zeroed(); STRETCH];
-                let len = STRETCH.min(cols - k);
-                for lane in 0..LANES.min(rows - first) {
-                    let mut values = [W::Element::default(); STRETCH];
-                    let at = (first + lane) * cols + k;
-                    if len == STRETCH {
-                        read(at, &mut values);
-                    } else {
-                        read(at, &mut values[..len]);
-                    }
-                    for (step, w) in tile.iter_mut().zip(values.chunks_exact(W::PER_STEP)) {
-                        step.set(lane, w);
-                    }
-                }
-                lanes.extend_from_slice(&tile[..len.div_ceil(W::PER_STEP)]);
+            panel.clear();
+            pack_panel(first..rows, cols, read, &mut panel);
+            if !tight.push(bytemuck::cast_slice::<W, Words>(&panel)) {
+                return None;
             }
         }
-        Self::of(rows, cols, scales, Storage::Own(lanes))
+        let plain = panels * cols / W::PER_STEP * size_of::<W>();
+        Some(tight.finish()).filter(|tight| tight.0.len() < plain)
     }
 
     /// Of what [`Packed::bytes`] gave for the same matrix.
     pub fn mapped(rows: usize, cols: usize, scales: Option<Scales<'_>>, bytes: Bytes) -> Result<Self, UnfitBytes> {
-        let expected = rows.div_ceil(LANES) * cols.div_ceil(W::PER_STEP) * size_of::<W>();
-        if bytes.len() != expected || !bytes.as_ptr().addr().is_multiple_of(align_of::<W>()) {
+        let (panels, steps) = (rows.div_ceil(LANES), cols.div_ceil(W::PER_STEP));
+        let expected = panels * steps * size_of::<W>();
+        let is_aligned = bytes.as_ptr().addr().is_multiple_of(align_of::<W>());
+        let is_plain = is_aligned && bytes.len() == expected;
+        let is_tight = || W::may_be_tight(rows, cols) && Tight::of(&bytes, panels, steps).is_some_and(|t| t.is_sound());
+        if !is_plain && !is_tight() {
             return Err(UnfitBytes { given: bytes.len(), expected, rows, cols });
         }
-        Ok(Self::of(rows, cols, scales, Storage::Mapped(bytes, PhantomData)))
+        Ok(Self::of(rows, cols, scales, bytes, !is_plain))
     }
 
-    fn of(rows: usize, cols: usize, scales: Option<Scales<'_>>, lanes: Storage<W>) -> Self {
+    fn of(rows: usize, cols: usize, scales: Option<Scales<'_>>, panels: Bytes, is_tight: bool) -> Self {
         let steps = cols.div_ceil(W::PER_STEP);
         let block_steps = scales.map_or(steps, |s| s.block[1] / W::PER_STEP).max(1);
         let scales = scales.map_or_else(Vec::new, |s| pack_scales(rows, cols, s));
-        Self { lanes, scales, outputs: rows, steps, block_steps }
+        Self { panels, is_tight, kind: PhantomData, scales, outputs: rows, steps, block_steps }
     }
 
     pub fn panels(&self) -> usize {
@@ -291,24 +347,69 @@ impl<W: Weight> Packed<W> {
     }
 
     pub fn view(&self) -> View<'_, W> {
-        let Self { lanes, scales, outputs, steps, block_steps } = self;
-        View { lanes: lanes.lanes(), first: 0, scales, outputs: *outputs, steps: *steps, block_steps: *block_steps }
+        let Self { scales, outputs, steps, block_steps, .. } = self;
+        let tight = if self.is_tight { Tight::of(&self.panels, self.panels(), self.steps) } else { None };
+        let lanes = if self.is_tight { &[] } else { bytemuck::cast_slice(&self.panels) };
+        View { lanes, tight, first: 0, scales, outputs: *outputs, steps: *steps, block_steps: *block_steps }
     }
 
     /// The panels, without scales.
     pub fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(self.lanes.lanes())
+        &self.panels
     }
 
     /// In memory, scales too.
     pub fn size(&self) -> usize {
-        size_of_val(self.lanes.lanes()) + size_of_val(&self.scales[..])
+        self.panels.len() + size_of_val(&self.scales[..])
+    }
+}
+
+/// A stretch of each of the first 16 of `rows` at a time, turned where it fits the first-level cache and then written once, in order.
+fn pack_panel<W: Weight>(
+    rows: Range<usize>,
+    cols: usize,
+    read: &impl Fn(usize, &mut [W::Element]),
+    panel: &mut Vec<W>,
+) {
+    for k in (0..cols).step_by(STRETCH) {
+        let mut tile = [W::zeroed(); STRETCH];
+        let len = STRETCH.min(cols - k);
+        for (lane, row) in rows.clone().take(LANES).enumerate() {
+            let mut values = [W::Element::default(); STRETCH];
+            let at = row * cols + k;
+            if len == STRETCH {
+                read(at, &mut values);
+            } else {
+                read(at, &mut values[..len]);
+            }
+            for (step, w) in tile.iter_mut().zip(values.chunks_exact(W::PER_STEP)) {
+                step.set(lane, w);
+            }
+        }
+        panel.extend_from_slice(&tile[..len.div_ceil(W::PER_STEP)]);
+    }
+}
+
+/// Weights made here, aligned as they are.
+pub(super) struct AlignedBytes(Bytes);
+
+impl AlignedBytes {
+    pub fn new<T: Pod + Send + Sync>(values: Vec<T>) -> Self {
+        struct Owner<T>(Vec<T>);
+        impl<T: Pod> AsRef<[u8]> for Owner<T> {
+            fn as_ref(&self) -> &[u8] {
+                bytemuck::cast_slice(&self.0)
+            }
+        }
+        Self(Bytes::from_owner(Owner(values)))
     }
 }
 
 /// Panels from `first` on, as a kernel reads them.
 pub(crate) struct View<'a, W> {
+    /// None of a tight matrix.
     lanes: &'a [W],
+    tight: Option<Tight<'a>>,
     first: usize,
     /// Of all panels.
     scales: &'a [F32Lanes],
@@ -325,11 +426,30 @@ impl<W> Clone for View<'_, W> {
 
 impl<W> Copy for View<'_, W> {}
 
-impl<'a, W> View<'a, W> {
+impl<'a, W: Weight> View<'a, W> {
     /// Panels from `first` on in another form.
-    pub fn of<V>(self, lanes: &'a [V], first: usize) -> View<'a, V> {
-        let Self { scales, outputs, steps, block_steps, .. } = self;
-        View { lanes, first, scales, outputs, steps, block_steps }
+    pub fn of<V: Weight>(self, lanes: &'a [V], first: usize) -> View<'a, V> {
+        let Self { scales, outputs, .. } = self;
+        let [steps, block_steps] = [self.steps, self.block_steps].map(|steps| steps * W::PER_STEP / V::PER_STEP);
+        View { lanes, tight: None, first, scales, outputs, steps, block_steps }
+    }
+
+    #[inline(always)]
+    pub fn tight(&self) -> Option<Tight<'a>> {
+        self.tight
+    }
+
+    /// Of one panel in memory.
+    pub fn panel_lines(&self) -> usize {
+        self.tight.map_or(self.steps * size_of::<W>() / size_of::<Line>(), |tight| tight.panel_groups * GROUP_LINES)
+    }
+
+    /// The lines that some panels take in memory, in order.
+    pub fn lines(&self, panels: Range<usize>) -> &'a [Line] {
+        match self.tight {
+            Some(tight) => lines(tight.groups(panels)),
+            None => lines(self.panels(panels)),
+        }
     }
 
     #[inline(always)]

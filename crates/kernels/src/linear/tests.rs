@@ -25,10 +25,14 @@ fn expected(m: &StoredMatrix, n: Numerics, x: &[f32]) -> Vec<f32> {
 
 /// All rows together on every pool, each alone, and in two parts.
 fn check(m: &StoredMatrix, x: &[f32], cut: usize) {
+    check_packed(m, x, cut, Linear::pack);
+}
+
+fn check_packed(m: &StoredMatrix, x: &[f32], cut: usize, pack: impl Fn(&Matrix<'_>, Numerics) -> Linear) {
     on_all_numerics(
         |n| expected(m, n, x),
         |n, expected| {
-            let linear = Linear::pack(&m.matrix(), n);
+            let linear = pack(&m.matrix(), n);
             for pool in pools() {
                 let y = forward(&linear, pool, RowsRef::F32(x));
                 assert_bits(&y, expected, format_args!("{n:?}, {} threads", pool.threads()));
@@ -83,6 +87,74 @@ proptest! {
                 assert_bits(&forward(&linear, pool, RowsRef::Bf16(&x)), expected, format_args!("{n:?}, bf16"));
             }
         });
+    }
+}
+
+/// As every set of instructions packs it, not only those that are faster with it.
+fn pack_tight(m: &Matrix<'_>, n: Numerics) -> Linear {
+    Linear::of(m, n, &Source::Matrix { tight: true }).unwrap()
+}
+
+/// Bf16 whose exponents are few, but for as many outliers as may be.
+fn tight_matrix(s: &mut Samples, out: usize, cols: usize) -> StoredMatrix {
+    let mut m = s.matrix(out, cols, Stored::Bf16, 1.0);
+    let mut put = |at: usize, x: f32| m.bytes_mut()[2 * at..][..2].copy_from_slice(&bf16::from_f32(x).to_le_bytes());
+    for at in 0..out * cols {
+        let x = s.unit();
+        put(at, x + 0.001f32.copysign(x));
+    }
+    for _ in 0..out * cols / 8 {
+        put(s.below(out * cols), [0.0, -0.0, f32::MIN_POSITIVE / 4.0][s.below(3)]);
+    }
+    for _ in 0..out * cols / 2 / 1024 {
+        put(s.below(out * cols), [-1e-30, 1e9, f32::MAX / 2.0, f32::INFINITY, 1e-20, -1e20, 1e30, -1e-35][s.below(8)]);
+    }
+    m
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn tight_weights_equal_the_plain_loop(
+        (rows, out, groups) in (1..=40usize, 1..150usize, 1..40usize),
+        (cut, seed) in (any::<prop::sample::Index>(), any::<u64>()),
+    ) {
+        let mut s = Samples::new(seed);
+        let m = tight_matrix(&mut s, out, 8 * groups);
+        for n in Numerics::all() {
+            let (tight, plain) = (pack_tight(&m.matrix(), n).bytes(), out.next_multiple_of(16) * groups * 16);
+            // Of an outlier there are 8 bytes for a thousand pairs, of a panel 4; and all is a multiple of 192.
+            let most = plain * 3 / 4 + plain / 512 + 4 * (out / 16 + 2) + 64 + 192;
+            prop_assert!(tight <= most, "{tight} bytes for {plain}, {n:?}");
+        }
+        check_packed(&m, &s.values(rows * m.cols, 1.0), cut.index(rows + 1), pack_tight);
+    }
+}
+
+/// Sums of twelve are spread about as trained weights are.
+#[test]
+fn normal_weights_can_be_tight() {
+    let mut s = Samples::new(4);
+    let normal: Vec<f32> = (0..256 * 512).map(|_| (0..12).map(|_| s.unit()).sum::<f32>() * 0.02).collect();
+    let bytes: Vec<u8> = normal.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
+    let tight =
+        pack_tight(&Matrix { rows: 256, cols: 512, data: MatrixData::Bf16(&bytes) }, Numerics::all()[0]).bytes();
+    assert!((192 * 512 * 2..194 * 512 * 2).contains(&tight), "{tight} bytes");
+}
+
+/// Matrices of which more than one pair in a thousand is an outlier, whose rows are no whole groups, or that are too small to become smaller.
+#[test]
+fn weights_that_cannot_be_tight_stay_as_they_are() {
+    let mut s = Samples::new(3);
+    let many = s.matrix(64, 64, Stored::Bf16, 1.0);
+    let ragged = tight_matrix(&mut s, 64, 60);
+    let small = tight_matrix(&mut s, 16, 24);
+    for n in Numerics::all() {
+        assert_eq!(pack_tight(&many.matrix(), n).bytes(), 64 * 64 * 2);
+        assert_eq!(pack_tight(&ragged.matrix(), n).bytes(), 64 * 60 * 2);
+        assert_eq!(pack_tight(&small.matrix(), n).bytes(), 16 * 24 * 2);
+        assert_eq!(pack_tight(&tight_matrix(&mut s, 64, 64).matrix(), n).packed().len(), 64 * 64 * 3 / 2 + 192);
     }
 }
 
@@ -275,14 +347,15 @@ fn bf16_is_rounded_right_next_to_every_tie() {
 
 #[test]
 fn says_its_sizes() {
-    for (cols, block) in [(6, 4), (5, 4), (6, 3)] {
+    for (cols, block) in [(8, 4), (6, 4), (5, 4), (6, 3)] {
         let m = Samples::new(1).matrix(17, cols, Stored::Fp8([16, block]), 1.0);
         for n in Numerics::all() {
             let linear = Linear::pack(&m.matrix(), n);
             assert_eq!((linear.in_features(), linear.out_features()), (cols, 17));
-            // Codes stay codes where pairs are whole, and by pairs where the last is filled up.
+            // Codes stay codes where fours are whole.
             let bytes = match (block, cols, n.name()) {
-                (4, 6, _) | (4, 5, "bf16-dp") => 6,
+                (4, 8, _) => cols,
+                (4, _, "bf16-dp") => 2 * cols.next_multiple_of(2),
                 _ => cols * size_of::<f32>(),
             };
             // Two panels of 16 outputs with two scales each.
@@ -306,34 +379,79 @@ fn rows_have_to_be_whole() {
     linear.forward(&pools()[0], RowsRef::F32(&[0.0; 3]), &mut [0.0; 3]);
 }
 
+#[repr(align(64))]
+struct Aligned([u8; 40_000]);
+
+impl AsRef<[u8]> for Aligned {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Bytes at a multiple of 64 in memory, and some zeros behind them.
+fn aligned(bytes: &[u8]) -> Bytes {
+    let mut memory = Aligned([0; 40_000]);
+    memory.0[..bytes.len()].copy_from_slice(bytes);
+    Bytes::from_owner(memory)
+}
+
 /// What was packed once is the same weights again, from memory that is aligned as a file's pages are.
 #[test]
 fn packed_weights_can_be_mapped() {
-    #[repr(align(64))]
-    struct Aligned([u8; 40_000]);
-    impl AsRef<[u8]> for Aligned {
-        fn as_ref(&self) -> &[u8] {
-            &self.0
+    let mut s = Samples::new(7);
+    let stored = [Stored::F32, Stored::F16, Stored::Bf16, Stored::Fp8([16, 32]), Stored::Fp8([8, 7])];
+    let mut matrices = stored.map(|stored| s.matrix(37, 75, stored, 1.0)).to_vec();
+    matrices.push(tight_matrix(&mut s, 90, 80));
+    for m in matrices {
+        let x = s.values(3 * m.cols, 1.0);
+        for n in Numerics::all() {
+            let packed = pack_tight(&m.matrix(), n);
+            let len = packed.packed().len();
+            let bytes = aligned(packed.packed());
+            let expected = forward(&packed, &pools()[0], RowsRef::F32(&x));
+            // By a processor with another set of instructions, too.
+            for other in Numerics::all().into_iter().filter(|other| other.name() == n.name()) {
+                let mapped = Linear::mapped(&m.matrix(), other, bytes.slice(..len)).unwrap();
+                let y = forward(&mapped, &pools()[0], RowsRef::F32(&x));
+                assert_bits(&y, &expected, format_args!("{n:?}, {other:?}, {m:?}"));
+                assert_eq!(packed.bytes(), mapped.bytes());
+            }
+            for unfit in [bytes.slice(..len / 2), bytes.slice(..0), bytes.slice(1..len + 1)] {
+                let error = Linear::mapped(&m.matrix(), n, unfit).unwrap_err().to_string();
+                assert!(error.contains(&format!("for a matrix [{}, {}]", m.rows, m.cols)), "{error}");
+            }
         }
     }
-    let mut s = Samples::new(7);
-    for stored in [Stored::F32, Stored::F16, Stored::Bf16, Stored::Fp8([16, 32]), Stored::Fp8([8, 7])] {
-        let m = s.matrix(37, 75, stored, 1.0);
-        let x = s.values(3 * 75, 1.0);
-        for n in Numerics::all() {
-            let packed = Linear::pack(&m.matrix(), n);
-            let len = packed.packed().len();
-            let mut memory = Aligned([0; 40_000]);
-            memory.0[..len].copy_from_slice(packed.packed());
-            let bytes = Bytes::from_owner(memory);
-            let mapped = Linear::mapped(&m.matrix(), n, bytes.slice(..len)).unwrap();
-            let [expected, y] = [&packed, &mapped].map(|linear| forward(linear, &pools()[0], RowsRef::F32(&x)));
-            assert_bits(&y, &expected, format_args!("{n:?}, {stored:?}"));
-            assert_eq!(packed.bytes(), mapped.bytes());
-            for unfit in [bytes.slice(..len - 1), bytes.slice(..0), bytes.slice(1..len + 1)] {
-                let error = Linear::mapped(&m.matrix(), n, unfit).unwrap_err().to_string();
-                assert!(error.contains("for a matrix [37, 75]"), "{error}");
-            }
+}
+
+/// A file is whoever's: what it says of outliers is not believed.
+#[test]
+fn outliers_without_a_place_are_refused() {
+    let m = tight_matrix(&mut Samples::new(5), 64, 256);
+    let n = Numerics::portable(Dtype::Bf16);
+    let packed = pack_tight(&m.matrix(), n);
+    let groups = 64 * 256 * 3 / 2;
+    let words: Vec<u32> = bytemuck::cast_slice(&packed.packed()[groups..]).to_vec();
+    let (exponents, panels) = (16, 4);
+    let count = words[exponents + panels];
+    assert!(count > 1, "{words:?}");
+    let spoiled = |at: usize, word: u32| {
+        let mut words = words.clone();
+        words[at] = word;
+        let bytes = [&packed.packed()[..groups], bytemuck::cast_slice(&words)].concat();
+        Linear::mapped(&m.matrix(), n, aligned(&bytes).slice(..bytes.len()))
+    };
+    assert!(spoiled(exponents + panels, count).is_ok(), "as it was");
+    let before = [(exponents, count + 1), (exponents + panels, u32::MAX), (exponents + panels, 1 << 20)];
+    let outlier = (exponents + panels + 1, 16 * 128);
+    for (at, word) in before.into_iter().chain([outlier, (5, !words[5])]) {
+        assert!(spoiled(at, word).is_err(), "word {at} as {word}");
+    }
+    let mut s = Samples::new(6);
+    for _ in 0..300 {
+        let at = s.below(words.len());
+        if let Ok(linear) = spoiled(at, words[at] ^ 1 << s.below(32)) {
+            forward(&linear, &pools()[0], RowsRef::F32(&[1.0; 256]));
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::arch::aarch64::*;
 use std::array::from_fn;
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Line, Simd, interleaved};
 
 #[derive(Clone, Copy)]
 pub(super) struct Neon;
@@ -144,9 +144,9 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
-    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> Pairs {
+    fn pairs_e4m3<const V: usize>(self, x: &Line) -> Pairs {
         each!(i => {
-            let pairs = vmovl_u16(vreinterpret_u16_u8(vld1_u8(x.as_ptr().add(8 * i))));
+            let pairs = vmovl_u16(vreinterpret_u16_u8(vld1_u8(x.as_ptr().add(interleaved::<V>(8 * i)))));
             // A widened e4m3 has at most 4 significant bits, so the upper half of the f32 is all of it.
             vsriq_n_u32::<16>(decode(vshrq_n_u32::<8>(pairs)), decode(pairs))
         })

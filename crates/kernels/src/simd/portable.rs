@@ -1,6 +1,6 @@
 //! The vector as an array: what each operation of [`Simd`] means, and the fall-back for every processor.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Line, Simd, interleaved};
 use crate::fp8::e4m3_to_f32;
 
 #[derive(Clone, Copy)]
@@ -106,8 +106,9 @@ impl Simd for Portable {
         *to = v;
     }
     #[inline(always)]
-    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> [u32; LANES] {
+    fn pairs_e4m3<const V: usize>(self, x: &Line) -> [u32; LANES] {
         // A widened e4m3 has at most 4 significant bits, so the upper half of the f32 is all of it.
-        std::array::from_fn(|i| e4m3_to_f32(x[2 * i + 1]).to_bits() | e4m3_to_f32(x[2 * i]).to_bits() >> 16)
+        let word = |w: usize| e4m3_to_f32(x[interleaved::<V>(w)]).to_bits();
+        std::array::from_fn(|i| word(2 * i + 1) | word(2 * i) >> 16)
     }
 }

@@ -100,15 +100,15 @@ impl Kernel for HalvesBf16 {
     }
 }
 
-/// Widened halves of pairs of e4m3.
-struct HalvesE4m3([u8; 2 * LANES]);
+/// Widened halves of both vectors of pairs of e4m3.
+struct HalvesE4m3(Line);
 
 impl Kernel for HalvesE4m3 {
-    type Out = [F; 2];
+    type Out = [[F; 2]; 2];
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> [F; 2] {
-        s.halves(s.pairs_e4m3(&self.0)).map(|half| stored(s, half))
+    fn run<S: Simd>(self, s: S) -> [[F; 2]; 2] {
+        [s.pairs_e4m3::<0>(&self.0), s.pairs_e4m3::<1>(&self.0)].map(|v| s.halves(v).map(|half| stored(s, half)))
     }
 }
 
@@ -136,11 +136,17 @@ struct DotE4m3 {
 }
 
 impl Kernel for DotE4m3 {
-    type Out = F;
+    /// With the weights as the first and as the second of two vectors.
+    type Out = [F; 2];
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> F {
-        stored(s, s.dot_pairs(self.x, s.pairs_e4m3(&self.w), s.load(&self.acc)))
+    fn run<S: Simd>(self, s: S) -> [F; 2] {
+        let Self { x, w, acc } = self;
+        let (mut first, mut second) = ([0x55; 64], [0x55; 64]);
+        for (i, w) in w.into_iter().enumerate() {
+            (first[interleaved::<0>(i)], second[interleaved::<1>(i)]) = (w, w);
+        }
+        [s.pairs_e4m3::<0>(&first), s.pairs_e4m3::<1>(&second)].map(|w| stored(s, s.dot_pairs(x, w, s.load(&acc))))
     }
 }
 
@@ -243,7 +249,9 @@ proptest! {
             flushing_step(low(x), value(2 * i), flushing_step(high(x), value(2 * i + 1), acc[i]))
         });
         for isa in Isa::available() {
-            assert_bits(&isa.run(DotE4m3 { x, w, acc }), &expected, format_args!("{isa:?}, x {x:#x}, w {w:?}"));
+            for got in isa.run(DotE4m3 { x, w, acc }) {
+                assert_bits(&got, &expected, format_args!("{isa:?}, x {x:#x}, w {w:?}"));
+            }
         }
     }
 }
@@ -281,15 +289,17 @@ fn halves_of_every_pair_are_widened() {
     for first in (0..=u16::MAX).step_by(LANES) {
         let bf16: [u32; LANES] =
             std::array::from_fn(|i| u32::from(first + i as u16) << 16 | u32::from(!first - i as u16));
-        let e4m3: [u8; 2 * LANES] = std::array::from_fn(|i| (first / LANES as u16) as u8 ^ (8 * i) as u8);
+        let e4m3: Line = std::array::from_fn(|i| (first / LANES as u16) as u8 ^ (8 * i + i / 32) as u8);
         for isa in Isa::available() {
             let [upper, lower] = isa.run(HalvesBf16(bf16));
             assert_bits(&upper, &bf16.map(high), format_args!("{isa:?}, high, {bf16:x?}"));
             assert_bits(&lower, &bf16.map(low), format_args!("{isa:?}, low, {bf16:x?}"));
-            let [upper, lower] = isa.run(HalvesE4m3(e4m3));
-            let half = |half: usize| -> F { std::array::from_fn(|i| e4m3_to_f32(e4m3[2 * i + half])) };
-            assert_bits(&upper, &half(1), format_args!("{isa:?}, high, {e4m3:x?}"));
-            assert_bits(&lower, &half(0), format_args!("{isa:?}, low, {e4m3:x?}"));
+            let places = [interleaved::<0>, interleaved::<1>];
+            for ([upper, lower], place) in isa.run(HalvesE4m3(e4m3)).into_iter().zip(places) {
+                let half = |half: usize| -> F { std::array::from_fn(|i| e4m3_to_f32(e4m3[place(2 * i + half)])) };
+                assert_bits(&upper, &half(1), format_args!("{isa:?}, high, {e4m3:x?}"));
+                assert_bits(&lower, &half(0), format_args!("{isa:?}, low, {e4m3:x?}"));
+            }
         }
     }
 }
@@ -304,8 +314,9 @@ fn pairs_hold_every_e4m3() {
                 let w = std::array::from_fn(|i| if i % 2 == half { first + (i / 2) as u8 } else { 0 });
                 // Plus a zero is +0 where the code is -0.
                 let expected: F = std::array::from_fn(|i| e4m3_to_f32(first + i as u8) + 0.0);
-                let got = isa.run(DotE4m3 { x: ONE << (16 * half), w, acc: [0.0; LANES] });
-                assert_bits(&got, &expected, format_args!("{isa:?}, half {half}, from {first}"));
+                for got in isa.run(DotE4m3 { x: ONE << (16 * half), w, acc: [0.0; LANES] }) {
+                    assert_bits(&got, &expected, format_args!("{isa:?}, half {half}, from {first}"));
+                }
             }
         }
     }

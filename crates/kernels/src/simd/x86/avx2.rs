@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, Line, Simd};
 
 /// Proof that AVX2 and FMA are there.
 #[derive(Clone, Copy)]
@@ -175,9 +175,14 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> [F; 2] {
-        // SAFETY: 32 bytes are there to be read.
-        let half = |i: usize| unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(16 * i).cast())) };
+    fn pairs_e4m3<const V: usize>(self, x: &Line) -> [F; 2] {
+        // SAFETY: 64 bytes are there to be read.
+        let sixteen = |i: usize| unsafe { _mm_loadu_si128(x.as_ptr().add(16 * i).cast()) };
+        let half = |i: usize| {
+            let [a, b] = [sixteen(2 * i), sixteen(2 * i + 1)];
+            // SAFETY: as in `each`.
+            unsafe { _mm256_cvtepu16_epi32(if V == 0 { _mm_unpacklo_epi64(a, b) } else { _mm_unpackhi_epi64(a, b) }) }
+        };
         // SAFETY: as in `each`.
         let high = |x: __m256i| unsafe { decode(_mm256_srli_epi32::<8>(x)) };
         [[high(half(0)), high(half(1))], [decode(half(0)), decode(half(1))]]

@@ -2,15 +2,15 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, Line, Simd, tight_words};
 
-/// Proof that AVX512F and AVX512BW (and AVX512BF16 with `DOT`) are there.
+/// Proof that AVX512F and AVX512BW (and with `DOT` AVX512BF16, AVX512VBMI and AVX512VBMI2) are there.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512<const DOT: bool>(());
 
 impl<const DOT: bool> Avx512<DOT> {
     /// # Safety
-    /// * The processor must have AVX512F and AVX512BW, and with `DOT` AVX512BF16.
+    /// * The processor must have AVX512F and AVX512BW, and with `DOT` AVX512BF16, AVX512VBMI and AVX512VBMI2.
     #[inline(always)]
     pub unsafe fn new() -> Self {
         Self(())
@@ -28,14 +28,36 @@ static MAGNITUDES: [u16; 128] = {
     table
 };
 
+/// Their upper and their lower bytes: each two registers for `vpermi2b`.
+static MAGNITUDE_BYTES: [[Line; 2]; 2] = {
+    let mut bytes = [[[0; 64]; 2]; 2];
+    let mut code = 0;
+    while code < 128 {
+        bytes[0][code / 64][code % 64] = (MAGNITUDES[code] >> 8) as u8;
+        bytes[1][code / 64][code % 64] = MAGNITUDES[code] as u8;
+        code += 1;
+    }
+    bytes
+};
+
 /// In memory at any address.
 #[repr(C, packed)]
 struct Unaligned<T>(T);
+
+/// # Safety
+/// * The processor must have AVX512F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn loaded(line: &Line) -> __m512i {
+    // SAFETY: 64 bytes are there to be read.
+    unsafe { _mm512_loadu_si512(line.as_ptr().cast()) }
+}
 
 impl<const DOT: bool> Simd for Avx512<DOT> {
     type F = __m512;
     type Pairs = __m512i;
     const WIDE: bool = true;
+    const OPENS_TIGHT: bool = DOT;
 
     #[inline(always)]
     fn apart<K: Kernel>(self, kernel: K) -> K::Out {
@@ -153,10 +175,38 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) };
     }
     #[inline(always)]
-    fn pairs_e4m3(self, x: &[u8; 2 * LANES]) -> __m512i {
-        // SAFETY: `self` proves the features; 32 bytes of `x` and four times 64 bytes of the table are there to be read.
+    fn pairs_tight<const V: usize>(self, codes: &Line, rests: &Line, exponents: &Line) -> __m512i {
+        if !DOT {
+            return self.pairs_bf16(&bytemuck::cast(tight_words::<V>(codes, rests, exponents)));
+        }
+        // SAFETY: `self` proves the features; 64 bytes of each are there to be read.
         unsafe {
-            let code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(x.as_ptr().cast()));
+            // The upper two of an index's six bits are of another code: the table is there four times.
+            let codes = if V < 2 { loaded(codes) } else { _mm512_srli_epi16::<4>(loaded(codes)) };
+            let (rests, exponents) = (loaded(rests), _mm512_permutexvar_epi8(codes, loaded(exponents)));
+            let words = if V.is_multiple_of(2) {
+                _mm512_unpacklo_epi8(rests, exponents)
+            } else {
+                _mm512_unpackhi_epi8(rests, exponents)
+            };
+            _mm512_shrdi_epi16::<1>(words, words)
+        }
+    }
+    #[inline(always)]
+    fn pairs_e4m3<const V: usize>(self, x: &Line) -> __m512i {
+        // SAFETY: `self` proves the features; 64 bytes of `x` and of each table are there to be read.
+        unsafe {
+            let x = loaded(x);
+            if DOT {
+                let [high, low] = &MAGNITUDE_BYTES;
+                let high = _mm512_permutex2var_epi8(loaded(&high[0]), x, loaded(&high[1]));
+                let low = _mm512_permutex2var_epi8(loaded(&low[0]), x, loaded(&low[1]));
+                // high | (x & sign)
+                let high = _mm512_ternarylogic_epi64::<0xf8>(high, x, _mm512_set1_epi8(i8::MIN));
+                return if V == 0 { _mm512_unpacklo_epi8(low, high) } else { _mm512_unpackhi_epi8(low, high) };
+            }
+            let zero = _mm512_setzero_si512();
+            let code = if V == 0 { _mm512_unpacklo_epi8(x, zero) } else { _mm512_unpackhi_epi8(x, zero) };
             let table = |i: usize| _mm512_loadu_si512(MAGNITUDES.as_ptr().add(32 * i).cast());
             let small = _mm512_permutex2var_epi16(table(0), code, table(1));
             let large = _mm512_permutex2var_epi16(table(2), code, table(3));

@@ -1,0 +1,219 @@
+//! bf16 in 12 bits, without loss. Few rows wait for weights to come from memory, and the weights of a matrix use few of the exponents that a bf16 can tell.
+//!
+//! ```text
+//! group:    8 values of k for 16 outputs: 4 steps v, each 32 words of bf16 (16 pairs, a pair's lower k in its upper half)
+//!   codes[b]         which of 16 exponents, in 4 bits: of steps 0 and 1 in the lower ones, of 2 and 3 in the upper ones
+//!   rests[v / 2][b]  fraction and, in the lowest bit, sign: a word is exponent and rest as two bytes, rotated by a bit
+//!                    (word w of step v is byte b = w / 8 * 16 + v % 2 * 8 + w % 8: as registers of 64 bytes are interleaved)
+//! outlier:  a pair with another exponent: step * 16 + output within its panel, and the pair as it is, each a u32
+//! matrix:   the groups of all panels; the 16 exponents, four times over; for each panel how many outliers are before it, and how many there are, as
+//!           u32; the outliers
+//! ```
+//! A group is opened in registers. One that has outliers is opened in memory, where they are put in their places.
+
+mod tile;
+
+use std::cmp::Reverse;
+use std::ops::Range;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::panels::AlignedBytes;
+use crate::simd::{LANES, Line, Simd, Words, interleaved};
+
+pub(super) use tile::TightTile;
+
+/// Steps of a group; a panel has whole groups.
+pub(crate) const GROUP_STEPS: usize = 4;
+/// Lines of memory of a group.
+pub(super) const GROUP_LINES: usize = size_of::<Group>() / size_of::<Line>();
+/// Exponents that are not outliers.
+const EXPONENTS: usize = 16;
+/// With more outliers than one of so many pairs, a matrix is left as it is.
+const PAIRS_OF_AN_OUTLIER_MIN: usize = 1024;
+
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Zeroable, Pod)]
+pub(crate) struct Group {
+    pub codes: Line,
+    pub rests: [Line; 2],
+}
+
+impl Group {
+    /// `codes` by exponent. False where there are outliers: their codes are any.
+    fn new(steps: &[Words; GROUP_STEPS], codes: &[u8; 256]) -> (Self, bool) {
+        let mut group = Self::zeroed();
+        let mut found = 0;
+        for (v, step) in steps.iter().enumerate() {
+            for (w, word) in step.iter().enumerate() {
+                let byte = [interleaved::<0>(w), interleaved::<1>(w)][v % 2];
+                let [exponent, rest] = exponent_and_rest(*word);
+                let code = codes[usize::from(exponent)];
+                found |= code;
+                group.codes[byte] |= (code & 0xf) << (v / 2 * 4);
+                group.rests[v / 2][byte] = rest;
+            }
+        }
+        (group, found & OUTLIER == 0)
+    }
+}
+
+/// Exponent; fraction and sign.
+fn exponent_and_rest(word: u16) -> [u8; 2] {
+    word.rotate_left(1).to_be_bytes()
+}
+
+/// In place of a code.
+const OUTLIER: u8 = 0x80;
+
+#[repr(C)]
+#[derive(Clone, Copy, Zeroable, Pod)]
+pub(super) struct Outlier {
+    at: u32,
+    pair: u32,
+}
+
+impl Outlier {
+    /// In its panel.
+    pub fn group(&self) -> usize {
+        self.at as usize / (GROUP_STEPS * LANES)
+    }
+}
+
+/// A matrix that is being made tight, panel by panel.
+pub(super) struct Tightening {
+    groups: Vec<Group>,
+    exponents: Line,
+    codes: [u8; 256],
+    before: Vec<u32>,
+    outliers: Vec<Outlier>,
+    outliers_max: usize,
+}
+
+impl Tightening {
+    /// For so many panels, of which one is `like`.
+    pub fn new(panels: usize, like: &[Words]) -> Self {
+        let common = common_exponents(like);
+        let mut codes = [OUTLIER; 256];
+        for (code, exponent) in common.iter().enumerate() {
+            codes[usize::from(*exponent)] = code as u8;
+        }
+        // A few more for what follows the groups.
+        let groups = Vec::with_capacity(panels * like.len() / GROUP_STEPS * 65 / 64);
+        let outliers_max = panels * like.len() * LANES / PAIRS_OF_AN_OUTLIER_MIN;
+        let exponents = bytemuck::cast([common; 4]);
+        Self { groups, exponents, codes, before: vec![0], outliers: Vec::new(), outliers_max }
+    }
+
+    /// False where there are too many outliers.
+    #[must_use]
+    pub fn push(&mut self, panel: &[Words]) -> bool {
+        for (index, steps) in panel.as_chunks().0.iter().enumerate() {
+            let (group, is_whole) = Group::new(steps, &self.codes);
+            if !is_whole {
+                let pairs = steps.as_flattened().as_chunks::<2>().0;
+                let is_known = |word: &u16| self.codes[usize::from(exponent_and_rest(*word)[0])] != OUTLIER;
+                for (i, pair) in pairs.iter().enumerate().filter(|(_, pair)| !pair.iter().all(is_known)) {
+                    let at = (index * pairs.len() + i) as u32;
+                    self.outliers.push(Outlier { at, pair: bytemuck::cast(*pair) });
+                }
+            }
+            self.groups.push(group);
+        }
+        self.before.push(self.outliers.len() as u32);
+        self.outliers.len() <= self.outliers_max
+    }
+
+    pub fn finish(self) -> AlignedBytes {
+        let Self { mut groups, exponents, before, outliers, .. } = self;
+        let rest = [bytemuck::cast_slice(&exponents), &before[..], bytemuck::cast_slice(&outliers)].concat();
+        for part in rest.chunks(size_of::<Group>() / size_of::<u32>()) {
+            let mut group = Group::zeroed();
+            bytemuck::cast_slice_mut(std::slice::from_mut(&mut group))[..part.len()].copy_from_slice(part);
+            groups.push(group);
+        }
+        AlignedBytes::new(groups)
+    }
+}
+
+/// That of zeros, and those that most words of a panel have; of rare ones those up to 4 times the commonest, then downwards.
+fn common_exponents(panel: &[Words]) -> [u8; EXPONENTS] {
+    let mut counts = [0usize; 256];
+    for word in panel.as_flattened() {
+        counts[usize::from(exponent_and_rest(*word)[0])] += 1;
+    }
+    let count = |exponent: &u8| counts[usize::from(*exponent)];
+    let commonest: u8 = (1..=u8::MAX).max_by_key(count).unwrap_or_default();
+    let mut all: [u8; 256] = std::array::from_fn(|exponent| exponent as u8);
+    all[1..].sort_by_key(|exponent| (Reverse(count(exponent)), commonest.wrapping_add(2).wrapping_sub(*exponent)));
+    std::array::from_fn(|code| all[code])
+}
+
+/// A tight matrix, as a kernel reads it.
+#[derive(Clone, Copy)]
+pub(super) struct Tight<'a> {
+    groups: &'a [Group],
+    pub exponents: &'a Line,
+    before: &'a [u32],
+    outliers: &'a [Outlier],
+    pub panel_groups: usize,
+}
+
+impl<'a> Tight<'a> {
+    /// None where `bytes` are not of a matrix of so many panels of so many steps.
+    pub fn of(bytes: &'a [u8], panels: usize, steps: usize) -> Option<Self> {
+        let panel_groups = steps / GROUP_STEPS;
+        let (groups, rest) = bytes.split_at_checked(panels * panel_groups * size_of::<Group>())?;
+        let (exponents, rest) = rest.split_first_chunk()?;
+        let rest: &[u32] = bytemuck::try_cast_slice(rest).ok()?;
+        let (before, rest) = rest.split_at_checked(panels + 1)?;
+        let outliers = rest.get(..2 * *before.last()? as usize)?;
+        let (groups, outliers) = (bytemuck::try_cast_slice(groups).ok()?, bytemuck::try_cast_slice(outliers).ok()?);
+        Some(Self { groups, exponents, before, outliers, panel_groups })
+    }
+
+    /// Whether every outlier has a place, in ascending order, and the exponents are the same four times.
+    pub fn is_sound(&self) -> bool {
+        let (sixteens, _) = self.exponents.as_chunks::<EXPONENTS>();
+        let places = (self.panel_groups * GROUP_STEPS * LANES) as u32;
+        sixteens.iter().all(|same| *same == sixteens[0])
+            && self.before.is_sorted()
+            && (1..self.before.len()).all(|panel| {
+                let outliers = self.outliers(panel - 1);
+                outliers.is_sorted_by(|a, b| a.at < b.at) && outliers.last().is_none_or(|last| last.at < places)
+            })
+    }
+
+    #[inline(always)]
+    pub fn outliers(&self, panel: usize) -> &'a [Outlier] {
+        &self.outliers[self.before[panel] as usize..self.before[panel + 1] as usize]
+    }
+
+    /// Of some panels.
+    #[inline(always)]
+    pub fn groups(&self, panels: Range<usize>) -> &'a [Group] {
+        &self.groups[panels.start * self.panel_groups..panels.end * self.panel_groups]
+    }
+
+    /// Opens the groups from `first` on of a panel, as many as `to` has room for. `outliers` are the panel's from that group on; those that are
+    /// put in their places are taken away.
+    #[inline(always)]
+    pub fn open<S: Simd>(&self, s: S, panel: usize, first: usize, outliers: &mut &[Outlier], to: &mut [[u32; LANES]]) {
+        let groups = &self.groups(panel..panel + 1)[first..];
+        let (to, _) = to.as_chunks_mut::<GROUP_STEPS>();
+        for (Group { codes, rests: [lower, upper] }, to) in groups.iter().zip(&mut *to) {
+            s.store_pairs(s.pairs_tight::<0>(codes, lower, self.exponents), &mut to[0]);
+            s.store_pairs(s.pairs_tight::<1>(codes, lower, self.exponents), &mut to[1]);
+            s.store_pairs(s.pairs_tight::<2>(codes, upper, self.exponents), &mut to[2]);
+            s.store_pairs(s.pairs_tight::<3>(codes, upper, self.exponents), &mut to[3]);
+        }
+        let end = first + to.len();
+        let pairs = to.as_flattened_mut().as_flattened_mut();
+        while let Some((outlier, rest)) = outliers.split_first()
+            && outlier.group() < end
+        {
+            pairs[outlier.at as usize - first * GROUP_STEPS * LANES] = outlier.pair;
+            *outliers = rest;
+        }
+    }
+}
