@@ -22,7 +22,7 @@ pub enum CacheSize {
 /// Bytes of the attention side. The embedding is not part of it: its rows are read from the mapped file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// Packed weights: attention, dense and shared experts, gates, head.
+    /// Packed weights, at most: attention, dense and shared experts, gates, head.
     pub weights: u64,
     pub cache: u64,
     /// Cache for one token, all layers.

@@ -80,7 +80,13 @@ fn linear(bench: &Bench, fp8: bool) {
     if !bench.wants(name) {
         return;
     }
-    let (out, in_) = (2048, 2048);
+    // The second is the gate of one of V3's experts.
+    for (out, in_) in [(2048, 2048), (2048, 7168)] {
+        linear_of(bench, name, fp8, out, in_);
+    }
+}
+
+fn linear_of(bench: &Bench, name: &str, fp8: bool, out: usize, in_: usize) {
     let size = if fp8 { 1 } else { 2 };
     let count = WORKING_SET_BYTES / (out * in_ * size);
     let bytes = bf16_bytes(&values(out * in_, 1));

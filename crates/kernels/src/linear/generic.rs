@@ -49,15 +49,15 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let tight = self.weights.tight();
-        let widens = match tight {
-            Some(_) => !S::OPENS_TIGHT || self.rows.len() > OPENED_AGAIN_MAX * W::rows_max::<S>(),
-            None => self.rows.len() >= W::WIDEN_ROWS_MIN,
+        let is_tight = self.weights.tight().is_some();
+        let opens_in_registers = if is_tight { W::IS_BF16 && S::OPENS_TIGHT } else { S::WIDE };
+        let widens = if is_tight {
+            !opens_in_registers || self.rows.len() > OPENED_AGAIN_MAX * W::rows_max::<S>()
+        } else {
+            self.rows.len() >= W::WIDEN_ROWS_MIN
         };
-        let opens_in_registers = if tight.is_some() { W::IS_BF16 && S::OPENS_TIGHT } else { S::WIDE };
         let group = if S::WIDE { 8 } else { 4 };
-        let steps = self.weights.steps;
-        let opened_steps = W::PER_STEP / W::Wide::PER_STEP;
+        let group = if widens { group.min(self.opened_together()) } else { group };
         let mut wide = W::take_wide();
         for first in self.panels.clone().step_by(group) {
             let panels = first..self.panels.end.min(first + group);
@@ -75,17 +75,7 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
                 self.rows(s, Strip { row: rows.start, live, panels: panels.clone(), fetch });
                 rows.start += live;
             }
-            wide.resize(wide.len().max(panels.len() * steps * opened_steps), Zeroable::zeroed());
-            if let Some(tight) = tight {
-                for (panel, to) in panels.clone().zip(wide.chunks_exact_mut(steps)) {
-                    tight.open(s, panel, 0, &mut tight.outliers(panel), bytemuck::cast_slice_mut(to));
-                }
-            } else {
-                let narrow = self.weights.panels(panels.clone()).iter();
-                for (narrow, to) in narrow.zip(wide.chunks_exact_mut(opened_steps)) {
-                    narrow.widen(s, to);
-                }
-            }
+            self.open(s, panels.clone(), &mut wide);
             let Self { weights, x, y, place, .. } = self;
             let weights = weights.of(&wide, first);
             Tiles { weights, x, y, place, rows, panels: panels.clone() }.pass(s, panels, Near::Opened, next);
@@ -93,6 +83,9 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
         W::give_back_wide(wide);
     }
 }
+
+/// What is opened in memory at a time, so that it stays in the second-level cache beside the rows.
+const OPENED_BYTES_MAX: usize = 512 << 10;
 
 /// How many times a tight matrix is opened in registers, before it pays to open it in memory once for all rows.
 const OPENED_AGAIN_MAX: usize = 2;
@@ -119,6 +112,28 @@ struct Strip<'a> {
 }
 
 impl<W: Weight> Tiles<'_, W> {
+    /// Panels that are opened in memory at a time: a power of two, for tiles of several.
+    fn opened_together(&self) -> usize {
+        let panel = self.weights.steps * W::PER_STEP / W::Wide::PER_STEP * size_of::<W::Wide>();
+        1 << (OPENED_BYTES_MAX / panel.max(1)).max(2).ilog2()
+    }
+
+    /// Opens panels in memory: into the first steps of `wide`, one panel behind the other.
+    #[inline(always)]
+    fn open<S: Simd>(&self, s: S, panels: Range<usize>, wide: &mut Vec<W::Wide>) {
+        let (steps, of_each) = (self.weights.steps, W::PER_STEP / W::Wide::PER_STEP);
+        wide.resize(wide.len().max(panels.len() * steps * of_each), Zeroable::zeroed());
+        if let Some(tight) = self.weights.tight() {
+            for (panel, to) in panels.zip(wide.chunks_exact_mut(steps)) {
+                tight.open(s, panel, 0, &mut tight.outliers(panel), bytemuck::cast_slice_mut(to));
+            }
+        } else {
+            for (narrow, to) in self.weights.panels(panels).iter().zip(wide.chunks_exact_mut(of_each)) {
+                narrow.widen(s, to);
+            }
+        }
+    }
+
     /// All rows pass over a group of panels; meanwhile the `next` is fetched.
     #[inline(always)]
     fn pass<S: Simd>(&self, s: S, panels: Range<usize>, near: Near, mut next: &[Line]) {

@@ -14,7 +14,7 @@ pub struct Roofline {
     config: Config,
     roof: Roof,
     numerics: Numerics,
-    /// Bytes of the attention side's weights, and of one expert's.
+    /// Bytes of the attention side's weights, and of one expert's, as the checkpoint has them: bf16 that is packed tighter may beat this roof.
     weights: f64,
     expert: f64,
     /// Of one token in all layers.
