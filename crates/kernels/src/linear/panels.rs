@@ -47,9 +47,10 @@ pub(crate) trait Weight: Pod + Send + Sync {
     /// Whether a step is [`Words`] of bf16.
     const IS_BF16: bool;
 
-    /// A matrix [rows, cols] may be made tight.
-    fn may_be_tight(rows: usize, cols: usize) -> bool {
-        Self::IS_BF16 && rows > 0 && cols > 0 && cols.is_multiple_of(Self::PER_STEP * GROUP_STEPS)
+    /// A matrix [rows, cols] may be made tight. (Tiles of tight ones do not scale.)
+    fn may_be_tight(rows: usize, cols: usize, scales: Option<Scales<'_>>) -> bool {
+        let has_groups = rows > 0 && cols > 0 && cols.is_multiple_of(Self::PER_STEP * GROUP_STEPS);
+        Self::IS_BF16 && scales.is_none() && has_groups
     }
 
     /// Rows of the largest tile. Weights that take work to open are opened for more of them.
@@ -290,7 +291,7 @@ impl<W: Weight> Packed<W> {
         read: impl Fn(usize, &mut [W::Element]),
     ) -> Self {
         let steps = cols.div_ceil(W::PER_STEP);
-        let tight = if tight && W::may_be_tight(rows, cols) { Self::tighten(rows, cols, &read) } else { None };
+        let tight = if tight && W::may_be_tight(rows, cols, scales) { Self::tighten(rows, cols, &read) } else { None };
         let is_tight = tight.is_some();
         let panels = tight.unwrap_or_else(|| {
             let mut panels: Vec<W> = Vec::with_capacity(rows.div_ceil(LANES) * steps);
@@ -323,7 +324,8 @@ impl<W: Weight> Packed<W> {
         let expected = panels * steps * size_of::<W>();
         let is_aligned = bytes.as_ptr().addr().is_multiple_of(align_of::<W>());
         let is_plain = is_aligned && bytes.len() == expected;
-        let is_tight = || W::may_be_tight(rows, cols) && Tight::of(&bytes, panels, steps).is_some_and(|t| t.is_sound());
+        let is_tight =
+            || W::may_be_tight(rows, cols, scales) && Tight::of(&bytes, panels, steps).is_some_and(|t| t.is_sound());
         if !is_plain && !is_tight() {
             return Err(UnfitBytes { given: bytes.len(), expected, rows, cols });
         }

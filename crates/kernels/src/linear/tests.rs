@@ -132,6 +132,15 @@ proptest! {
     }
 }
 
+/// FP8 in blocks that fours do not divide becomes bf16, with scales that a tight matrix has no place for.
+#[test]
+fn weights_with_scales_stay_as_they_are() {
+    let mut s = Samples::new(8);
+    let mut m = s.matrix(64, 64, Stored::Fp8([16, 6]), 1.0);
+    m.bytes_mut().iter_mut().for_each(|code| *code = 0x38 | *code & 0x87);
+    check_packed(&m, &s.values(3 * 64, 1.0), 1, pack_tight);
+}
+
 /// Sums of twelve are spread about as trained weights are.
 #[test]
 fn normal_weights_can_be_tight() {
