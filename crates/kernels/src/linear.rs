@@ -92,13 +92,12 @@ impl Linear {
             (MatrixData::Fp8 { q, scales, block }, _) => {
                 let scales = Some(Scales { values: scales, block: *block });
                 let read = |i: usize, to: &mut [u8]| to.copy_from_slice(&q[i..i + to.len()]);
-                let bf16 = |code: &u8| (e4m3_to_f32(*code).to_bits() >> 16) as u16;
                 match (block[1] % 4, cols % 4, n.by_pairs()) {
                     (0, 0, true) => Panels::E4m3Pairs(source.panels(rows, cols, scales, read)?),
                     (0, 0, false) => Panels::E4m3(source.panels(rows, cols, scales, read)?),
                     // Four values of k cannot lie across two blocks, nor end beyond a row of x.
                     (0 | 2, _, true) => Panels::Bf16Pairs(source.panels(rows, cols, scales, |i, to| {
-                        to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = bf16(code))
+                        to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = bf16_bits(e4m3_to_f32(*code)) as u16)
                     })?),
                     _ => Panels::F32(source.panels(rows, cols, scales, |i, to| {
                         to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = e4m3_to_f32(*code))

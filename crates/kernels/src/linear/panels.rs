@@ -61,7 +61,7 @@ pub(crate) trait Weight: Pod + Send + Sync {
     /// One output's weights of this step: PER_STEP of them.
     fn set(&mut self, lane: usize, w: &[Self::Element]);
     fn open<S: Simd>(&self, s: S, part: usize) -> Self::Open<S>;
-    /// The same of a step that is in registers, of a tight matrix.
+    /// The same of pairs that are in registers.
     fn of_pairs<S: Simd>(s: S, pairs: S::Pairs, part: usize) -> Self::Open<S>;
     fn step<S: Simd>(s: S, x: Self::X, w: Self::Open<S>, acc: S::F) -> S::F;
     fn widen<S: Simd>(&self, s: S, to: &mut [Self::Wide]);
@@ -131,6 +131,11 @@ macro_rules! paired_bf16 {
             fn set(&mut self, lane: usize, w: &[u16]) {
                 self.0[lane] = u32::from(w[0]) << 16 | u32::from(w[1]);
             }
+            #[inline(always)]
+            fn open<S: Simd>(&self, s: S, part: usize) -> Self::Open<S> {
+                let pairs = if part == 0 { s.pairs_bf16(&self.0) } else { s.pairs_bf16_again(&self.0) };
+                Self::of_pairs(s, pairs, part)
+            }
             $($by)*
         }
     };
@@ -153,23 +158,24 @@ macro_rules! paired_e4m3 {
                 (self.0[interleaved::<0>(upper)], self.0[interleaved::<0>(lower)]) = (w[0], w[1]);
                 (self.0[interleaved::<1>(upper)], self.0[interleaved::<1>(lower)]) = (w[2], w[3]);
             }
+            #[inline(always)]
+            fn open<S: Simd>(&self, s: S, part: usize) -> Self::Open<S> {
+                let parts = Self::PARTS / 2;
+                let pairs = if part < parts { s.pairs_e4m3::<0>(&self.0) } else { s.pairs_e4m3::<1>(&self.0) };
+                Self::of_pairs(s, pairs, part % parts)
+            }
             $($by)*
         }
     };
 }
 
-/// Multiplied as pairs of bf16: `$part` of `$x`, by `$open`.
+/// Multiplied as pairs of bf16.
 macro_rules! by_pairs {
-    ($parts:literal, |$s:ident, $x:ident, $part:ident| $open:expr) => {
+    ($parts:literal) => {
         type X = u32;
         type Open<S: Simd> = S::Pairs;
         const PARTS: usize = $parts;
 
-        #[inline(always)]
-        fn open<S: Simd>(&self, $s: S, $part: usize) -> S::Pairs {
-            let $x = &self.0;
-            $open
-        }
         #[inline(always)]
         fn of_pairs<S: Simd>(_: S, pairs: S::Pairs, _: usize) -> S::Pairs {
             pairs
@@ -181,18 +187,13 @@ macro_rules! by_pairs {
     };
 }
 
-/// Multiplied one by one, in f32: half `$part % 2` of `$open`.
+/// Multiplied one by one, in f32.
 macro_rules! by_halves {
-    ($parts:literal, |$s:ident, $x:ident, $part:ident| $open:expr) => {
+    ($parts:literal) => {
         type X = f32;
         type Open<S: Simd> = S::F;
         const PARTS: usize = $parts;
 
-        #[inline(always)]
-        fn open<S: Simd>(&self, $s: S, $part: usize) -> S::F {
-            let $x = &self.0;
-            $s.halves($open)[$part % 2]
-        }
         #[inline(always)]
         fn of_pairs<S: Simd>(s: S, pairs: S::Pairs, part: usize) -> S::F {
             s.halves(pairs)[part]
@@ -204,19 +205,10 @@ macro_rules! by_halves {
     };
 }
 
-paired_bf16!(Bf16Pairs, by_pairs!(1, |s, x, _part| s.pairs_bf16(x)); as_it_is!(WIDE_PAIRS, is_bf16: true););
-paired_bf16!(Bf16Halves,
-    by_halves!(2, |s, x, part| if part == 0 { s.pairs_bf16(x) } else { s.pairs_bf16_again(x) });
-    as_it_is!(WIDE_HALVES, is_bf16: true);
-);
-paired_e4m3!(E4m3Pairs,
-    by_pairs!(2, |s, x, part| if part == 0 { s.pairs_e4m3::<0>(x) } else { s.pairs_e4m3::<1>(x) });
-    widens!(Bf16Pairs, WIDE_PAIRS, 18);
-);
-paired_e4m3!(E4m3Halves,
-    by_halves!(4, |s, x, part| if part < 2 { s.pairs_e4m3::<0>(x) } else { s.pairs_e4m3::<1>(x) });
-    widens!(Bf16Halves, WIDE_HALVES, 17);
-);
+paired_bf16!(Bf16Pairs, by_pairs!(1); as_it_is!(WIDE_PAIRS, is_bf16: true););
+paired_bf16!(Bf16Halves, by_halves!(2); as_it_is!(WIDE_HALVES, is_bf16: true););
+paired_e4m3!(E4m3Pairs, by_pairs!(2); widens!(Bf16Pairs, WIDE_PAIRS, 18););
+paired_e4m3!(E4m3Halves, by_halves!(4); widens!(Bf16Halves, WIDE_HALVES, 17););
 
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Default, Zeroable, Pod)]
