@@ -213,6 +213,15 @@ pub(crate) trait Simd: Copy {
     fn pairs_tight<const V: usize>(self, codes: &Line, rests: &Line, exponents: &Line) -> Self::Pairs {
         self.pairs_bf16(&bytemuck::cast(tight_words::<V>(codes, rests, exponents)))
     }
+    /// Words below 256 as bytes, [`interleaved`].
+    #[inline(always)]
+    fn interleave(self, even: &Words, odd: &Words) -> Line {
+        let mut bytes = [0; size_of::<Line>()];
+        for (word, (even, odd)) in even.iter().zip(odd).enumerate() {
+            (bytes[interleaved::<0>(word)], bytes[interleaved::<1>(word)]) = (*even as u8, *odd as u8);
+        }
+        bytes
+    }
     /// The V-th of the two that lie [`interleaved`] in `x`.
     fn pairs_e4m3<const V: usize>(self, x: &Line) -> Self::Pairs;
     /// What `vdpbf16ps` does (found by comparing 160 million inputs, denormals, infinities and cancellations among them):

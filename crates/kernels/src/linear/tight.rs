@@ -19,7 +19,7 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use super::panels::AlignedBytes;
-use crate::simd::{LANES, Line, Simd, Words, interleaved};
+use crate::simd::{Isa, Kernel, LANES, Line, Simd, Words};
 
 pub(super) use tile::TightTile;
 
@@ -40,31 +40,77 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// `codes` by exponent. False where there are outliers: their codes are any.
-    fn new(steps: &[Words; GROUP_STEPS], codes: &[u8; 256]) -> (Self, bool) {
-        let mut group = Self::zeroed();
+    /// False where there are outliers: their codes are any.
+    #[inline(always)]
+    fn new<S: Simd>(s: S, steps: &[Words; GROUP_STEPS], exponents: &[u8; EXPONENTS]) -> (Self, bool) {
+        let (lower, lower_rests) = codes_and_rests(s, &steps[0], &steps[1], exponents);
+        let (upper, upper_rests) = codes_and_rests(s, &steps[2], &steps[3], exponents);
+        let mut codes = [0; size_of::<Line>()];
         let mut found = 0;
-        for (v, step) in steps.iter().enumerate() {
-            for (w, word) in step.iter().enumerate() {
-                let byte = [interleaved::<0>(w), interleaved::<1>(w)][v % 2];
-                let [exponent, rest] = exponent_and_rest(*word);
-                let code = codes[usize::from(exponent)];
-                found |= code;
-                group.codes[byte] |= (code & 0xf) << (v / 2 * 4);
-                group.rests[v / 2][byte] = rest;
-            }
+        for (to, (lower, upper)) in codes.iter_mut().zip(lower.iter().zip(&upper)) {
+            *to = lower & 0xf | upper << 4;
+            found |= lower | upper;
         }
-        (group, found & OUTLIER == 0)
+        (Self { codes, rests: [lower_rests, upper_rests] }, found & OUTLIER == 0)
     }
 }
 
+/// Of two steps.
+#[inline(always)]
+fn codes_and_rests<S: Simd>(s: S, even: &Words, odd: &Words, exponents: &[u8; EXPONENTS]) -> (Line, Line) {
+    let ([even, even_rests], [odd, odd_rests]) = (exponents_and_rests(even), exponents_and_rests(odd));
+    let of_words = s.interleave(&even, &odd);
+    let mut codes = [OUTLIER; size_of::<Line>()];
+    // No table by exponent: comparing a whole line with one of sixteen is one operation on a vector.
+    for (code, exponent) in exponents.iter().enumerate() {
+        for (to, of_word) in codes.iter_mut().zip(&of_words) {
+            *to = if of_word == exponent { code as u8 } else { *to };
+        }
+    }
+    (codes, s.interleave(&even_rests, &odd_rests))
+}
+
+#[inline(always)]
+fn exponents_and_rests(step: &Words) -> [Words; 2] {
+    let [mut exponents, mut rests] = [[0; _]; 2];
+    for ((exponent, rest), word) in exponents.iter_mut().zip(&mut rests).zip(step) {
+        [*exponent, *rest] = exponent_and_rest(*word).map(u16::from);
+    }
+    [exponents, rests]
+}
+
 /// Exponent; fraction and sign.
+#[inline(always)]
 fn exponent_and_rest(word: u16) -> [u8; 2] {
     word.rotate_left(1).to_be_bytes()
 }
 
 /// In place of a code.
 const OUTLIER: u8 = 0x80;
+
+/// Puts the groups of a panel behind those of `to`. Gives the numbers of those that have outliers.
+struct TightenPanel<'a> {
+    panel: &'a [[Words; GROUP_STEPS]],
+    exponents: &'a [u8; EXPONENTS],
+    to: &'a mut Vec<Group>,
+}
+
+impl Kernel for TightenPanel<'_> {
+    type Out = Vec<usize>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<usize> {
+        let mut with_outliers = Vec::new();
+        for (index, steps) in self.panel.iter().enumerate() {
+            let (group, is_whole) = Group::new(s, steps, self.exponents);
+            self.to.push(group);
+            if !is_whole {
+                with_outliers.push(index);
+            }
+        }
+        with_outliers
+    }
+}
 
 #[repr(C)]
 #[derive(Clone, Copy, Zeroable, Pod)]
@@ -83,8 +129,7 @@ impl Outlier {
 /// A matrix that is being made tight, panel by panel.
 pub(super) struct Tightening {
     groups: Vec<Group>,
-    exponents: Line,
-    codes: [u8; 256],
+    exponents: [u8; EXPONENTS],
     before: Vec<u32>,
     outliers: Vec<Outlier>,
     outliers_max: usize,
@@ -93,32 +138,24 @@ pub(super) struct Tightening {
 impl Tightening {
     /// For so many panels, of which one is `like`.
     pub fn new(panels: usize, like: &[Words]) -> Self {
-        let common = common_exponents(like);
-        let mut codes = [OUTLIER; 256];
-        for (code, exponent) in common.iter().enumerate() {
-            codes[usize::from(*exponent)] = code as u8;
-        }
         // A few more for what follows the groups.
         let groups = Vec::with_capacity(panels * like.len() / GROUP_STEPS * 65 / 64);
         let outliers_max = panels * like.len() * LANES / PAIRS_OF_AN_OUTLIER_MIN;
-        let exponents = bytemuck::cast([common; 4]);
-        Self { groups, exponents, codes, before: vec![0], outliers: Vec::new(), outliers_max }
+        let exponents = common_exponents(like);
+        Self { groups, exponents, before: vec![0], outliers: Vec::new(), outliers_max }
     }
 
     /// False where there are too many outliers.
     #[must_use]
     pub fn push(&mut self, panel: &[Words]) -> bool {
-        for (index, steps) in panel.as_chunks().0.iter().enumerate() {
-            let (group, is_whole) = Group::new(steps, &self.codes);
-            if !is_whole {
-                let pairs = steps.as_flattened().as_chunks::<2>().0;
-                let is_known = |word: &u16| self.codes[usize::from(exponent_and_rest(*word)[0])] != OUTLIER;
-                for (i, pair) in pairs.iter().enumerate().filter(|(_, pair)| !pair.iter().all(is_known)) {
-                    let at = (index * pairs.len() + i) as u32;
-                    self.outliers.push(Outlier { at, pair: bytemuck::cast(*pair) });
-                }
+        let (panel, _) = panel.as_chunks();
+        for index in Isa::best().run(TightenPanel { panel, exponents: &self.exponents, to: &mut self.groups }) {
+            let pairs = panel[index].as_flattened().as_chunks::<2>().0;
+            let is_known = |word: &u16| self.exponents.contains(&exponent_and_rest(*word)[0]);
+            for (i, pair) in pairs.iter().enumerate().filter(|(_, pair)| !pair.iter().all(is_known)) {
+                let at = (index * pairs.len() + i) as u32;
+                self.outliers.push(Outlier { at, pair: bytemuck::cast(*pair) });
             }
-            self.groups.push(group);
         }
         self.before.push(self.outliers.len() as u32);
         self.outliers.len() <= self.outliers_max
@@ -126,7 +163,8 @@ impl Tightening {
 
     pub fn finish(self) -> AlignedBytes {
         let Self { mut groups, exponents, before, outliers, .. } = self;
-        let rest = [bytemuck::cast_slice(&exponents), &before[..], bytemuck::cast_slice(&outliers)].concat();
+        let exponents: [u32; size_of::<Line>() / 4] = bytemuck::cast([exponents; 4]);
+        let rest = [&exponents[..], &before, bytemuck::cast_slice(&outliers)].concat();
         for part in rest.chunks(size_of::<Group>() / size_of::<u32>()) {
             let mut group = Group::zeroed();
             bytemuck::cast_slice_mut(std::slice::from_mut(&mut group))[..part.len()].copy_from_slice(part);
@@ -178,8 +216,8 @@ impl<'a> Tight<'a> {
         let places = (self.panel_groups * GROUP_STEPS * LANES) as u32;
         sixteens.iter().all(|same| *same == sixteens[0])
             && self.before.is_sorted()
-            && (1..self.before.len()).all(|panel| {
-                let outliers = self.outliers(panel - 1);
+            && (0..self.before.len() - 1).all(|panel| {
+                let outliers = self.outliers(panel);
                 outliers.is_sorted_by(|a, b| a.at < b.at) && outliers.last().is_none_or(|last| last.at < places)
             })
     }

@@ -330,3 +330,29 @@ fn best_is_the_last_of_those_available() {
     let with_dot: Vec<&str> = available.iter().filter(|isa| isa.has_dot_pairs()).map(|isa| isa.name()).collect();
     assert!(with_dot.is_empty() || with_dot == ["avx512-bf16"], "{with_dot:?}");
 }
+
+/// Bytes of words, interleaved.
+struct Interleave([Words; 2]);
+
+impl Kernel for Interleave {
+    type Out = Line;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Line {
+        s.interleave(&self.0[0], &self.0[1])
+    }
+}
+
+#[test]
+fn every_byte_is_interleaved() {
+    for first in 0..=u16::from(u8::MAX) {
+        let words = [0, 100].map(|by| -> Words { std::array::from_fn(|i| (first + by + i as u16) % 256) });
+        for isa in Isa::available() {
+            let bytes = isa.run(Interleave(words));
+            for (word, [even, odd]) in std::iter::zip(words[0], words[1]).map(<[u16; 2]>::from).enumerate() {
+                assert_eq!(u16::from(bytes[interleaved::<0>(word)]), even, "{isa:?}, word {word}");
+                assert_eq!(u16::from(bytes[interleaved::<1>(word)]), odd, "{isa:?}, word {word}");
+            }
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::{Kernel, LANES, Line, Simd, tight_words};
+use crate::simd::{Kernel, LANES, Line, Simd, Words, tight_words};
 
 /// Proof that AVX512F and AVX512BW (and with `DOT` AVX512BF16, AVX512VBMI and AVX512VBMI2) are there.
 #[derive(Clone, Copy)]
@@ -190,6 +190,14 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
                 _mm512_unpackhi_epi8(rests, exponents)
             };
             _mm512_shrdi_epi16::<1>(words, words)
+        }
+    }
+    #[inline(always)]
+    fn interleave(self, even: &Words, odd: &Words) -> Line {
+        // SAFETY: `self` proves the features; the casts between types of 512 bits keep every bit.
+        unsafe {
+            let (even, odd) = (loaded(bytemuck::cast_ref(even)), loaded(bytemuck::cast_ref(odd)));
+            std::mem::transmute::<__m512i, Line>(_mm512_packus_epi16(even, odd))
         }
     }
     #[inline(always)]
