@@ -7,9 +7,11 @@
 //! bf16-dp:  x too, and denormals flushed at every step (`Simd::dot_pairs`)
 //! ```
 
+mod band;
 mod generic;
 mod panels;
 mod rows;
+mod sums;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tight;
@@ -22,9 +24,10 @@ use half::f16;
 pub use panels::UnfitBytes;
 pub use rows::RowsRef;
 
-pub(crate) use generic::{Fetch, Place, Sums, Tile, rows_of_tile};
+pub(crate) use generic::{Place, rows_of_tile};
 pub(crate) use panels::{Bf16Pairs, F32Lanes, Weight};
 pub(crate) use rows::{Form, Ready, bf16_bits, pair, with_rows, with_scratch};
+pub(crate) use sums::{Fetch, Sums};
 
 use crate::pool::{Pool, Shared};
 use crate::{Dtype, Matrix, MatrixData, Numerics, e4m3_to_f32};
@@ -249,19 +252,19 @@ impl Job<'_> {
         let isa = self.linear.numerics.kernels();
         match (&self.linear.panels, x) {
             (Panels::F32(weights), Ready::F32(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
             }
             (Panels::Bf16(weights), Ready::F32(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
             }
             (Panels::E4m3(weights), Ready::F32(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
             }
             (Panels::Bf16Pairs(weights), Ready::Pairs(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
             }
             (Panels::E4m3Pairs(weights), Ready::Pairs(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels })
+                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
             }
             _ => unreachable!("rows are made in the form of the linear they are for"),
         }
@@ -281,6 +284,8 @@ pub(crate) struct Cut {
 /// A task takes whole groups of panels and, if it must share rows, enough of them to be worth reading the weights for.
 const PANELS_EACH_MIN: usize = 8;
 const ROWS_EACH_MIN: usize = 24;
+/// So many rows are worth it: they stay in the second-level cache, and fewer tasks bring the same rows into bands.
+const ROWS_EACH_MANY: usize = 120;
 
 impl Cut {
     pub fn new(pool: &Pool, work: usize, rows: usize, panels: usize) -> Self {
@@ -289,7 +294,10 @@ impl Cut {
 
     /// Into about so many tasks.
     pub fn into(parts: usize, rows: usize, panels: usize) -> Self {
-        let panels_each = panels.div_ceil(parts).next_multiple_of(PANELS_EACH_MIN).max(PANELS_EACH_MIN);
+        let panels_each = panels
+            .div_ceil(parts.div_ceil((rows / ROWS_EACH_MANY).clamp(1, parts)))
+            .next_multiple_of(PANELS_EACH_MIN)
+            .max(PANELS_EACH_MIN);
         let across = panels.div_ceil(panels_each);
         let down = parts.div_ceil(across.max(1));
         Self { rows, panels, rows_each: rows.div_ceil(down).max(ROWS_EACH_MIN), panels_each, across }

@@ -197,6 +197,12 @@ pub(crate) trait Simd: Copy {
     /// Lanes 1 0 3 2 5 4 ...
     fn swap_pairs(self, a: Self::F) -> Self::F;
 
+    /// The same, but a compiler no longer knows of what it is a part, and counts from it instead of adding to it.
+    #[inline(always)]
+    fn by_itself<T>(self, at: &T) -> &T {
+        at
+    }
+
     /// Asks for the memory at `at` to be brought near; changes nothing.
     fn prefetch<T>(self, at: &T);
 

@@ -31,7 +31,7 @@ pub(crate) trait Weight: Pod + Send + Sync {
     /// One weight as it is stored.
     type Element: Copy + Default;
     /// What an activation row is made of.
-    type X: Copy + Send + Sync;
+    type X: Pod + Send + Sync;
     /// A part of a step's weights in registers.
     type Open<S: Simd>: Copy;
     /// Values of k in a step.
@@ -41,8 +41,8 @@ pub(crate) trait Weight: Pod + Send + Sync {
     /// The same weights opened once and for all, where opening costs as much as multiplying (else Self). They take the same
     /// x and give the same bits.
     type Wide: Weight<X = Self::X>;
-    /// Rows from which that pays.
-    const WIDEN_ROWS_MIN: usize;
+    /// Whether that pays where there are many rows.
+    const IS_WIDENED: bool;
 
     /// Whether a step is [`Words`] of bf16.
     const IS_BF16: bool;
@@ -51,11 +51,6 @@ pub(crate) trait Weight: Pod + Send + Sync {
     fn may_be_tight(rows: usize, cols: usize, scales: Option<Scales<'_>>) -> bool {
         let has_groups = rows > 0 && cols > 0 && cols.is_multiple_of(Self::PER_STEP * GROUP_STEPS);
         Self::IS_BF16 && scales.is_none() && has_groups
-    }
-
-    /// Rows of the largest tile. Weights that take work to open are opened for more of them.
-    fn rows_max<S: Simd>() -> usize {
-        if S::WIDE && Self::PARTS > 1 { 8 } else { 6 }
     }
 
     /// One output's weights of this step: PER_STEP of them.
@@ -79,7 +74,7 @@ thread_local! {
 /// Opening is cheap: it stays as it is. (A tight matrix of it is opened into the same form.)
 macro_rules! as_it_is {
     ($scratch:ident, is_bf16: $is_bf16:literal) => {
-        wide!(Self, $scratch, usize::MAX, is_bf16: $is_bf16);
+        wide!(Self, $scratch, is_widened: false, is_bf16: $is_bf16);
 
         #[inline(always)]
         fn widen<S: Simd>(&self, _: S, to: &mut [Self]) {
@@ -90,8 +85,8 @@ macro_rules! as_it_is {
 
 /// e4m3 as bf16.
 macro_rules! widens {
-    ($wide:ident, $scratch:ident, $rows_min:literal) => {
-        wide!($wide, $scratch, $rows_min, is_bf16: false);
+    ($wide:ident, $scratch:ident) => {
+        wide!($wide, $scratch, is_widened: true, is_bf16: false);
 
         #[inline(always)]
         fn widen<S: Simd>(&self, s: S, to: &mut [$wide]) {
@@ -102,9 +97,9 @@ macro_rules! widens {
 }
 
 macro_rules! wide {
-    ($wide:ty, $scratch:ident, $rows_min:expr, is_bf16: $is_bf16:literal) => {
+    ($wide:ty, $scratch:ident, is_widened: $is_widened:literal, is_bf16: $is_bf16:literal) => {
         type Wide = $wide;
-        const WIDEN_ROWS_MIN: usize = $rows_min;
+        const IS_WIDENED: bool = $is_widened;
         const IS_BF16: bool = $is_bf16;
 
         fn take_wide() -> Vec<$wide> {
@@ -207,8 +202,8 @@ macro_rules! by_halves {
 
 paired_bf16!(Bf16Pairs, by_pairs!(1); as_it_is!(WIDE_PAIRS, is_bf16: true););
 paired_bf16!(Bf16Halves, by_halves!(2); as_it_is!(WIDE_HALVES, is_bf16: true););
-paired_e4m3!(E4m3Pairs, by_pairs!(2); widens!(Bf16Pairs, WIDE_PAIRS, 18););
-paired_e4m3!(E4m3Halves, by_halves!(4); widens!(Bf16Halves, WIDE_HALVES, 17););
+paired_e4m3!(E4m3Pairs, by_pairs!(2); widens!(Bf16Pairs, WIDE_PAIRS););
+paired_e4m3!(E4m3Halves, by_halves!(4); widens!(Bf16Halves, WIDE_HALVES););
 
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Default, Zeroable, Pod)]
@@ -429,7 +424,7 @@ impl<'a, W: Weight> View<'a, W> {
     }
 
     #[inline(always)]
-    pub fn tight(&self) -> Option<Tight<'a>> {
+    pub(super) fn tight(&self) -> Option<Tight<'a>> {
         self.tight
     }
 

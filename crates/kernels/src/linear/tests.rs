@@ -47,6 +47,11 @@ fn check_packed(m: &StoredMatrix, x: &[f32], cut: usize, pack: impl Fn(&Matrix<'
     );
 }
 
+/// A few, two bands, or more of them than weights are opened for in registers.
+fn any_rows() -> impl Strategy<Value = usize> {
+    prop_oneof![1..=12usize, 13..=48usize, 49..=75usize]
+}
+
 /// F16 and the codes of FP8 are not scaled, so x takes their share.
 fn x_magnitude(stored: Stored, magnitude: f32) -> f32 {
     match stored {
@@ -61,7 +66,7 @@ proptest! {
     #[test]
     fn equals_the_plain_loop(
         (stored, magnitude) in (any_stored(), any_magnitude()),
-        (rows, out, cols) in (1..=40usize, 1..150usize, 1..300usize),
+        (rows, out, cols) in (any_rows(), 1..150usize, prop_oneof![1..300usize, (1..75usize).prop_map(|c| 4 * c)]),
         (cut, seed) in (any::<prop::sample::Index>(), any::<u64>()),
     ) {
         let mut s = Samples::new(seed);
@@ -117,7 +122,7 @@ proptest! {
 
     #[test]
     fn tight_weights_equal_the_plain_loop(
-        (rows, out, groups) in (1..=40usize, 1..150usize, 1..40usize),
+        (rows, out, groups) in (any_rows(), 1..150usize, 1..40usize),
         (cut, seed) in (any::<prop::sample::Index>(), any::<u64>()),
     ) {
         let mut s = Samples::new(seed);
@@ -236,6 +241,15 @@ fn ragged_shapes_and_blocks() {
             check(&m, &s.values(rows * cols, 1.0), rows / 2);
         }
     }
+}
+
+#[test]
+fn rows_too_long_to_be_in_bands_at_once() {
+    let (rows, out, cols) = (26, 2, 90_000);
+    assert!(band::rows_together(rows, cols) < rows);
+    let mut s = Samples::new(26);
+    let m = s.matrix(out, cols, Stored::Bf16, 1.0);
+    check(&m, &s.values(rows * cols, 1.0), 1);
 }
 
 #[test]

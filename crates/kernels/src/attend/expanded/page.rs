@@ -1,7 +1,7 @@
 //! One page: its keys and values laid out as panels, and the rows that pass over them, a few at a time.
 
 use super::operand::Operand;
-use crate::linear::{F32Lanes, Fetch, Sums, Tile, rows_of_tile};
+use crate::linear::{F32Lanes, Fetch, Sums, rows_of_tile};
 use crate::math::{exp, max_lanes, sum_lanes};
 use crate::pages::{PAGE_TOKENS, Page};
 use crate::simd::{Kernel, LANES, Lanes, Simd};
@@ -141,7 +141,7 @@ static BOUNDS: [f32; 2 * PAGE_TOKENS] = {
 
 impl<W: Operand, const R: usize> Kernel for StripOf<'_, W, R>
 where
-    Tile: Sums<R, 4> + Sums<R, 1>,
+    for<'x> [&'x [W::X]; R]: Sums<W::X, R, 4> + Sums<W::X, R, 1>,
 {
     type Out = ();
 
@@ -223,11 +223,11 @@ fn scores<S: Simd, W: Operand, const R: usize, const P: usize>(
     scale: f32,
     p: &mut [[Lanes; PANELS]; R],
 ) where
-    Tile: Sums<R, P>,
+    for<'x> [&'x [W::X]; R]: Sums<W::X, R, P>,
 {
     let steps = k.len() / PANELS;
     let zero = [[s.splat(0.0); P]; R];
-    let acc = Tile::sums::<S, W, false>(s, q, panels(k, steps, panel), 0..steps, zero, Fetch::nothing());
+    let acc = q.sums::<S, W, false>(s, panels(k, steps, panel), 0..steps, zero, Fetch::nothing());
     for (p, acc) in p.iter_mut().zip(acc) {
         for (p, acc) in p[panel..].iter_mut().zip(acc) {
             s.store(s.mul(acc, s.splat(scale)), &mut p.0);
@@ -246,7 +246,7 @@ fn values<S: Simd, W: Operand, const R: usize, const P: usize>(
     o: &mut [f32],
     v_width: usize,
 ) where
-    Tile: Sums<R, P>,
+    for<'x> [&'x [W::X]; R]: Sums<W::X, R, P>,
 {
     let last = o.len() / v_width - 1;
     let at = |r: usize, c: usize| r.min(last) * v_width + (panel + c) * LANES;
@@ -258,7 +258,7 @@ fn values<S: Simd, W: Operand, const R: usize, const P: usize>(
         }
     }
     let steps = PAGE_TOKENS / W::PER_STEP;
-    let acc = Tile::sums::<S, W, false>(s, p, panels(v, steps, panel), 0..steps, acc, Fetch::nothing());
+    let acc = p.sums::<S, W, false>(s, panels(v, steps, panel), 0..steps, acc, Fetch::nothing());
     for (r, acc) in acc.into_iter().enumerate() {
         for (c, acc) in acc.into_iter().enumerate() {
             s.store(acc, &mut o[at(r, c)..].as_chunks_mut().0[0]);

@@ -1,21 +1,20 @@
 //! A tile of a tight matrix: from outlier to outlier of its panels.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::{GROUP_STEPS, Group, Outlier, Tight};
-use crate::linear::generic::{Fetch, Sums, Tile, TileOf, chain, zero};
+use crate::linear::generic::TileOf;
 use crate::linear::panels::Weight;
+use crate::linear::sums::{Fetch, Steps, Sums, zero};
 use crate::simd::{Kernel, Line, Simd};
 
-pub(in crate::linear) struct TightTile<'a, W: Weight, const R: usize, const P: usize> {
-    pub tile: TileOf<'a, W, R, P>,
+pub(in crate::linear) struct TightTile<'a, W: Weight, T, const R: usize, const P: usize> {
+    pub tile: TileOf<'a, W, T, R, P>,
     pub tight: Tight<'a>,
 }
 
-impl<W: Weight, const R: usize, const P: usize> Kernel for TightTile<'_, W, R, P>
-where
-    Tile: Sums<R, P>,
-{
+impl<W: Weight, T: Sums<W::X, R, P>, const R: usize, const P: usize> Kernel for TightTile<'_, W, T, R, P> {
     type Out = ();
 
     #[inline(always)]
@@ -37,7 +36,8 @@ where
             let now = ahead.split_off(..ahead.len().min(pace * (end - first))).unwrap_or_default();
             let fetch = Fetch { ahead: now, ..tile.fetch };
             let (x, panels) = (tile.x, (panels, tight.exponents));
-            acc = s.apart(Groups::<S, W, R, P> { s, x, panels, groups: first..end, acc, fetch });
+            acc =
+                s.apart(Groups::<S, W, T, R, P> { s, x, panels, groups: first..end, acc, fetch, weights: PhantomData });
             if end == tight.panel_groups {
                 break;
             }
@@ -45,9 +45,9 @@ where
             for (p, (near, outliers)) in near.iter_mut().zip(&mut outliers).enumerate() {
                 tight.open(s, tile.panel + p, end, outliers, bytemuck::cast_slice_mut(near));
             }
-            let x = tile.x.map(|x| &x[end * GROUP_STEPS * W::PARTS..]);
             let near = near.each_ref().map(|near| &near[..]);
-            acc = chain::<S, W, R, P>(s, x, near, 0..GROUP_STEPS, acc, Fetch::nothing());
+            let x = x.skip(end * GROUP_STEPS * W::PARTS);
+            acc = s.apart(Steps { s, x, panels: near, steps: 0..GROUP_STEPS, acc, fetch: Fetch::nothing() });
             first = end + 1;
         }
         tile.store(s, acc);
@@ -55,28 +55,26 @@ where
 }
 
 /// Groups without outliers.
-struct Groups<'a, T: Simd, W: Weight, const R: usize, const P: usize> {
-    s: T,
-    x: [&'a [W::X]; R],
+struct Groups<'a, I: Simd, W, T, const R: usize, const P: usize> {
+    s: I,
+    x: T,
     panels: ([&'a [Group]; P], &'a Line),
     groups: Range<usize>,
-    acc: [[T::F; P]; R],
+    acc: [[I::F; P]; R],
     fetch: Fetch<'a>,
+    weights: PhantomData<W>,
 }
 
-impl<T: Simd, W: Weight, const R: usize, const P: usize> Kernel for Groups<'_, T, W, R, P>
-where
-    Tile: Sums<R, P>,
-{
-    type Out = [[T::F; P]; R];
+impl<I: Simd, W: Weight, T: Sums<W::X, R, P>, const R: usize, const P: usize> Kernel for Groups<'_, I, W, T, R, P> {
+    type Out = [[I::F; P]; R];
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> Self::Out {
-        let Self { s, x, panels, groups, acc, fetch } = self;
+        let Self { s, x, panels, groups, acc, fetch, .. } = self;
         if fetch.own.is_empty() {
-            Tile::tight_sums::<T, W, false>(s, x, panels, groups, acc, fetch)
+            x.tight_sums::<I, W, false>(s, panels, groups, acc, fetch)
         } else {
-            Tile::tight_sums::<T, W, true>(s, x, panels, groups, acc, fetch)
+            x.tight_sums::<I, W, true>(s, panels, groups, acc, fetch)
         }
     }
 }

@@ -1,5 +1,6 @@
 //! One zmm register as one vector. With `DOT`, the dot product of pairs is `vdpbf16ps`.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use crate::simd::{Kernel, LANES, Line, Simd, Words, tight_words};
@@ -63,6 +64,15 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     fn apart<K: Kernel>(self, kernel: K) -> K::Out {
         // SAFETY: `self` proves the features.
         unsafe { if DOT { super::run_avx512_bf16(kernel) } else { super::run_avx512(kernel) } }
+    }
+    #[inline(always)]
+    fn by_itself<T>(self, at: &T) -> &T {
+        let mut at = std::ptr::from_ref(at);
+        // SAFETY: there is no instruction: the pointer stays as it is.
+        unsafe {
+            asm!("/* {0} */", inout(reg) at, options(pure, readonly, nostack, preserves_flags));
+            &*at
+        }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
