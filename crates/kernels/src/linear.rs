@@ -294,10 +294,9 @@ impl Cut {
 
     /// Into about so many tasks.
     pub fn into(parts: usize, rows: usize, panels: usize) -> Self {
-        let panels_each = panels
-            .div_ceil(parts.div_ceil((rows / ROWS_EACH_MANY).clamp(1, parts)))
-            .next_multiple_of(PANELS_EACH_MIN)
-            .max(PANELS_EACH_MIN);
+        let down_min = (rows / ROWS_EACH_MANY).clamp(1, parts);
+        let across_max = parts.div_ceil(down_min);
+        let panels_each = panels.div_ceil(across_max).next_multiple_of(PANELS_EACH_MIN).max(PANELS_EACH_MIN);
         let across = panels.div_ceil(panels_each);
         let down = parts.div_ceil(across.max(1));
         Self { rows, panels, rows_each: rows.div_ceil(down).max(ROWS_EACH_MIN), panels_each, across }

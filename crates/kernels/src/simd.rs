@@ -197,7 +197,7 @@ pub(crate) trait Simd: Copy {
     /// Lanes 1 0 3 2 5 4 ...
     fn swap_pairs(self, a: Self::F) -> Self::F;
 
-    /// The same, but a compiler no longer knows of what it is a part, and counts from it instead of adding to it.
+    /// The same reference, but a compiler no longer knows what it is a part of: it addresses from it, and not from the whole with an index.
     #[inline(always)]
     fn by_itself<T>(self, at: &T) -> &T {
         at

@@ -21,10 +21,10 @@ use crate::simd::{Line, Simd};
 /// Rows of the largest band.
 pub(super) const ROWS_MAX: usize = 24;
 /// Bands have a multiple of so many rows; the last may be there several times.
-pub(super) const ROWS_EACH: usize = 4;
+const ROWS_EACH: usize = 4;
 /// Elements of a row that lie together: as many as the step of any weights takes, or a multiple.
 const TOGETHER: usize = 4;
-/// Of those, a cache line.
+/// So many of them are a cache line.
 const LINE: usize = 4;
 /// Rows that are brought into bands at a time.
 const BYTES_MAX: usize = 8 << 20;
@@ -47,7 +47,7 @@ pub(super) struct Bands<'a, X> {
 }
 
 impl<'a, X: Copy> Bands<'a, X> {
-    /// Those of `live` rows from `row` on.
+    /// That of R rows from `row` on, where [`Banded::fill`] began a band.
     #[inline(always)]
     pub fn band<const R: usize>(&self, row: usize) -> Band<'a, X, R> {
         let start = (row - self.first).next_multiple_of(ROWS_EACH) * self.elements;
@@ -153,7 +153,10 @@ macro_rules! band {
                 let mut ahead = fetch.ahead.iter();
                 for (i, x) in x.iter().enumerate() {
                     if FETCH_OWN {
-                        fetch.own_lines(s, (first + i) * lines, lines);
+                        for line in 0..lines {
+                            // SAFETY: `own` is not empty.
+                            unsafe { fetch.own_line(s, fetch.from + (first + i) * lines + line) };
+                        }
                     } else {
                         next(s, &mut ahead);
                     }
@@ -182,7 +185,10 @@ macro_rules! band {
                 let mut ahead = fetch.ahead.iter();
                 for (i, group) in panel.iter().enumerate() {
                     if FETCH_OWN {
-                        fetch.own_lines(s, (first + i) * GROUP_LINES, GROUP_LINES);
+                        for line in 0..GROUP_LINES {
+                            // SAFETY: `own` is not empty.
+                            unsafe { fetch.own_line(s, fetch.from + (first + i) * GROUP_LINES + line) };
+                        }
                     } else {
                         next(s, &mut ahead);
                         next(s, &mut ahead);

@@ -37,14 +37,14 @@ impl<'a> Fetch<'a> {
 }
 
 impl Fetch<'_> {
-    /// Of a tile of one panel, whose `own` is not empty: its lines from `line` on.
+    /// Fetches a line of `own`, the last one instead of any behind it. (No question whether it is there: that would be a branch for each.)
+    ///
+    /// # Safety
+    /// * `own` must not be empty.
     #[inline(always)]
-    pub fn own_lines<S: Simd>(&self, s: S, line: usize, lines: usize) {
-        for line in line..line + lines {
-            let line = (self.from + line).min(self.own.len() - 1);
-            // SAFETY: that is within `own`, which is not empty.
-            s.prefetch(unsafe { self.own.get_unchecked(line) });
-        }
+    pub unsafe fn own_line<S: Simd>(&self, s: S, line: usize) {
+        // SAFETY: that is within `own`, which the caller knows not to be empty.
+        s.prefetch(unsafe { self.own.get_unchecked(line.min(self.own.len() - 1)) });
     }
 }
 
@@ -157,18 +157,17 @@ macro_rules! tile {
                 let parts = GROUP_STEPS * W::PARTS;
                 let x = self;
                 assert!(x.iter().all(|x| groups.end * parts <= x.len()) && panels.iter().all(|g| groups.end <= g.len()));
-                let Fetch { own, panel, from, ahead } = fetch;
+                let Fetch { panel, from, ahead, .. } = fetch;
                 let pace = ahead.len().div_ceil(groups.len().max(1));
                 let mut ahead = ahead.iter();
-                assert!(!FETCH_OWN || !own.is_empty());
-                let last = own.len().saturating_sub(1);
+                assert!(!FETCH_OWN || !fetch.own.is_empty());
                 for group in groups {
                     if FETCH_OWN {
                         for line in 0..GROUP_LINES {
                             let at = from + group * GROUP_LINES + line;
                             let at = if at < panel { at } else { at + ($P - 1) * panel };
-                            // SAFETY: `last` is below the length of `own`, which is not empty.
-                            unsafe { tile!(@fetch_up_to last, s, own, at, panel, $panels) }
+                            // SAFETY: `own` is not empty.
+                            unsafe { tile!(@fetch_own s, fetch, at, panel, $panels) }
                         }
                     }
                     tile!(@of_group 0, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
@@ -190,8 +189,8 @@ macro_rules! tile {
             }
         }
     };
-    (@fetch_up_to $last:ident, $s:ident, $own:ident, $at:ident, $panel:ident, [$($p:literal)*]) => {{
-        $($s.prefetch($own.get_unchecked($last.min($at + $p * $panel)));)*
+    (@fetch_own $s:ident, $fetch:ident, $at:ident, $panel:ident, [$($p:literal)*]) => {{
+        $($fetch.own_line($s, $at + $p * $panel);)*
     }};
     (
         @of_group $v:literal, $W:ident, $s:ident, $x:ident, $of:ident, $group:ident, $exponents:ident,
