@@ -11,9 +11,13 @@
 //! draw:  of those, with a sum of W, by ascending token, the first up to which the sum exceeds floor(u W)
 //! ```
 
+use std::cell::Cell;
+
 use bytemuck::{Pod, Zeroable};
 
-use crate::softmax::exponentials;
+use crate::linear::with_scratch;
+use crate::simd::Isa;
+use crate::softmax::{exponentials, largest};
 
 /// What is done to one logit first.
 #[repr(C)]
@@ -72,31 +76,50 @@ impl Draw {
     }
 }
 
+thread_local! {
+    static EDITED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static EXPS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
 /// Draws a token; there has to be one.
 pub fn draw(logits: &[f32], draw: &Draw) -> u32 {
-    let mut x: Vec<f32> = logits.iter().map(|&x| if x.is_nan() { f32::NEG_INFINITY } else { x }).collect();
-    for edit in &draw.edits {
-        let x = &mut x[edit.token as usize];
-        *x = edit.of(*x);
-    }
-    let best = argmax(&x);
-    let largest = x[best as usize];
-    if draw.temperature == 0.0 || !largest.is_finite() {
-        return best;
-    }
-    let mut exps: Vec<f32> = x.iter().map(|x| (x - largest) / draw.temperature).collect();
-    exponentials(&mut exps);
+    with_scratch(&EDITED, logits.len(), |x| {
+        for (to, x) in x.iter_mut().zip(logits) {
+            *to = if x.is_nan() { f32::NEG_INFINITY } else { *x };
+        }
+        for edit in &draw.edits {
+            let x = &mut x[edit.token as usize];
+            *x = edit.of(*x);
+        }
+        let largest = largest(Isa::best(), x);
+        if draw.temperature == 0.0 || !largest.is_finite() {
+            return first(x, largest);
+        }
+        with_scratch(&EXPS, x.len(), |exps| {
+            exps.iter_mut().zip(&*x).for_each(|(to, x)| *to = (x - largest) / draw.temperature);
+            exponentials(exps);
+            draw_of(x, exps, draw)
+        })
+    })
+}
+
+/// `exps` are exp((x - max x) / temperature).
+fn draw_of(x: &[f32], exps: &[f32], draw: &Draw) -> u32 {
     // SAFETY: exp of what is not above 0 is at most 1, and a number.
     let weight = |token: u32| unsafe { (exps[token as usize] * WEIGHT_MAX).to_int_unchecked::<i64>() } as u64;
     if draw.top_k == 0 && draw.nucleus().is_none() && draw.min_p == 0.0 {
         return pick(0..x.len() as u32, weight, draw.random);
     }
-    pick(keep(&x, weight, draw).into_iter(), weight, draw.random)
+    pick(keep(x, weight, draw).into_iter(), weight, draw.random)
 }
 
-fn argmax(x: &[f32]) -> u32 {
-    let better = |best: usize, i: usize| if x[i] > x[best] { i } else { best };
-    (0..x.len()).reduce(better).expect("a vocabulary is not empty") as u32
+/// The first token of this value.
+fn first(x: &[f32], value: f32) -> u32 {
+    const SOME: usize = 64;
+    // Some at a time, without looking which.
+    let has_it = |some: &[f32]| some.iter().fold(false, |found, x| found | (*x == value));
+    let some = x.chunks(SOME).position(has_it).map_or(0, |chunk| chunk * SOME);
+    x[some..].iter().position(|x| *x == value).map_or(0, |i| (some + i) as u32)
 }
 
 /// The tokens that top-k, top-p and min-p keep, ascending: one at least.

@@ -5,7 +5,7 @@
 //! softmax: e / sum        log-softmax: (x - m) - ln sum
 //! ```
 
-use crate::math::{exp, load_part, store_part, sum_lanes};
+use crate::math::{exp, load_part, max_lanes, store_part, sum_lanes};
 use crate::simd::{Isa, Kernel, LANES, Simd};
 
 /// In place; the same bits on every machine.
@@ -24,13 +24,13 @@ pub(crate) fn exponentials(x: &mut [f32]) {
 }
 
 pub(crate) fn softmax_on(isa: Isa, x: &mut [f32]) {
-    let max = largest(x);
+    let max = largest(isa, x);
     let sum = isa.run(Exponentials { x, max, keep: true });
     isa.run(Divide { x, by: sum });
 }
 
 pub(crate) fn log_softmax_on(isa: Isa, x: &mut [f32]) {
-    let max = largest(x);
+    let max = largest(isa, x);
     let log_sum = ln(isa.run(Exponentials { x, max, keep: false }));
     for x in x {
         *x = (*x - max) - log_sum;
@@ -38,8 +38,23 @@ pub(crate) fn log_softmax_on(isa: Isa, x: &mut [f32]) {
 }
 
 /// NaN is passed over.
-fn largest(x: &[f32]) -> f32 {
-    x.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m })
+pub(crate) fn largest(isa: Isa, x: &[f32]) -> f32 {
+    isa.run(Largest(x))
+}
+
+struct Largest<'a>(&'a [f32]);
+
+impl Kernel for Largest<'_> {
+    type Out = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut max = s.splat(f32::NEG_INFINITY);
+        for x in self.0.chunks(LANES) {
+            max = s.max(load_part(s, x, f32::NEG_INFINITY), max);
+        }
+        max_lanes(s, max)
+    }
 }
 
 /// The sum of exp(x - max), and x replaced by them if `keep`.
