@@ -16,6 +16,8 @@
 //! 2. q is turned to [d][head] once for a task.
 //! 3. Tokens are scored 16 (or 4) at a time, o is updated for 16 (or 4) heads at a time, so that many chains are on their way.
 //! 4. Pages lie anywhere in memory: the next one is fetched while this one is computed.
+//! 5. What a step broadcasts lies behind one address (see `linear::band`): four values of a token, or its sixteen probabilities. Both loops are functions of
+//!    their own.
 
 mod expanded;
 mod pairs;
@@ -103,6 +105,20 @@ pub(crate) fn mla_attend_on(isa: Isa, pool: &Pool, call: Call<'_>, out: &mut [f3
     });
 }
 
+/// Does something for each t below T, which is 16 at most. Written out: a compiler that meets an index before it has unrolled the loop around it keeps
+/// all sums in memory.
+macro_rules! each_below {
+    ($T:ident, $t:ident => $do:block) => {
+        each_below!(@ $T, $t, $do, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+    };
+    (@ $T:ident, $t:ident, $do:block, $($i:literal)*) => {
+        $(if $i < $T {
+            let $t: usize = $i;
+            $do
+        })*
+    };
+}
+
 /// Up to sixteen heads of one row.
 struct Heads<'a> {
     call: Call<'a>,
@@ -154,11 +170,11 @@ impl Heads<'_> {
         (max, sum): (S::F, S::F),
     ) -> (S::F, S::F) {
         let p = &mut self.p[..tokens.kv.len() / tokens.width];
-        scores::<S, N>(s, self.q, &mut tokens, self.rest, p, self.call.scale);
+        s.apart(Scores::<N> { q: self.q, tokens: &mut tokens, rest: self.rest, p, scale: self.call.scale });
         let (max, sum, factor) = probabilities(s, p, max, sum);
         let mut factors = Lanes::default();
         s.store(factor, &mut factors.0);
-        values::<S, N>(s, p, tokens, self.call.cache.latent, &factors, self.o);
+        s.apart(Values::<N> { p, tokens, latent: self.call.cache.latent, factors, o: self.o });
         (max, sum)
     }
 }
@@ -219,29 +235,36 @@ fn turn(rows: &[f32], to: &mut [Lanes]) {
 }
 
 /// p[t] = scale * (q · kv[t]), T tokens at a time.
-#[inline(always)]
-fn scores<S: Simd, const T: usize>(
-    s: S,
-    q: &[Lanes],
-    tokens: &mut Tokens<'_>,
-    rest: &mut [f32],
-    p: &mut [Lanes],
+struct Scores<'a, 'kv, const T: usize> {
+    q: &'a [Lanes],
+    tokens: &'a mut Tokens<'kv>,
+    rest: &'a mut [f32],
+    p: &'a mut [Lanes],
     scale: f32,
-) {
-    let width = tokens.width;
-    let (steps, last) = q.as_chunks::<2>();
-    for (p, kv) in p.chunks_mut(T).zip(tokens.kv.chunks(T * width)) {
-        let kv = whole(kv, T * width, rest);
-        let mut acc = [s.splat(0.0); T];
-        for (i, q) in steps.iter().enumerate() {
-            tokens.fetch_next(s);
-            step(s, q, kv, width, 2 * i, &mut acc);
-        }
-        if let [q] = last {
-            step(s, &[*q], kv, width, width - 1, &mut acc);
-        }
-        for (p, acc) in p.iter_mut().zip(acc) {
-            s.store(s.mul(acc, s.splat(scale)), &mut p.0);
+}
+
+impl<const T: usize> Kernel for Scores<'_, '_, T> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { q, tokens, rest, p, scale } = self;
+        let width = tokens.width;
+        let (steps, last) = q.as_chunks::<4>();
+        for (p, kv) in p.chunks_mut(T).zip(tokens.kv.chunks(T * width)) {
+            let kv = whole(kv, T * width, rest);
+            let mut acc = [s.splat(0.0); T];
+            for (i, q) in steps.iter().enumerate() {
+                tokens.fetch_next(s);
+                tokens.fetch_next(s);
+                step(s, q, kv, width, 4 * i, &mut acc);
+            }
+            for (i, q) in last.iter().enumerate() {
+                step(s, std::array::from_ref(q), kv, width, width - last.len() + i, &mut acc);
+            }
+            for (p, acc) in p.iter_mut().zip(acc) {
+                s.store(s.mul(acc, s.splat(scale)), &mut p.0);
+            }
         }
     }
 }
@@ -258,13 +281,14 @@ fn step<S: Simd, const T: usize, const D: usize>(
 ) {
     assert!(T * width <= kv.len() && first + D <= width);
     let q: [S::F; D] = std::array::from_fn(|d| s.load(&q[d].0));
-    for (t, acc) in acc.iter_mut().enumerate() {
-        for (d, q) in q.into_iter().enumerate() {
-            // SAFETY: t < T and first + d < width, so that it is below T * width, which is kv's length at most.
-            let x = unsafe { *kv.get_unchecked(t * width + first + d) };
-            *acc = s.fma(q, s.splat(x), *acc);
+    each_below!(T, t => {
+        // SAFETY: t < T and first + D <= width, so that they are below T * width, which is kv's length at most.
+        let x: &[f32; D] = unsafe { &kv.get_unchecked(t * width + first..).as_chunks_unchecked()[0] };
+        let x = s.by_itself(x);
+        for d in 0..D {
+            acc[t] = s.fma(q[d], s.splat(x[d]), acc[t]);
         }
-    }
+    });
 }
 
 /// Scores to probabilities under the new maximum. Returns it, the new sum, and the factor that what was summed before has to take.
@@ -285,35 +309,41 @@ fn probabilities<S: Simd>(s: S, p: &mut [Lanes], max: S::F, sum: S::F) -> (S::F,
 }
 
 /// o[d] = o[d] * factor + p · kv[..][d], for H heads at a time.
-#[inline(always)]
-fn values<S: Simd, const H: usize>(
-    s: S,
-    p: &[Lanes],
-    mut tokens: Tokens<'_>,
+struct Values<'a, const H: usize> {
+    p: &'a [Lanes],
+    tokens: Tokens<'a>,
     latent: usize,
-    factors: &Lanes,
-    o: &mut [f32],
-) {
-    let padded = o.len() / LANES;
-    for d in (0..latent).step_by(LANES) {
-        for first in (0..LANES).step_by(H) {
-            let mut acc = [s.splat(0.0); H];
-            for (h, acc) in acc.iter_mut().enumerate() {
-                let o = &o[(first + h) * padded + d..].as_chunks().0[0];
-                *acc = s.mul(s.load(o), s.splat(factors.0[first + h]));
-            }
-            for (t, (p, kv)) in p.iter().zip(tokens.kv.chunks_exact(tokens.width)).enumerate() {
-                if t % 2 == 0 {
-                    tokens.fetch_next(s);
+    factors: Lanes,
+    o: &'a mut [f32],
+}
+
+impl<const H: usize> Kernel for Values<'_, H> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { p, mut tokens, latent, factors, o } = self;
+        let padded = o.len() / LANES;
+        for d in (0..latent).step_by(LANES) {
+            for first in (0..LANES).step_by(H) {
+                let mut acc = [s.splat(0.0); H];
+                for (h, acc) in acc.iter_mut().enumerate() {
+                    let o = &o[(first + h) * padded + d..].as_chunks().0[0];
+                    *acc = s.mul(s.load(o), s.splat(factors.0[first + h]));
                 }
-                let kv = load_part(s, &kv[d..latent.min(d + LANES)], 0.0);
-                let p = &p.0[first..][..H];
-                for h in 0..H {
-                    acc[h] = s.fma(s.splat(p[h]), kv, acc[h]);
+                for (t, (p, kv)) in p.iter().zip(tokens.kv.chunks_exact(tokens.width)).enumerate() {
+                    if t % 2 == 0 {
+                        tokens.fetch_next(s);
+                    }
+                    let kv = load_part(s, &kv[d..latent.min(d + LANES)], 0.0);
+                    let p = &p.0[first..][..H];
+                    for h in 0..H {
+                        acc[h] = s.fma(s.splat(p[h]), kv, acc[h]);
+                    }
                 }
-            }
-            for (h, acc) in acc.into_iter().enumerate() {
-                s.store(acc, &mut o[(first + h) * padded + d..].as_chunks_mut().0[0]);
+                for (h, acc) in acc.into_iter().enumerate() {
+                    s.store(acc, &mut o[(first + h) * padded + d..].as_chunks_mut().0[0]);
+                }
             }
         }
     }
