@@ -67,6 +67,11 @@ fn values(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| draw()).collect()
 }
 
+/// About normal, as weights are: some are so small that few others have their exponent.
+fn weights(len: usize, seed: u64) -> Vec<f32> {
+    values(4 * len, seed).as_chunks::<4>().0.iter().map(|four| four.iter().sum()).collect()
+}
+
 fn bf16_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|x| moesaic_kernels::bf16::from_f32(*x).to_le_bytes()).collect()
 }
@@ -89,7 +94,7 @@ fn linear(bench: &Bench, fp8: bool) {
 fn linear_of(bench: &Bench, name: &str, fp8: bool, out: usize, in_: usize) {
     let size = if fp8 { 1 } else { 2 };
     let count = WORKING_SET_BYTES / (out * in_ * size);
-    let bytes = bf16_bytes(&values(out * in_, 1));
+    let bytes = bf16_bytes(&weights(out * in_, 1));
     let codes: Vec<u8> = (0..out * in_).map(|i| (i * 37 % 120) as u8).collect();
     let scales = vec![0.01; out.div_ceil(128) * in_.div_ceil(128)];
     let data = match fp8 {
@@ -118,7 +123,7 @@ fn experts(bench: &Bench) {
         return;
     }
     let (hidden, width, experts, top_k) = (1024, 512, 64, 8);
-    let (up, down) = (bf16_bytes(&values(width * hidden, 1)), bf16_bytes(&values(width * hidden, 2)));
+    let (up, down) = (bf16_bytes(&weights(width * hidden, 1)), bf16_bytes(&weights(width * hidden, 2)));
     let up = Matrix { rows: width, cols: hidden, data: MatrixData::Bf16(&up) };
     let down = Matrix { rows: hidden, cols: width, data: MatrixData::Bf16(&down) };
     let n = bench.n;

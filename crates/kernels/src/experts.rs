@@ -14,7 +14,7 @@ use std::cell::Cell;
 
 use bytes::Bytes;
 
-use crate::linear::{Cut, Form, Job, Linear, Place, Ready, RowsRef, UnfitBytes, with_rows, with_scratch};
+use crate::linear::{Cut, Form, Job, Linear, Place, Ready, RowsRef, To, UnfitBytes, with_rows, with_scratch};
 use crate::math::{load_part, silu, store_part};
 use crate::pool::{Pool, Shared};
 use crate::simd::{Kernel, LANES, Simd};
@@ -117,9 +117,10 @@ fn run(pool: &Pool, groups: &[Group<'_>], x: RowsRef<'_>, y: &mut [f32]) {
                 rows * width * out,
                 |g| &g.ffn.down,
                 |g, cut, task| {
-                    let place =
-                        Place { x_offset: g.first * g.ffn.down.x_len(), y_offset: g.first * out, ..g.ffn.down.place() };
-                    Job { linear: &g.ffn.down, x: h, y, place, rows: g.rows }.run(cut.rows(task), cut.panels(task));
+                    let down = &g.ffn.down;
+                    let place = Place { offset: g.first * down.x_len(), ..down.place() };
+                    let to = To { y, stride: out, offset: g.first * out };
+                    Job { x: h, place, linears: &[(down, to)] }.run(cut.rows(task), cut.panels(task));
                 },
             );
         });
@@ -137,9 +138,10 @@ fn hidden(pool: &Pool, groups: &[Group<'_>], x: Ready<'_>, gate: &mut [f32], up:
         |g| &g.ffn.gate,
         |g, cut, task| {
             let width = g.ffn.gate.out_features();
-            let place = Place { pick: g.pick, y_offset: g.first * width, ..g.ffn.gate.place() };
-            Job { linear: &g.ffn.gate, x, y: gate, place, rows: g.rows }.run(cut.rows(task), cut.panels(task));
-            Job { linear: &g.ffn.up, x, y: up, place, rows: g.rows }.run(cut.rows(task), cut.panels(task));
+            let place = Place { pick: g.pick, ..g.ffn.gate.place() };
+            let [gate_to, up_to] = [gate, up].map(|y| To { y, stride: width, offset: g.first * width });
+            let linears = &[(&g.ffn.gate, gate_to), (&g.ffn.up, up_to)];
+            Job { x, place, linears }.run(cut.rows(task), cut.panels(task));
             let (from, to) = (cut.panels(task).start * LANES, width.min(cut.panels(task).end * LANES));
             for row in cut.rows(task) {
                 let start = (g.first + row) * width + from;

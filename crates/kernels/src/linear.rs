@@ -16,6 +16,7 @@ mod sums;
 mod tests;
 pub(crate) mod tight;
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -24,13 +25,15 @@ use half::f16;
 pub use panels::UnfitBytes;
 pub use rows::RowsRef;
 
-pub(crate) use generic::{Place, rows_of_tile};
+pub(crate) use generic::{Place, To, rows_of_tile};
 pub(crate) use panels::{Bf16Pairs, F32Lanes, Weight};
 pub(crate) use rows::{Form, Ready, bf16_bits, pair, with_rows, with_scratch};
 pub(crate) use sums::{Fetch, Sums};
 
 use crate::pool::{Pool, Shared};
+use crate::simd::Isa;
 use crate::{Dtype, Matrix, MatrixData, Numerics, e4m3_to_f32};
+use band::{Bands, Fill};
 use generic::Tiles;
 use panels::{Bf16Halves, E4m3Halves, E4m3Pairs, Packed, Scales};
 
@@ -140,9 +143,11 @@ impl Linear {
         assert_eq!(x.len(), rows * self.in_features, "x does not have as many rows as y");
         assert_eq!(y.len(), rows * self.out_features(), "y does not have whole rows");
         with_rows(pool, self.numerics.kernels(), self.form(), x, self.in_features, |x| {
-            let job = Job { linear: self, x, y: Shared::new(y), place: self.place(), rows };
-            let cut = Cut::new(pool, job.work(), rows, self.panels());
-            pool.each(cut.tasks(), job.work(), |task| job.run(cut.rows(task), cut.panels(task)));
+            let to = To { y: Shared::new(y), stride: self.out_features(), offset: 0 };
+            let job = Job { x, place: self.place(), linears: &[(self, to)] };
+            let work = rows * self.in_features * self.out_features();
+            let cut = Cut::new(pool, work, rows, self.panels());
+            pool.each(cut.tasks(), work, |task| job.run(cut.rows(task), cut.panels(task)));
         });
     }
 
@@ -167,9 +172,13 @@ impl Linear {
         on_panels!(&self.panels, p => p.x_len())
     }
 
-    /// Dense rows of x and y.
+    /// Dense rows of x.
     pub(crate) fn place<'a>(&self) -> Place<'a> {
-        Place { pick: None, x_stride: self.x_len(), x_offset: 0, y_stride: self.out_features(), y_offset: 0 }
+        Place { pick: None, stride: self.x_len(), offset: 0 }
+    }
+
+    fn takes_bands(&self) -> bool {
+        band::has_form(self.x_len()) && band::has_form(on_panels!(&self.panels, p => p.chain_len()))
     }
 }
 
@@ -230,43 +239,58 @@ fn read<const N: usize, T>(bytes: &[u8], i: usize, to: &mut [T], value: impl Fn(
     }
 }
 
-/// A linear over some rows, to be run piece by piece.
+thread_local! {
+    static BANDS: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Linears over the same rows of x, to be run piece by piece.
 #[derive(Clone, Copy)]
 pub(crate) struct Job<'a> {
-    pub linear: &'a Linear,
     pub x: Ready<'a>,
-    pub y: Shared<'a, f32>,
     pub place: Place<'a>,
-    pub rows: usize,
+    /// One at least, all of the same form and numerics.
+    pub linears: &'a [(&'a Linear, To<'a>)],
 }
 
 impl Job<'_> {
-    /// Multiply-adds of the whole.
-    pub fn work(&self) -> usize {
-        self.rows * self.linear.in_features * self.linear.out_features()
+    /// Writes the columns of `panels`, as far as a linear has them, of `rows` of every y. No other call may be at work on them.
+    pub fn run(&self, rows: Range<usize>, panels: Range<usize>) {
+        let Self { x, place, linears } = *self;
+        let (isa, elements) = (linears[0].0.numerics.kernels(), linears[0].0.x_len());
+        let has_bands = isa.is_wide() && rows.len() > band::ROWS_BELOW && linears.iter().all(|(l, _)| l.takes_bands());
+        if !has_bands {
+            return self.tiles(isa, rows, panels, None);
+        }
+        let together = band::rows_together(rows.len(), elements);
+        with_scratch(&BANDS, band::scratch_len(together, elements), |to| {
+            for first in rows.clone().step_by(together) {
+                let rows = first..rows.end.min(first + together);
+                let bands = match x {
+                    Ready::F32(x) => isa.run(Fill { x, place, rows: rows.clone(), elements, to }),
+                    Ready::Pairs(x) => isa.run(Fill { x, place, rows: rows.clone(), elements, to }),
+                };
+                self.tiles(isa, rows, panels.clone(), Some(bands));
+            }
+        });
     }
 
-    /// Writes the columns of `panels` of `rows` of y. No other call may be at work on them.
-    pub fn run(&self, rows: Range<usize>, panels: Range<usize>) {
-        let Self { x, y, place, .. } = *self;
-        let isa = self.linear.numerics.kernels();
-        match (&self.linear.panels, x) {
-            (Panels::F32(weights), Ready::F32(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
+    fn tiles(&self, isa: Isa, rows: Range<usize>, panels: Range<usize>, bands: Option<Bands<'_>>) {
+        let Self { place, .. } = *self;
+        macro_rules! run {
+            ($weights:ident, $x:ident, $to:ident) => {{
+                let (rows, panels) = (rows.clone(), panels.start..panels.end.min($weights.panels()));
+                isa.run(Tiles { weights: $weights.view(), x: $x, place, to: *$to, rows, panels, bands })
+            }};
+        }
+        for (linear, to) in self.linears {
+            match (&linear.panels, self.x) {
+                (Panels::F32(weights), Ready::F32(x)) => run!(weights, x, to),
+                (Panels::Bf16(weights), Ready::F32(x)) => run!(weights, x, to),
+                (Panels::E4m3(weights), Ready::F32(x)) => run!(weights, x, to),
+                (Panels::Bf16Pairs(weights), Ready::Pairs(x)) => run!(weights, x, to),
+                (Panels::E4m3Pairs(weights), Ready::Pairs(x)) => run!(weights, x, to),
+                _ => unreachable!("rows are made in the form of the linear they are for"),
             }
-            (Panels::Bf16(weights), Ready::F32(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
-            }
-            (Panels::E4m3(weights), Ready::F32(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
-            }
-            (Panels::Bf16Pairs(weights), Ready::Pairs(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
-            }
-            (Panels::E4m3Pairs(weights), Ready::Pairs(x)) => {
-                isa.run(Tiles { weights: weights.view(), x, y, place, rows, panels, bands: None })
-            }
-            _ => unreachable!("rows are made in the form of the linear they are for"),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A linear for each head: out[r, h, :] = Linear_h(x[r, h, :]), as the absorbed form of attention needs before and after it attends.
 
 use crate::Numerics;
-use crate::linear::{Form, Job, Linear, Place, RowsRef, with_rows};
+use crate::linear::{Form, Job, Linear, Place, RowsRef, To, with_rows};
 use crate::pool::{Pool, Shared};
 use crate::simd::Isa;
 
@@ -59,18 +59,14 @@ impl PerHead {
         with_rows(pool, self.isa(), form, RowsRef::F32(x), x_width, |x| {
             let steps = if form == Form::Pairs { x_width.div_ceil(2) } else { x_width };
             let y = Shared::new(y);
-            let job = |h: usize| {
-                let place = Place {
-                    pick: None,
-                    x_stride: heads * steps,
-                    x_offset: h * steps,
-                    y_stride: heads * y_width,
-                    y_offset: h * y_width,
-                };
-                Job { linear: &self.heads[h], x, y, place, rows }
+            let run = |h: usize| {
+                let linear = &self.heads[h];
+                let place = Place { pick: None, stride: heads * steps, offset: h * steps };
+                let to = To { y, stride: heads * y_width, offset: h * y_width };
+                Job { x, place, linears: &[(linear, to)] }.run(0..rows, 0..linear.panels());
             };
             let work = rows * heads * self.in_features * self.out_features;
-            pool.each(heads, work, |h| job(h).run(0..rows, 0..self.heads[h].panels()));
+            pool.each(heads, work, run);
         });
     }
 }

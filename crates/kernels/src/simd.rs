@@ -28,14 +28,13 @@ pub(crate) type Words = [u16; 2 * LANES];
 /// A line of the processor's caches.
 pub(crate) type Line = [u8; 64];
 
-/// The V-th of four steps of tight weights (see `linear::tight`): exponents from a table by codes of 4 bits, of which two are in a byte; fraction and
-/// sign from `rests`.
+/// The V-th of four steps of tight weights (see `linear::tight`): upper bytes from a table by codes of 4 bits, of which two are in a byte.
 #[inline(always)]
-pub(crate) fn tight_words<const V: usize>(codes: &Line, rests: &Line, exponents: &Line) -> Words {
+pub(crate) fn tight_words<const V: usize>(codes: &Line, lowers: &Line, uppers: &Line) -> Words {
     std::array::from_fn(|word| {
         let byte = interleaved::<V>(word);
-        let exponent = exponents[usize::from(codes[byte] >> (V / 2 * 4) & 0xf)];
-        u16::from_be_bytes([exponent, rests[byte]]).rotate_right(1)
+        let upper = uppers[usize::from(codes[byte] >> (V / 2 * 4) & 0xf)];
+        u16::from_be_bytes([upper, lowers[byte]])
     })
 }
 
@@ -92,7 +91,7 @@ impl Isa {
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-            let bytes = is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
+            let bytes = is_x86_feature_detected!("avx512vbmi");
             let bf16 = avx512 && bytes && is_x86_feature_detected!("avx512bf16");
             let all = [(avx2, Self::Avx2), (avx512, Self::Avx512), (bf16, Self::Avx512Bf16)];
             found.extend(all.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
@@ -122,6 +121,11 @@ impl Isa {
     /// Whether it is faster than two multiply-adds of f32: twice on AMD's processors, half on Intel's.
     pub fn has_fast_dot_pairs(self) -> bool {
         self.has_dot_pairs() && !vendor_is_intel()
+    }
+
+    /// [`Simd::WIDE`].
+    pub fn is_wide(self) -> bool {
+        self.name().starts_with("avx512")
     }
 
     /// Whether tight weights are opened in registers ([`Simd::OPENS_TIGHT`]), so that they are read faster than others and not only smaller.
@@ -216,8 +220,8 @@ pub(crate) trait Simd: Copy {
     fn store_pairs(self, v: Self::Pairs, to: &mut [u32; LANES]);
     /// [`tight_words`].
     #[inline(always)]
-    fn pairs_tight<const V: usize>(self, codes: &Line, rests: &Line, exponents: &Line) -> Self::Pairs {
-        self.pairs_bf16(&bytemuck::cast(tight_words::<V>(codes, rests, exponents)))
+    fn pairs_tight<const V: usize>(self, codes: &Line, lowers: &Line, uppers: &Line) -> Self::Pairs {
+        self.pairs_bf16(&bytemuck::cast(tight_words::<V>(codes, lowers, uppers)))
     }
     /// Words below 256 as bytes, [`interleaved`].
     #[inline(always)]

@@ -21,7 +21,7 @@ use crate::shards::map;
 use crate::{Checkpoint, ModelError};
 
 /// Of the layout of panels and of this file.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const HEADER_BYTES: usize = 4096;
 const ALIGNMENT: usize = 64;
 const PARTS: usize = 3;

@@ -29,7 +29,7 @@ use std::ops::Range;
 use operand::Operand;
 use page::{Latents, PANELS, PageOf, State, Strided};
 
-use crate::linear::{Bf16Pairs, F32Lanes, Job, Linear, Place, Ready, RowsRef, with_rows, with_scratch};
+use crate::linear::{Bf16Pairs, F32Lanes, Job, Linear, Ready, RowsRef, To, with_rows, with_scratch};
 use crate::pages::{LatentPages, PAGE_TOKENS};
 use crate::per_head::PerHead;
 use crate::pool::{Pool, Shared};
@@ -134,8 +134,7 @@ impl Head<'_> {
                         let first = i * PAGE_TOKENS;
                         let tokens = PAGE_TOKENS.min(end - first);
                         isa.run(Latents::<W> { page: cache.page(layer, *id), latent, rope, tokens, x, k });
-                        expand_page(expand.key.head(head), W::ready(x), tokens, k);
-                        expand_page(expand.value.head(head), W::ready(x), tokens, values);
+                        expand_page([expand.key, expand.value].map(|w| w.head(head)), W::ready(x), tokens, [k, values]);
                         values[tokens * v_width..].fill(0.0);
                         // Rows before the page see nothing of it.
                         let hidden = first.saturating_sub(span.start);
@@ -167,10 +166,11 @@ impl Head<'_> {
     }
 }
 
-/// The first `tokens` of a page's rows through a linear, to the heads of the page's rows of y.
-fn expand_page(linear: &Linear, x: Ready<'_>, tokens: usize, y: &mut [f32]) {
-    let place = Place { y_stride: y.len() / PAGE_TOKENS, ..linear.place() };
-    Job { linear, x, y: Shared::new(y), place, rows: tokens }.run(0..tokens, 0..linear.panels());
+/// The first `tokens` of a page's rows through each linear, to the heads of the page's rows of its y.
+fn expand_page([key, value]: [&Linear; 2], x: Ready<'_>, tokens: usize, y: [&mut [f32]; 2]) {
+    let [k, v] = y.map(|y| To { stride: y.len() / PAGE_TOKENS, y: Shared::new(y), offset: 0 });
+    let panels = 0..key.panels().max(value.panels());
+    Job { x, place: key.place(), linears: &[(key, k), (value, v)] }.run(0..tokens, panels);
 }
 
 #[cfg(test)]

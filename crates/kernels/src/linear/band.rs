@@ -7,19 +7,20 @@
 //! with a panel of bf16 48 multiply-adds, 2 operations to open 32 weights, and some 5 to go on. (What decides is how many instructions there are, as
 //! soon as the core's other thread is at work, too. An address of two registers would count as an instruction of its own.)
 
-use std::cell::Cell;
 use std::ops::Range;
 
 use bytemuck::Pod;
 
-use super::generic::rows_of_tile;
+use super::generic::{Place, rows_of_tile};
 use super::panels::Weight;
 use super::sums::{Fetch, Sums};
 use super::tight::{GROUP_LINES, GROUP_STEPS, Group};
-use crate::simd::{Line, Simd};
+use crate::simd::{Kernel, Line, Simd};
 
 /// Rows of the largest band.
 pub(super) const ROWS_MAX: usize = 24;
+/// So many rows or fewer are faster as they are.
+pub(super) const ROWS_BELOW: usize = 8;
 /// Bands have a multiple of so many rows; the last may be there several times.
 const ROWS_EACH: usize = 4;
 /// Elements of a row that lie together: as many as the step of any weights takes, or a multiple.
@@ -29,58 +30,51 @@ const LINE: usize = 4;
 /// Rows that are brought into bands at a time.
 const BYTES_MAX: usize = 8 << 20;
 
-thread_local! {
-    static SCRATCH: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
-}
-
 /// R rows.
 #[derive(Clone, Copy)]
 pub(super) struct Band<'a, X, const R: usize>(&'a [[[X; TOGETHER]; R]]);
 
 /// The bands of some rows, from row `first` on.
 #[derive(Clone, Copy)]
-pub(super) struct Bands<'a, X> {
+pub(crate) struct Bands<'a> {
     first: usize,
     /// Of a row.
     elements: usize,
-    x: &'a [X],
+    x: &'a [u32],
 }
 
-impl<'a, X: Copy> Bands<'a, X> {
-    /// That of R rows from `row` on, where [`Banded::fill`] began a band.
+impl<'a> Bands<'a> {
+    /// That of R rows from `row` on, where [`Fill`] began a band.
     #[inline(always)]
-    pub fn band<const R: usize>(&self, row: usize) -> Band<'a, X, R> {
+    pub fn band<X: Pod, const R: usize>(&self, row: usize) -> Band<'a, X, R> {
         let start = (row - self.first).next_multiple_of(ROWS_EACH) * self.elements;
-        Band(self.x[start..][..R * self.elements].as_chunks().0.as_chunks().0)
+        Band(bytemuck::cast_slice(&self.x[start..][..R * self.elements]).as_chunks().0.as_chunks().0)
     }
 }
 
-/// Rows of x in bands, in a scratch of this thread. (No closure: it would not be compiled for the instruction set.)
-pub(super) struct Banded(Vec<u32>);
+/// Brings rows of x into bands.
+pub(super) struct Fill<'a, X> {
+    pub x: &'a [X],
+    pub place: Place<'a>,
+    pub rows: Range<usize>,
+    /// Of a row; a multiple of [`TOGETHER`].
+    pub elements: usize,
+    /// [`scratch_len`] of them.
+    pub to: &'a mut [u32],
+}
 
-impl Banded {
-    pub fn take() -> Self {
-        Self(SCRATCH.take())
-    }
+/// Elements of the bands of so many rows: the last two may each be filled up.
+pub(super) fn scratch_len(rows: usize, elements: usize) -> usize {
+    (rows + 2 * ROWS_EACH) * elements
+}
 
-    pub fn give_back(self) {
-        SCRATCH.set(self.0);
-    }
+impl<'a, X: Pod> Kernel for Fill<'a, X> {
+    type Out = Bands<'a>;
 
-    /// `row` gives the elements of each of `rows`, which must be a multiple of [`TOGETHER`].
     #[inline(always)]
-    pub fn fill<'x, X: Pod>(
-        &mut self,
-        rows: Range<usize>,
-        elements: usize,
-        row: impl Fn(usize) -> &'x [X],
-    ) -> Bands<'_, X> {
-        // The last two bands may each be filled up.
-        let len = (rows.len() + 2 * ROWS_EACH) * elements;
-        if self.0.len() < len {
-            self.0.resize(len, 0);
-        }
-        let mut to = &mut bytemuck::cast_slice_mut::<u32, X>(&mut self.0)[..];
+    fn run<S: Simd>(self, _: S) -> Bands<'a> {
+        let Self { x, place, rows, elements, to: scratch } = self;
+        let mut to = &mut bytemuck::cast_slice_mut::<u32, X>(scratch)[..];
         let mut at = rows.start;
         while at < rows.end {
             let live = rows_of_tile(rows.end - at, ROWS_MAX);
@@ -91,7 +85,7 @@ impl Banded {
             // A line of each row at a time, of some rows at a time: what is written is whole lines, and close together.
             let mut from: [[&[[X; TOGETHER]]; ROWS_EACH]; ROWS_MAX / ROWS_EACH] = Default::default();
             for (r, from) in from.as_flattened_mut().iter_mut().enumerate().take(of_band) {
-                *from = row(at + r.min(live - 1)).as_chunks().0;
+                *from = place.row(x, at + r.min(live - 1), elements).as_chunks().0;
             }
             for (k, to) in band.chunks_mut(LINE * fours).enumerate() {
                 for (i, [a, b, c, d]) in from.iter().take(fours).enumerate() {
@@ -106,7 +100,7 @@ impl Banded {
             }
             at += live;
         }
-        Bands { first: rows.start, elements, x: bytemuck::cast_slice(&self.0) }
+        Bands { first: rows.start, elements, x: scratch }
     }
 }
 
@@ -116,9 +110,9 @@ pub(super) fn rows_together(rows: usize, elements: usize) -> usize {
     rows.div_ceil(rows.div_ceil(max).max(1))
 }
 
-/// Whether rows of so many elements, and blocks of theirs that have a chain of their own, can be brought into bands.
-pub(super) fn has_form(elements: usize, of_block: usize) -> bool {
-    elements.is_multiple_of(TOGETHER) && of_block.is_multiple_of(TOGETHER) && elements > 0
+/// Whether rows of so many elements, or blocks of theirs that have a chain of their own, can be brought into bands.
+pub(super) fn has_form(elements: usize) -> bool {
+    elements > 0 && elements.is_multiple_of(TOGETHER)
 }
 
 /// Fetches a line. (Not several in a loop: a compiler would keep sums in memory for its sake. Two bands or more share what is to be fetched,
@@ -173,7 +167,7 @@ macro_rules! band {
             fn tight_sums<S: Simd, W: Weight<X = X>, const FETCH_OWN: bool>(
                 self,
                 s: S,
-                ([panel], exponents): ([&[Group]; 1], &Line),
+                ([panel], uppers): ([&[Group]; 1], &Line),
                 groups: Range<usize>,
                 mut acc: [[S::F; 1]; $R],
                 fetch: Fetch<'_>,
@@ -193,10 +187,10 @@ macro_rules! band {
                         next(s, &mut ahead);
                         next(s, &mut ahead);
                     }
-                    band!(@of_group 0, W, s, x, group, i, exponents, acc, $rows);
-                    band!(@of_group 1, W, s, x, group, i, exponents, acc, $rows);
-                    band!(@of_group 2, W, s, x, group, i, exponents, acc, $rows);
-                    band!(@of_group 3, W, s, x, group, i, exponents, acc, $rows);
+                    band!(@of_group 0, W, s, x, group, i, uppers, acc, $rows);
+                    band!(@of_group 1, W, s, x, group, i, uppers, acc, $rows);
+                    band!(@of_group 2, W, s, x, group, i, uppers, acc, $rows);
+                    band!(@of_group 3, W, s, x, group, i, uppers, acc, $rows);
                 }
                 acc
             }
@@ -214,9 +208,9 @@ macro_rules! band {
         band!(@step $e, $W, $s, $x, w, $acc, $rows);
     };
     (
-        @of_group $v:literal, $W:ident, $s:ident, $x:ident, $group:ident, $i:ident, $exponents:ident, $acc:ident, $rows:tt
+        @of_group $v:literal, $W:ident, $s:ident, $x:ident, $group:ident, $i:ident, $uppers:ident, $acc:ident, $rows:tt
     ) => {
-        let pairs = $s.pairs_tight::<$v>(&$group.codes, &$group.rests[$v / 2], $exponents);
+        let pairs = $s.pairs_tight::<$v>(&$group.codes, &$group.lowers[$v / 2], $uppers);
         // SAFETY: x has as many elements as there are steps.
         let x = unsafe { $x.get_unchecked(($i * GROUP_STEPS + $v) * $W::PARTS / TOGETHER) };
         let x = $s.by_itself(x);

@@ -19,33 +19,47 @@ use std::ops::Range;
 
 use bytemuck::Zeroable;
 
-use super::band::{self, Banded, Bands};
+use super::band::{self, Bands};
 use super::panels::{View, Weight};
 use super::sums::{Fetch, Steps, Sums, zero};
 use super::tight::TightTile;
 use crate::pool::Shared;
 use crate::simd::{Kernel, LANES, Line, Simd};
 
-/// Where the rows of a call lie: row r of the call is row `pick[r]` (or r) of x, and row r of y.
+/// Where the rows of a call lie in x: row r of the call is its row `pick[r]` (or r).
 #[derive(Clone, Copy)]
 pub(crate) struct Place<'a> {
     pub pick: Option<&'a [u32]>,
-    pub x_stride: usize,
-    pub x_offset: usize,
-    pub y_stride: usize,
-    pub y_offset: usize,
+    pub stride: usize,
+    pub offset: usize,
+}
+
+impl Place<'_> {
+    #[inline(always)]
+    pub fn row<'x, X>(&self, x: &'x [X], row: usize, elements: usize) -> &'x [X] {
+        let row = self.pick.map_or(row, |pick| pick[row] as usize);
+        &x[row * self.stride + self.offset..][..elements]
+    }
+}
+
+/// Where they go: row r to row r of y.
+#[derive(Clone, Copy)]
+pub(crate) struct To<'a> {
+    pub y: Shared<'a, f32>,
+    pub stride: usize,
+    pub offset: usize,
 }
 
 /// One task: every row of `rows` with every panel of `panels`. Writes those columns of those rows of `y`.
 pub(crate) struct Tiles<'a, W: Weight> {
     pub weights: View<'a, W>,
     pub x: &'a [W::X],
-    pub y: Shared<'a, f32>,
     pub place: Place<'a>,
+    pub to: To<'a>,
     pub rows: Range<usize>,
     pub panels: Range<usize>,
-    /// The rows once more, for tiles of more than [`few_rows`].
-    pub bands: Option<Bands<'a, W::X>>,
+    /// The rows once more, for tiles of more than [`few_rows`], where [`Simd::WIDE`].
+    pub bands: Option<Bands<'a>>,
 }
 
 impl<W: Weight> Kernel for Tiles<'_, W> {
@@ -53,24 +67,6 @@ impl<W: Weight> Kernel for Tiles<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [elements, of_block] = [self.weights.steps, self.weights.block_steps].map(|steps| steps * W::PARTS);
-        if !S::WIDE || self.rows.len() <= few_rows::<S>() || !band::has_form(elements, of_block) {
-            return self.run_as_is(s);
-        }
-        let mut banded = Banded::take();
-        let together = band::rows_together(self.rows.len(), elements);
-        for first in self.rows.clone().step_by(together) {
-            let rows = first..self.rows.end.min(first + together);
-            let bands = banded.fill(rows.clone(), elements, |row| self.x_row(row));
-            Tiles { rows, panels: self.panels.clone(), bands: Some(bands), ..self }.run_as_is(s);
-        }
-        banded.give_back();
-    }
-}
-
-impl<W: Weight> Tiles<'_, W> {
-    #[inline(always)]
-    fn run_as_is<S: Simd>(self, s: S) {
         let is_tight = self.weights.tight().is_some();
         let opens_in_registers = if is_tight { W::IS_BF16 && S::OPENS_TIGHT } else { S::WIDE };
         let has_many_rows = self.rows.len() > OPENED_AGAIN_MAX * self.rows_max::<S>();
@@ -94,9 +90,9 @@ impl<W: Weight> Tiles<'_, W> {
                 rows.start += live;
             }
             self.open(s, panels.clone(), &mut wide);
-            let Self { weights, x, y, place, bands, .. } = self;
+            let Self { weights, x, place, to, bands, .. } = self;
             let weights = weights.of(&wide, first);
-            Tiles { weights, x, y, place, rows, panels: panels.clone(), bands }.pass(s, panels, Near::Opened, next);
+            Tiles { weights, x, place, to, rows, panels: panels.clone(), bands }.pass(s, panels, Near::Opened, next);
         }
         W::give_back_wide(wide);
     }
@@ -110,7 +106,7 @@ const OPENED_AGAIN_MAX: usize = 2;
 
 /// Rows of the largest tile of rows as they are.
 fn few_rows<S: Simd>() -> usize {
-    if S::WIDE { 8 } else { 6 }
+    if S::WIDE { band::ROWS_BELOW } else { 6 }
 }
 
 /// Whether a group of panels has been brought near, or opened even.
@@ -257,8 +253,7 @@ impl<W: Weight> Tiles<'_, W> {
 
     #[inline(always)]
     fn x_row(&self, row: usize) -> &[W::X] {
-        let row = self.place.pick.map_or(row, |pick| pick[row] as usize);
-        &self.x[row * self.place.x_stride + self.place.x_offset..][..self.weights.steps * W::PARTS]
+        self.place.row(self.x, row, self.weights.steps * W::PARTS)
     }
 
     #[inline(always)]
@@ -266,7 +261,7 @@ impl<W: Weight> Tiles<'_, W> {
         let column = panel * LANES;
         let live = LANES.min(self.weights.outputs - column);
         // SAFETY: no other task has these columns of these rows (`Job::run` cuts them into disjoint ranges), and this one holds one part at a time.
-        let y = unsafe { self.y.part(row * self.place.y_stride + self.place.y_offset + column, live) };
+        let y = unsafe { self.to.y.part(row * self.to.stride + self.to.offset + column, live) };
         if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
             s.store(sum, y);
         } else {

@@ -293,7 +293,7 @@ impl<W: Weight> Packed<W> {
         let panels = rows.div_ceil(LANES);
         let mut panel = Vec::with_capacity(cols / W::PER_STEP);
         pack_panel(panels / 2 * LANES..rows, cols, read, &mut panel);
-        let mut tight = Tightening::new(panels, bytemuck::cast_slice::<W, Words>(&panel));
+        let mut tight = Tightening::new(panels, bytemuck::cast_slice::<W, Words>(&panel), !rows.is_multiple_of(LANES));
         for first in (0..rows).step_by(LANES) {
             panel.clear();
             pack_panel(first..rows, cols, read, &mut panel);
@@ -333,6 +333,11 @@ impl<W: Weight> Packed<W> {
     /// Elements of a row of x.
     pub fn x_len(&self) -> usize {
         self.steps * W::PARTS
+    }
+
+    /// Elements of those with a chain of their own: all of them, or a block's.
+    pub fn chain_len(&self) -> usize {
+        self.block_steps * W::PARTS
     }
 
     pub fn view(&self) -> View<'_, W> {

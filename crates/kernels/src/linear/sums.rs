@@ -64,7 +64,7 @@ pub(crate) trait Sums<X, const R: usize, const P: usize>: Copy {
         fetch: Fetch<'_>,
     ) -> [[S::F; P]; R];
 
-    /// The same over some groups of panels of a tight matrix, and with its table of exponents.
+    /// The same over some groups of panels of a tight matrix, and with its table of upper bytes.
     fn tight_sums<S: Simd, W: Weight<X = X>, const FETCH_OWN: bool>(
         self,
         s: S,
@@ -149,7 +149,7 @@ macro_rules! tile {
             fn tight_sums<S: Simd, W: Weight<X = X>, const FETCH_OWN: bool>(
                 self,
                 s: S,
-                (panels, exponents): ([&[Group]; $P], &Line),
+                (panels, uppers): ([&[Group]; $P], &Line),
                 groups: Range<usize>,
                 mut acc: [[S::F; $P]; $R],
                 fetch: Fetch<'_>,
@@ -170,10 +170,10 @@ macro_rules! tile {
                             unsafe { tile!(@fetch_own s, fetch, at, panel, $panels) }
                         }
                     }
-                    tile!(@of_group 0, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
-                    tile!(@of_group 1, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
-                    tile!(@of_group 2, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
-                    tile!(@of_group 3, W, s, x, panels, group, exponents, acc, [$($r)*], $panels);
+                    tile!(@of_group 0, W, s, x, panels, group, uppers, acc, [$($r)*], $panels);
+                    tile!(@of_group 1, W, s, x, panels, group, uppers, acc, [$($r)*], $panels);
+                    tile!(@of_group 2, W, s, x, panels, group, uppers, acc, [$($r)*], $panels);
+                    tile!(@of_group 3, W, s, x, panels, group, uppers, acc, [$($r)*], $panels);
                     if !FETCH_OWN && $R > 2 {
                         for line in ahead.by_ref().take(pace) {
                             s.prefetch(line);
@@ -193,11 +193,11 @@ macro_rules! tile {
         $($fetch.own_line($s, $at + $p * $panel);)*
     }};
     (
-        @of_group $v:literal, $W:ident, $s:ident, $x:ident, $of:ident, $group:ident, $exponents:ident,
+        @of_group $v:literal, $W:ident, $s:ident, $x:ident, $of:ident, $group:ident, $uppers:ident,
         $acc:ident, [$($r:literal)*], $panels:tt
     ) => {
         // SAFETY: `group` is below the length of every panel.
-        let pairs = unsafe { tile!(@pairs $s, $of, $group, $v, $exponents, $panels) };
+        let pairs = unsafe { tile!(@pairs $s, $of, $group, $v, $uppers, $panels) };
         for part in 0..$W::PARTS {
             let w = tile!(@parts $s, $W, pairs, part, $panels);
             $(
@@ -207,10 +207,10 @@ macro_rules! tile {
             )*
         }
     };
-    (@pairs $s:ident, $w:ident, $group:ident, $v:literal, $exponents:ident, [$($p:literal)*]) => {
+    (@pairs $s:ident, $w:ident, $group:ident, $v:literal, $uppers:ident, [$($p:literal)*]) => {
         [$({
             let group = $w[$p].get_unchecked($group);
-            $s.pairs_tight::<$v>(&group.codes, &group.rests[$v / 2], $exponents)
+            $s.pairs_tight::<$v>(&group.codes, &group.lowers[$v / 2], $uppers)
         }),*]
     };
     (@parts $s:ident, $W:ident, $pairs:ident, $part:ident, [$($p:literal)*]) => {

@@ -1,12 +1,13 @@
-//! bf16 in 12 bits, without loss. Few rows wait for weights to come from memory, and the weights of a matrix use few of the exponents that a bf16 can tell.
+//! bf16 in 12 bits, without loss. Few rows wait for weights to come from memory, and the weights of a matrix use few of the exponents that a bf16 can tell,
+//! and so few upper bytes (sign, and all but one bit of the exponent).
 //!
 //! ```text
 //! group:    8 values of k for 16 outputs: 4 steps v, each 32 words of bf16 (16 pairs, a pair's lower k in its upper half)
-//!   codes[b]         which of 16 exponents, in 4 bits: of steps 0 and 1 in the lower ones, of 2 and 3 in the upper ones
-//!   rests[v / 2][b]  fraction and, in the lowest bit, sign: a word is exponent and rest as two bytes, rotated by a bit
-//!                    (word w of step v is byte b = w / 8 * 16 + v % 2 * 8 + w % 8: as registers of 64 bytes are interleaved)
-//! outlier:  a pair with another exponent: step * 16 + output within its panel, and the pair as it is, each a u32
-//! matrix:   the groups of all panels; the 16 exponents, four times over; for each panel how many outliers are before it, and how many there are, as
+//!   codes[b]          which of 16 upper bytes, in 4 bits: of steps 0 and 1 in the lower ones, of 2 and 3 in the upper ones
+//!   lowers[v / 2][b]  the lower byte as it is
+//!                     (word w of step v is byte b = w / 8 * 16 + v % 2 * 8 + w % 8: as registers of 64 bytes are interleaved)
+//! outlier:  a pair with another upper byte: step * 16 + output within its panel, and the pair as it is, each a u32
+//! matrix:   the groups of all panels; the 16 upper bytes, four times over; for each panel how many outliers are before it, and how many there are, as
 //!           u32; the outliers
 //! ```
 //! A group is opened in registers. One that has outliers is opened in memory, where they are put in their places.
@@ -27,8 +28,8 @@ pub(super) use tile::TightTile;
 pub(crate) const GROUP_STEPS: usize = 4;
 /// Lines of memory of a group.
 pub(super) const GROUP_LINES: usize = size_of::<Group>() / size_of::<Line>();
-/// Exponents that are not outliers.
-const EXPONENTS: usize = 16;
+/// Upper bytes that are not outliers.
+const UPPERS: usize = 16;
 /// With more outliers than one of so many pairs, a matrix is left as it is.
 const PAIRS_OF_AN_OUTLIER_MIN: usize = 1024;
 
@@ -36,53 +37,51 @@ const PAIRS_OF_AN_OUTLIER_MIN: usize = 1024;
 #[derive(Clone, Copy, Zeroable, Pod)]
 pub(crate) struct Group {
     pub codes: Line,
-    pub rests: [Line; 2],
+    pub lowers: [Line; 2],
 }
 
 impl Group {
     /// False where there are outliers: their codes are any.
     #[inline(always)]
-    fn new<S: Simd>(s: S, steps: &[Words; GROUP_STEPS], exponents: &[u8; EXPONENTS]) -> (Self, bool) {
-        let (lower, lower_rests) = codes_and_rests(s, &steps[0], &steps[1], exponents);
-        let (upper, upper_rests) = codes_and_rests(s, &steps[2], &steps[3], exponents);
+    fn new<S: Simd>(s: S, steps: &[Words; GROUP_STEPS], uppers: &[u8; UPPERS]) -> (Self, bool) {
+        let (first, first_lowers) = codes_and_lowers(s, &steps[0], &steps[1], uppers);
+        let (second, second_lowers) = codes_and_lowers(s, &steps[2], &steps[3], uppers);
         let mut codes = [0; size_of::<Line>()];
         let mut found = 0;
-        for (to, (lower, upper)) in codes.iter_mut().zip(lower.iter().zip(&upper)) {
-            *to = lower & 0xf | upper << 4;
-            found |= lower | upper;
+        for (to, (first, second)) in codes.iter_mut().zip(first.iter().zip(&second)) {
+            *to = first & 0xf | second << 4;
+            found |= first | second;
         }
-        (Self { codes, rests: [lower_rests, upper_rests] }, found & OUTLIER == 0)
+        (Self { codes, lowers: [first_lowers, second_lowers] }, found & OUTLIER == 0)
     }
 }
 
 /// Of two steps.
 #[inline(always)]
-fn codes_and_rests<S: Simd>(s: S, even: &Words, odd: &Words, exponents: &[u8; EXPONENTS]) -> (Line, Line) {
-    let ([even, even_rests], [odd, odd_rests]) = (exponents_and_rests(even), exponents_and_rests(odd));
+fn codes_and_lowers<S: Simd>(s: S, even: &Words, odd: &Words, uppers: &[u8; UPPERS]) -> (Line, Line) {
+    let ([even, even_lowers], [odd, odd_lowers]) = (uppers_and_lowers(even), uppers_and_lowers(odd));
     let of_words = s.interleave(&even, &odd);
     let mut codes = [OUTLIER; size_of::<Line>()];
-    // No table by exponent: comparing a whole line with one of sixteen is one operation on a vector.
-    for (code, exponent) in exponents.iter().enumerate() {
+    // No table by upper byte: comparing a whole line with one of sixteen is one operation on a vector.
+    for (code, upper) in uppers.iter().enumerate() {
         for (to, of_word) in codes.iter_mut().zip(&of_words) {
-            *to = if of_word == exponent { code as u8 } else { *to };
+            *to = if of_word == upper { code as u8 } else { *to };
         }
     }
-    (codes, s.interleave(&even_rests, &odd_rests))
+    (codes, s.interleave(&even_lowers, &odd_lowers))
 }
 
 #[inline(always)]
-fn exponents_and_rests(step: &Words) -> [Words; 2] {
-    let [mut exponents, mut rests] = [[0; _]; 2];
-    for ((exponent, rest), word) in exponents.iter_mut().zip(&mut rests).zip(step) {
-        [*exponent, *rest] = exponent_and_rest(*word).map(u16::from);
+fn uppers_and_lowers(step: &Words) -> [Words; 2] {
+    let [mut uppers, mut lowers] = [[0; _]; 2];
+    for ((upper, lower), word) in uppers.iter_mut().zip(&mut lowers).zip(step) {
+        [*upper, *lower] = [word >> 8, word & 0xff];
     }
-    [exponents, rests]
+    [uppers, lowers]
 }
 
-/// Exponent; fraction and sign.
-#[inline(always)]
-fn exponent_and_rest(word: u16) -> [u8; 2] {
-    word.rotate_left(1).to_be_bytes()
+fn upper_of(word: u16) -> u8 {
+    (word >> 8) as u8
 }
 
 /// In place of a code.
@@ -91,7 +90,7 @@ const OUTLIER: u8 = 0x80;
 /// Puts the groups of a panel behind those of `to`. Gives the numbers of those that have outliers.
 struct TightenPanel<'a> {
     panel: &'a [[Words; GROUP_STEPS]],
-    exponents: &'a [u8; EXPONENTS],
+    uppers: &'a [u8; UPPERS],
     to: &'a mut Vec<Group>,
 }
 
@@ -102,7 +101,7 @@ impl Kernel for TightenPanel<'_> {
     fn run<S: Simd>(self, s: S) -> Vec<usize> {
         let mut with_outliers = Vec::new();
         for (index, steps) in self.panel.iter().enumerate() {
-            let (group, is_whole) = Group::new(s, steps, self.exponents);
+            let (group, is_whole) = Group::new(s, steps, self.uppers);
             self.to.push(group);
             if !is_whole {
                 with_outliers.push(index);
@@ -129,29 +128,29 @@ impl Outlier {
 /// A matrix that is being made tight, panel by panel.
 pub(super) struct Tightening {
     groups: Vec<Group>,
-    exponents: [u8; EXPONENTS],
+    uppers: [u8; UPPERS],
     before: Vec<u32>,
     outliers: Vec<Outlier>,
     outliers_max: usize,
 }
 
 impl Tightening {
-    /// For so many panels, of which one is `like`.
-    pub fn new(panels: usize, like: &[Words]) -> Self {
+    /// For so many panels, of which one is `like`. Zeros are none of the outliers where outputs are missing.
+    pub fn new(panels: usize, like: &[Words], are_outputs_missing: bool) -> Self {
         // A few more for what follows the groups.
         let groups = Vec::with_capacity(panels * like.len() / GROUP_STEPS * 65 / 64);
         let outliers_max = panels * like.len() * LANES / PAIRS_OF_AN_OUTLIER_MIN;
-        let exponents = common_exponents(like);
-        Self { groups, exponents, before: vec![0], outliers: Vec::new(), outliers_max }
+        let uppers = common_uppers(like, are_outputs_missing);
+        Self { groups, uppers, before: vec![0], outliers: Vec::new(), outliers_max }
     }
 
     /// False where there are too many outliers.
     #[must_use]
     pub fn push(&mut self, panel: &[Words]) -> bool {
         let (panel, _) = panel.as_chunks();
-        for index in Isa::best().run(TightenPanel { panel, exponents: &self.exponents, to: &mut self.groups }) {
+        for index in Isa::best().run(TightenPanel { panel, uppers: &self.uppers, to: &mut self.groups }) {
             let pairs = panel[index].as_flattened().as_chunks::<2>().0;
-            let is_known = |word: &u16| self.exponents.contains(&exponent_and_rest(*word)[0]);
+            let is_known = |word: &u16| self.uppers.contains(&upper_of(*word));
             for (i, pair) in pairs.iter().enumerate().filter(|(_, pair)| !pair.iter().all(is_known)) {
                 let at = (index * pairs.len() + i) as u32;
                 self.outliers.push(Outlier { at, pair: bytemuck::cast(*pair) });
@@ -162,9 +161,9 @@ impl Tightening {
     }
 
     pub fn finish(self) -> AlignedBytes {
-        let Self { mut groups, exponents, before, outliers, .. } = self;
-        let exponents: [u32; size_of::<Line>() / 4] = bytemuck::cast([exponents; 4]);
-        let rest = [&exponents[..], &before, bytemuck::cast_slice(&outliers)].concat();
+        let Self { mut groups, uppers, before, outliers, .. } = self;
+        let uppers: [u32; size_of::<Line>() / 4] = bytemuck::cast([uppers; 4]);
+        let rest = [&uppers[..], &before, bytemuck::cast_slice(&outliers)].concat();
         for part in rest.chunks(size_of::<Group>() / size_of::<u32>()) {
             let mut group = Group::zeroed();
             bytemuck::cast_slice_mut(std::slice::from_mut(&mut group))[..part.len()].copy_from_slice(part);
@@ -174,16 +173,23 @@ impl Tightening {
     }
 }
 
-/// That of zeros, and those that most words of a panel have; of rare ones those up to 4 times the commonest, then downwards.
-fn common_exponents(panel: &[Words]) -> [u8; EXPONENTS] {
+/// Those that most words of a panel have, and that of zeros if need be; of rare ones those below the commonest, downwards.
+fn common_uppers(panel: &[Words], needs_zero: bool) -> [u8; UPPERS] {
     let mut counts = [0usize; 256];
     for word in panel.as_flattened() {
-        counts[usize::from(exponent_and_rest(*word)[0])] += 1;
+        counts[usize::from(upper_of(*word))] += 1;
     }
-    let count = |exponent: &u8| counts[usize::from(*exponent)];
-    let commonest: u8 = (1..=u8::MAX).max_by_key(count).unwrap_or_default();
-    let mut all: [u8; 256] = std::array::from_fn(|exponent| exponent as u8);
-    all[1..].sort_by_key(|exponent| (Reverse(count(exponent)), commonest.wrapping_add(2).wrapping_sub(*exponent)));
+    if needs_zero {
+        counts[0] = usize::MAX;
+    }
+    let magnitude = |upper: u8| upper & 0x7f;
+    // Weights have either sign about as often, and a rare one may have been seen with one of them only.
+    let both = |upper: &u8| counts[usize::from(*upper)] + counts[usize::from(upper ^ 0x80)];
+    let count = |upper: &u8| if magnitude(*upper) > 0 { both(upper) } else { counts[usize::from(*upper)] };
+    let commonest: u8 = (0..=u8::MAX).filter(|upper| magnitude(*upper) > 0).max_by_key(count).unwrap_or_default();
+    let mut all: [u8; 256] = std::array::from_fn(|upper| upper as u8);
+    let below = |upper: u8| magnitude(commonest).wrapping_sub(magnitude(upper));
+    all.sort_by_key(|upper| (Reverse(count(upper)), below(*upper)));
     std::array::from_fn(|code| all[code])
 }
 
@@ -191,7 +197,7 @@ fn common_exponents(panel: &[Words]) -> [u8; EXPONENTS] {
 #[derive(Clone, Copy)]
 pub(super) struct Tight<'a> {
     groups: &'a [Group],
-    pub exponents: &'a Line,
+    pub uppers: &'a Line,
     before: &'a [u32],
     outliers: &'a [Outlier],
     pub panel_groups: usize,
@@ -202,17 +208,17 @@ impl<'a> Tight<'a> {
     pub fn of(bytes: &'a [u8], panels: usize, steps: usize) -> Option<Self> {
         let panel_groups = steps / GROUP_STEPS;
         let (groups, rest) = bytes.split_at_checked(panels * panel_groups * size_of::<Group>())?;
-        let (exponents, rest) = rest.split_first_chunk()?;
+        let (uppers, rest) = rest.split_first_chunk()?;
         let rest: &[u32] = bytemuck::try_cast_slice(rest).ok()?;
         let (before, rest) = rest.split_at_checked(panels + 1)?;
         let outliers = rest.get(..2 * *before.last()? as usize)?;
         let (groups, outliers) = (bytemuck::try_cast_slice(groups).ok()?, bytemuck::try_cast_slice(outliers).ok()?);
-        Some(Self { groups, exponents, before, outliers, panel_groups })
+        Some(Self { groups, uppers, before, outliers, panel_groups })
     }
 
-    /// Whether every outlier has a place, in ascending order, and the exponents are the same four times.
+    /// Whether every outlier has a place, in ascending order, and the upper bytes are the same four times.
     pub fn is_sound(&self) -> bool {
-        let (sixteens, _) = self.exponents.as_chunks::<EXPONENTS>();
+        let (sixteens, _) = self.uppers.as_chunks::<UPPERS>();
         let places = (self.panel_groups * GROUP_STEPS * LANES) as u32;
         sixteens.iter().all(|same| *same == sixteens[0])
             && self.before.is_sorted()
@@ -239,11 +245,11 @@ impl<'a> Tight<'a> {
     pub fn open<S: Simd>(&self, s: S, panel: usize, first: usize, outliers: &mut &[Outlier], to: &mut [[u32; LANES]]) {
         let groups = &self.groups(panel..panel + 1)[first..];
         let (to, _) = to.as_chunks_mut::<GROUP_STEPS>();
-        for (Group { codes, rests: [lower, upper] }, to) in groups.iter().zip(&mut *to) {
-            s.store_pairs(s.pairs_tight::<0>(codes, lower, self.exponents), &mut to[0]);
-            s.store_pairs(s.pairs_tight::<1>(codes, lower, self.exponents), &mut to[1]);
-            s.store_pairs(s.pairs_tight::<2>(codes, upper, self.exponents), &mut to[2]);
-            s.store_pairs(s.pairs_tight::<3>(codes, upper, self.exponents), &mut to[3]);
+        for (Group { codes, lowers: [first, second] }, to) in groups.iter().zip(&mut *to) {
+            s.store_pairs(s.pairs_tight::<0>(codes, first, self.uppers), &mut to[0]);
+            s.store_pairs(s.pairs_tight::<1>(codes, first, self.uppers), &mut to[1]);
+            s.store_pairs(s.pairs_tight::<2>(codes, second, self.uppers), &mut to[2]);
+            s.store_pairs(s.pairs_tight::<3>(codes, second, self.uppers), &mut to[3]);
         }
         let end = first + to.len();
         let pairs = to.as_flattened_mut().as_flattened_mut();

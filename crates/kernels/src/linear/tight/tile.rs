@@ -35,7 +35,7 @@ impl<W: Weight, T: Sums<W::X, R, P>, const R: usize, const P: usize> Kernel for 
             let end = next.unwrap_or(tight.panel_groups);
             let now = ahead.split_off(..ahead.len().min(pace * (end - first))).unwrap_or_default();
             let fetch = Fetch { ahead: now, ..tile.fetch };
-            let (x, panels) = (tile.x, (panels, tight.exponents));
+            let (x, panels) = (tile.x, (panels, tight.uppers));
             acc =
                 s.apart(Groups::<S, W, T, R, P> { s, x, panels, groups: first..end, acc, fetch, weights: PhantomData });
             if end == tight.panel_groups {

@@ -5,13 +5,13 @@ use std::arch::x86_64::*;
 
 use crate::simd::{Kernel, LANES, Line, Simd, Words, tight_words};
 
-/// Proof that AVX512F and AVX512BW (and with `DOT` AVX512BF16, AVX512VBMI and AVX512VBMI2) are there.
+/// Proof that AVX512F and AVX512BW (and with `DOT` AVX512BF16 and AVX512VBMI) are there.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512<const DOT: bool>(());
 
 impl<const DOT: bool> Avx512<DOT> {
     /// # Safety
-    /// * The processor must have AVX512F and AVX512BW, and with `DOT` AVX512BF16, AVX512VBMI and AVX512VBMI2.
+    /// * The processor must have AVX512F and AVX512BW, and with `DOT` AVX512BF16 and AVX512VBMI.
     #[inline(always)]
     pub unsafe fn new() -> Self {
         Self(())
@@ -185,21 +185,20 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) };
     }
     #[inline(always)]
-    fn pairs_tight<const V: usize>(self, codes: &Line, rests: &Line, exponents: &Line) -> __m512i {
+    fn pairs_tight<const V: usize>(self, codes: &Line, lowers: &Line, uppers: &Line) -> __m512i {
         if !DOT {
-            return self.pairs_bf16(&bytemuck::cast(tight_words::<V>(codes, rests, exponents)));
+            return self.pairs_bf16(&bytemuck::cast(tight_words::<V>(codes, lowers, uppers)));
         }
         // SAFETY: `self` proves the features; 64 bytes of each are there to be read.
         unsafe {
             // The upper two of an index's six bits are of another code: the table is there four times.
             let codes = if V < 2 { loaded(codes) } else { _mm512_srli_epi16::<4>(loaded(codes)) };
-            let (rests, exponents) = (loaded(rests), _mm512_permutexvar_epi8(codes, loaded(exponents)));
-            let words = if V.is_multiple_of(2) {
-                _mm512_unpacklo_epi8(rests, exponents)
+            let (lowers, uppers) = (loaded(lowers), _mm512_permutexvar_epi8(codes, loaded(uppers)));
+            if V.is_multiple_of(2) {
+                _mm512_unpacklo_epi8(lowers, uppers)
             } else {
-                _mm512_unpackhi_epi8(rests, exponents)
-            };
-            _mm512_shrdi_epi16::<1>(words, words)
+                _mm512_unpackhi_epi8(lowers, uppers)
+            }
         }
     }
     #[inline(always)]
