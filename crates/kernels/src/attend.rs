@@ -282,8 +282,9 @@ fn step<S: Simd, const T: usize, const D: usize>(
     assert!(T * width <= kv.len() && first + D <= width);
     let q: [S::F; D] = std::array::from_fn(|d| s.load(&q[d].0));
     each_below!(T, t => {
-        // SAFETY: t < T and first + D <= width, so that they are below T * width, which is kv's length at most.
-        let x: &[f32; D] = unsafe { &kv.get_unchecked(t * width + first..).as_chunks_unchecked()[0] };
+        let at = t * width + first;
+        // SAFETY: t < T and first + D <= width, so that the D values end within T * width, which is kv's length at most; D of them are one chunk of D.
+        let x: &[f32; D] = unsafe { &kv.get_unchecked(at..at + D).as_chunks_unchecked()[0] };
         let x = s.by_itself(x);
         for d in 0..D {
             acc[t] = s.fma(q[d], s.splat(x[d]), acc[t]);
