@@ -173,23 +173,25 @@ impl Tightening {
     }
 }
 
-/// Those that most words of a panel have, and that of zeros if need be; of rare ones those below the commonest, downwards.
+/// Those that would be too many outliers, by how many words of a panel have them, and that of zeros if need be; then those up to 4 times the commonest,
+/// then downwards. (Of rarer ones a panel tells nothing: one of a matrix's outliers may be there twice, and one of its smallest weights not at all.)
 fn common_uppers(panel: &[Words], needs_zero: bool) -> [u8; UPPERS] {
+    let words = panel.as_flattened();
     let mut counts = [0usize; 256];
-    for word in panel.as_flattened() {
+    for word in words {
         counts[usize::from(upper_of(*word))] += 1;
     }
     if needs_zero {
         counts[0] = usize::MAX;
     }
     let magnitude = |upper: u8| upper & 0x7f;
-    // Weights have either sign about as often, and a rare one may have been seen with one of them only.
-    let both = |upper: &u8| counts[usize::from(*upper)] + counts[usize::from(upper ^ 0x80)];
-    let count = |upper: &u8| if magnitude(*upper) > 0 { both(upper) } else { counts[usize::from(*upper)] };
+    let count = |upper: &u8| counts[usize::from(*upper)];
     let commonest: u8 = (0..=u8::MAX).filter(|upper| magnitude(*upper) > 0).max_by_key(count).unwrap_or_default();
+    let too_many = (words.len() / PAIRS_OF_AN_OUTLIER_MIN).max(2);
+    let told = |upper: &u8| Some(count(upper)).filter(|count| *count >= too_many);
+    let below = |upper: u8| (magnitude(commonest) + 1).wrapping_sub(magnitude(upper));
     let mut all: [u8; 256] = std::array::from_fn(|upper| upper as u8);
-    let below = |upper: u8| magnitude(commonest).wrapping_sub(magnitude(upper));
-    all.sort_by_key(|upper| (Reverse(count(upper)), below(*upper)));
+    all.sort_by_key(|upper| (Reverse(told(upper)), below(*upper)));
     std::array::from_fn(|code| all[code])
 }
 
