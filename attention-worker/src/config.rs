@@ -34,7 +34,7 @@ pub struct Config {
     pub listen: SocketAddr,
     /// "host:port" that other nodes can reach; `listen` if unset.
     pub advertise: Option<String>,
-    /// "f32"; "bf16", or one of its ways on a processor: "bf16-fma", "bf16-dp".
+    /// "f32"; "bf16", or one of its ways on a processor: "bf16-fma", "bf16-dp"; "int8".
     pub dtype: String,
     /// "cpu", "cuda:N" or "auto": the first GPU if there is one. A GPU computes bf16.
     pub device: String,
@@ -148,7 +148,8 @@ pub struct Flags {
     #[arg(long, value_name = "HOST:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise: Option<String>,
-    /// f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these
+    /// f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these;
+    /// int8, on a processor
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<String>,

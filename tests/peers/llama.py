@@ -2,15 +2,15 @@
 
     cargo build --release
     python3 tests/peers/llama.py --config CONFIG.json [--tests pp512,pp2048,tg1,tg4,tg16,tg64,serve8,serve32]
-        [--runs 3] [--threads 2] [--dtype bf16|q8_0] [--checkpoint DIR] [--peer llama|ik --peer-source DIR]
-        [--cache DIR] [--json]
+        [--runs 3] [--threads 2] [--dtype bf16|q8_0] [--our-dtype bf16|int8] [--checkpoint DIR]
+        [--peer llama|ik --peer-source DIR] [--cache DIR] [--json]
 
 CONFIG.json is the config of a DeepSeek-V3 model without weights; `moesaic synth` makes them. The tests, for any number:
     ppN      prefill of N tokens
     tg1      decoding 128 tokens of one sequence from an empty context
     tgN      decoding 64 tokens of N sequences together, after 512 tokens of context each
     serveN   N clients over HTTP, each asking four times: 128 random tokens in, 128 out
-The peer's weights are BF16 or Q8_0, as --dtype says; ours are always BF16. llama.cpp comes from the Python package
+The peer's weights are BF16 or Q8_0, as --dtype says; ours are made of the same BF16. llama.cpp comes from the Python package
 index (the source in llama-cpp-python), ik_llama.cpp from the folder in --peer-source; ik_llama.cpp only takes models
 with DeepSeek-V3's own head sizes. Everything that is downloaded, built or made lies in --cache and is used again.
 
@@ -100,6 +100,7 @@ class Peer(NamedTuple):
 
 class Ours(NamedTuple):
     model: pathlib.Path
+    dtype: str
     threads: int
 
     def measure(self, test: Test) -> dict[str, float]:
@@ -111,7 +112,8 @@ class Ours(NamedTuple):
         }[test.kind]
         if test == Test("tg", 1):
             arguments = ["--pp", 512, "--tg", TG_TOKENS_ALONE, "--ctx", 1, "--batch", 1]
-        command = [MOESAIC, "bench", "--json", "--runs", 1, "--model", self.model, "--threads", self.threads]
+        command = [MOESAIC, "bench", "--json", "--runs", 1, "--model", self.model]
+        command += ["--dtype", self.dtype, "--threads", self.threads]
         _, row = json.loads(run([*command, *arguments]))["rows"]
         measured = {SPEED: row["tokens_per_s"]}
         if test.kind == "serve":
@@ -133,7 +135,7 @@ def main() -> None:
 
     vocabulary = json.loads(args.config.read_text())["vocab_size"]
     peer = Peer(programs, gguf, vocabulary, args.threads, args.cache)
-    ours = Ours(checkpoint, args.threads)
+    ours = Ours(checkpoint, args.our_dtype, args.threads)
     rows = []
     for test in args.tests:
         runs = []
@@ -141,7 +143,7 @@ def main() -> None:
             runs.append((peer.measure(test), ours.measure(test)))
             say(f"{test.kind}{test.n}, run {number}: peer {shown(runs[-1][0])}, ours {shown(runs[-1][1])}")
         rows += [row(test, unit, [(theirs[unit], our[unit]) for theirs, our in runs]) for unit in runs[0][0]]
-    report = {"peer": source.version, "peer_dtype": args.dtype, "our_dtype": "bf16", "model": args.config.stem}
+    report = {"peer": source.version, "peer_dtype": args.dtype, "our_dtype": args.our_dtype, "model": args.config.stem}
     report |= {"threads": args.threads, "runs": args.runs, "rows": rows}
     print(json.dumps(report, indent=2) if args.json else table(report))
 
@@ -153,6 +155,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="of each test on each side; medians are shown")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["bf16", "q8_0"], default="bf16", help="the peer's weights")
+    parser.add_argument("--our-dtype", choices=["bf16", "int8"], default="bf16", help="what moesaic computes in")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="a folder that `moesaic synth` made of the config")
     parser.add_argument("--peer", choices=["llama", "ik"], default="llama")
     parser.add_argument("--peer-source", type=pathlib.Path, help="a folder with ik_llama.cpp's source")

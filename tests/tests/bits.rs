@@ -58,6 +58,11 @@ async fn tiny_r1_fp8_in_bf16() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tiny_r1_in_int8() {
+    check("tiny-r1", "int8", 259).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn v2_lite_in_f32() {
     check("v2-lite", "f32", 512).await;
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use moesaic_kernels::{LatentPages, Matrix, MatrixData, Numerics, PAGE_TOKENS};
+use moesaic_kernels::{LatentPages, Matrix, MatrixData, Numerics, PAGE_TOKENS, int8_bytes};
 use moesaic_model::{Checkpoint, ModelError};
 
 use super::cpu;
@@ -90,19 +90,23 @@ fn weight_bytes(checkpoint: &Checkpoint, n: Numerics) -> Result<u64, ModelError>
     let mla = checkpoint.layer(0)?.mla;
     let stored = value_bytes(&mla.o, n);
     let matrix = |size: usize, out: usize, inputs: usize| (out.next_multiple_of(16) * inputs * size) as u64;
-    let ffn = |width: usize| 2 * matrix(stored, width, c.hidden_size) + matrix(stored, c.hidden_size, width);
+    let linear = |out: usize, inputs: usize| match n.quantises() {
+        true => int8_bytes(out, inputs) as u64,
+        false => matrix(stored, out, inputs),
+    };
+    let ffn = |width: usize| 2 * linear(width, c.hidden_size) + linear(c.hidden_size, width);
     let heads = c.num_attention_heads;
     let query = match c.q_lora_rank {
-        None => matrix(stored, heads * c.qk_head_dim(), c.hidden_size),
-        Some(rank) => matrix(stored, rank, c.hidden_size) + matrix(stored, heads * c.qk_head_dim(), rank),
+        None => linear(heads * c.qk_head_dim(), c.hidden_size),
+        Some(rank) => linear(rank, c.hidden_size) + linear(heads * c.qk_head_dim(), rank),
     };
     let computed = |out: usize, inputs: usize| matrix(numerics_per_head(&mla.kv_b, n).dtype().bytes(), out, inputs);
     let (latent, nope) = (c.kv_lora_rank, c.qk_nope_head_dim);
     let head = computed(nope, latent) + computed(latent, nope) + computed(c.v_head_dim, latent);
     let attention = query
-        + matrix(stored, c.latent_width(), c.hidden_size)
+        + linear(c.latent_width(), c.hidden_size)
         + heads as u64 * head
-        + matrix(stored, c.hidden_size, heads * c.v_head_dim);
+        + linear(c.hidden_size, heads * c.v_head_dim);
     let mlp = |layer| match (c.is_moe(layer), c.n_shared_experts * c.moe_intermediate_size) {
         (false, _) => ffn(c.intermediate_size),
         (true, 0) => matrix(4, c.n_routed_experts, c.hidden_size),

@@ -66,7 +66,7 @@ impl Weights {
         let layers = load::all("layers", (0..config.num_hidden_layers).collect(), pack)?;
         checkpoint.embedding()?;
         let head = checkpoint.head()?;
-        let packed_head = Linear::pack(&head, numerics);
+        let packed_head = Linear::pack(&head, numerics.unquantised());
         checkpoint.release([&head]);
         Ok(Self {
             numerics,

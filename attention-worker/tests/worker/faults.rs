@@ -6,7 +6,7 @@ use moesaic_attention_worker::engine::events::Event;
 use moesaic_attention_worker::engine::handle::{Submit, SubmitError};
 use moesaic_attention_worker::engine::memory::{CacheSize, MemoryPlan};
 use moesaic_dispatch::DispatchError;
-use moesaic_kernels::{Dtype, Numerics};
+use moesaic_kernels::{Dtype, DtypeChoice, Numerics};
 use moesaic_model::Checkpoint;
 
 use crate::harness::{LIMITS, Model, answer, fixture, greedy, run, wait_until_idle};
@@ -117,15 +117,17 @@ async fn unreachable_experts_fail_the_request_with_a_clear_error() {
 #[tokio::test]
 async fn the_memory_plan_is_what_the_weights_take_at_most() {
     for name in ["v3", "v3-fp8", "v2", "v2-lite", "tiny-r1"] {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
-            let numerics = Numerics::portable(dtype);
+        let [f32, bf16] = [Dtype::F32, Dtype::Bf16].map(|dtype| (Numerics::portable(dtype), Numerics::detect(dtype)));
+        let int8 = DtypeChoice::Int8.numerics();
+        for (numerics, fastest) in [f32, bf16, (int8, int8)] {
+            let dtype = numerics.name();
             let taken = |numerics| Model::open(name, numerics, 1).weights.bytes();
-            let (plain, fastest) = (taken(numerics), taken(Numerics::detect(dtype)));
-            assert!(fastest <= plain, "{name} {dtype:?}: {fastest} bytes, {plain} as they are stored");
+            let (plain, fastest) = (taken(numerics), taken(fastest));
+            assert!(fastest <= plain, "{name} {dtype}: {fastest} bytes, {plain} as they are stored");
             let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
             let plan = MemoryPlan::new(&checkpoint, numerics, CacheSize::Tokens(1000), 0).unwrap();
             let (planned, taken) = (plan.weights as f64, plain as f64);
-            assert!((planned / taken - 1.0).abs() < 0.05, "{name} {dtype:?}: planned {planned}, taken {taken}");
+            assert!((planned / taken - 1.0).abs() < 0.05, "{name} {dtype}: planned {planned}, taken {taken}");
             assert_eq!((plan.pages, plan.cache), (16, 16 * 64 * plan.per_token));
 
             let page = 64 * plan.per_token;

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use moesaic_kernels::{
     Draw, DtypeChoice, Expand, Ffn, LatentPages, Linear, Matrix, MatrixData, Numerics, PAGE_TOKENS, PerHead, Pool,
-    Query, Roof, RowsRef, Span, draw, grouped_experts, mla_attend, mla_attend_expanded,
+    Query, Roof, RowsRef, Span, draw, grouped_experts, int8_bytes, mla_attend, mla_attend_expanded,
 };
 
 /// Weights that a test passes over before it meets the first again. Third-level caches of servers have hundreds of megabytes.
@@ -40,7 +40,7 @@ impl Bench {
             .collect();
         times.sort_unstable_by(f64::total_cmp);
         let time = times[ROUNDS / 2];
-        let least = (work.bytes / self.roof.read).max(work.fma / self.roof.bf16);
+        let least = (work.bytes / self.roof.read).max(work.fma / self.fma_roof());
         println!(
             "{name:<44} {:>9.1} us {:>7.1} GB/s {:>8.1} GFLOP/s {:>5.0} %",
             1e6 * time,
@@ -48,6 +48,16 @@ impl Bench {
             2.0 * work.fma / time / 1e9,
             100.0 * least / time,
         );
+    }
+
+    /// Of linears; attention is always computed in bf16.
+    fn fma_roof(&self) -> f64 {
+        if self.n.quantises() { self.roof.int8 } else { self.roof.bf16 }
+    }
+
+    /// Bytes of a matrix: of INT8 as it is packed, else as the checkpoint has it, bf16 that is packed tighter, too.
+    fn stored(&self, bytes: usize, out: usize, in_: usize) -> f64 {
+        (if self.n.quantises() { int8_bytes(out, in_) } else { bytes }) as f64
     }
 
     fn wants(&self, name: &str) -> bool {
@@ -109,7 +119,7 @@ fn linear_of(bench: &Bench, name: &str, fp8: bool, out: usize, in_: usize) {
         linears[0].forward(&bench.pool, RowsRef::F32(&x), &mut y);
         linears[0].forward(&bench.pool, RowsRef::F32(&x[(rows - 1) * in_..]), &mut alone);
         assert_eq!(bits(&alone), bits(&y[(rows - 1) * out..]));
-        let work = Work { bytes: (out * in_ * size) as f64, fma: (rows * out * in_) as f64 };
+        let work = Work { bytes: bench.stored(out * in_ * size, out, in_), fma: (rows * out * in_) as f64 };
         let calls = count.min(4096 / rows.max(16));
         bench.time(&format!("{name} [{rows}, {in_}] x [{out}, {in_}]"), calls, work, |i| {
             linears[i].forward(&bench.pool, RowsRef::F32(&x), &mut y);
@@ -147,8 +157,10 @@ fn experts(bench: &Bench) {
         let row = first[0].1[0] as usize;
         first[0].0.forward(&bench.pool, RowsRef::F32(&x[row * hidden..][..hidden]), &mut alone);
         assert_eq!(bits(&alone), bits(&y[..hidden]));
-        let expert = (3 * width * hidden) as f64;
-        let work = Work { bytes: 2.0 * expert * first.len() as f64, fma: expert * (rows * top_k) as f64 };
+        let stored = |out: usize, in_: usize| bench.stored(2 * out * in_, out, in_);
+        let expert = 2.0 * stored(width, hidden) + stored(hidden, width);
+        let fma = (3 * width * hidden * rows * top_k) as f64;
+        let work = Work { bytes: expert * first.len() as f64, fma };
         bench.time(&format!("experts {rows} rows, 8 of 64 [{width}, {hidden}]"), layers.len(), work, |layer| {
             grouped_experts(&bench.pool, &groups(layer), RowsRef::F32(&x), &mut y);
         });
@@ -250,15 +262,15 @@ fn main() {
     let n = arguments.next().map_or(DtypeChoice::Bf16, |dtype| dtype.parse().unwrap()).numerics();
     let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
     let roof = Roof::measure(&pool);
+    let bench = Bench { pool, roof, filter, n };
     println!(
         "{} on {}, {} threads; roof: reads {:.1} GB/s, {:.0} GFLOP/s\n",
         n.name(),
         n.isa(),
         roof.threads,
         roof.read / 1e9,
-        2.0 * roof.bf16 / 1e9
+        2.0 * bench.fma_roof() / 1e9
     );
-    let bench = Bench { pool, roof, filter, n };
     linear(&bench, false);
     linear(&bench, true);
     experts(&bench);

@@ -34,7 +34,7 @@ pub use experts::{Ffn, grouped_experts};
 pub use fp8::{e4m3_to_f32, f32_to_e4m3};
 pub use gate::{Choice, GateParams, GroupScore, Scoring, route};
 pub use half::{bf16, f16};
-pub use linear::{Linear, RowsRef, UnfitBytes};
+pub use linear::{Linear, RowsRef, UnfitBytes, int8_bytes};
 pub use matrix::{Matrix, MatrixData};
 pub use norm::rms_norm;
 pub use numerics::{Dtype, DtypeChoice, Numerics, UnknownDtype};

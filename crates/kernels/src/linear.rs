@@ -5,11 +5,13 @@
 //! FP8:      for each block b of K its own chain over the codes, then  acc = fma(chain_b, scale[o, b], acc), b ascending
 //! bf16-fma: w rounded to bf16 first (FP8 codes are exact in it)
 //! bf16-dp:  x too, and denormals flushed at every step (`Simd::dot_pairs`)
+//! int8:     both in blocks of 128 values of K, each with its scale (`quads`)
 //! ```
 
 mod band;
 mod generic;
 mod panels;
+mod quads;
 mod rows;
 mod sums;
 #[cfg(test)]
@@ -23,6 +25,7 @@ use bytes::Bytes;
 use half::f16;
 
 pub use panels::UnfitBytes;
+pub use quads::int8_bytes;
 pub use rows::RowsRef;
 
 pub(crate) use generic::{Place, To, rows_of_tile};
@@ -36,6 +39,7 @@ use crate::{Dtype, Matrix, MatrixData, Numerics, e4m3_to_f32};
 use band::{Bands, Fill};
 use generic::Tiles;
 use panels::{Bf16Halves, E4m3Halves, E4m3Pairs, Packed, Scales};
+use quads::QuadLanes;
 
 /// Packed weights of y = x Wᵀ.
 pub struct Linear {
@@ -50,6 +54,7 @@ enum Panels {
     E4m3(Packed<E4m3Halves>),
     Bf16Pairs(Packed<Bf16Pairs>),
     E4m3Pairs(Packed<E4m3Pairs>),
+    Quads(Packed<QuadLanes>),
 }
 
 /// Evaluates an expression on whichever panels these are.
@@ -61,6 +66,7 @@ macro_rules! on_panels {
             Panels::E4m3($packed) => $do,
             Panels::Bf16Pairs($packed) => $do,
             Panels::E4m3Pairs($packed) => $do,
+            Panels::Quads($packed) => $do,
         }
     };
 }
@@ -79,39 +85,8 @@ impl Linear {
 
     fn of(m: &Matrix<'_>, n: Numerics, source: &Source) -> Result<Self, UnfitBytes> {
         m.check();
-        let (rows, cols) = (m.rows, m.cols);
-        let panels = match (&m.data, n.dtype()) {
-            (MatrixData::F32(b), Dtype::F32) => {
-                Panels::F32(source.panels(rows, cols, None, |i, to| read(b, i, to, f32::from_le_bytes))?)
-            }
-            (MatrixData::F16(b), Dtype::F32) => Panels::F32(
-                source.panels(rows, cols, None, |i, to| read(b, i, to, |b| f16::from_le_bytes(b).to_f32()))?,
-            ),
-            (MatrixData::F32(b), Dtype::Bf16) => source
-                .bf16_panels(n, rows, cols, |i, to| read(b, i, to, |b| bf16_bits(f32::from_le_bytes(b)) as u16))?,
-            (MatrixData::F16(b), Dtype::Bf16) => source.bf16_panels(n, rows, cols, |i, to| {
-                read(b, i, to, |b| bf16_bits(f16::from_le_bytes(b).to_f32()) as u16)
-            })?,
-            (MatrixData::Bf16(b), _) => {
-                source.bf16_panels(n, rows, cols, |i, to| read(b, i, to, u16::from_le_bytes))?
-            }
-            (MatrixData::Fp8 { q, scales, block }, _) => {
-                let scales = Some(Scales { values: scales, block: *block });
-                let read = |i: usize, to: &mut [u8]| to.copy_from_slice(&q[i..i + to.len()]);
-                match (block[1] % 4, cols % 4, n.by_pairs()) {
-                    (0, 0, true) => Panels::E4m3Pairs(source.panels(rows, cols, scales, read)?),
-                    (0, 0, false) => Panels::E4m3(source.panels(rows, cols, scales, read)?),
-                    // Four values of k cannot lie across two blocks, nor end beyond a row of x.
-                    (0 | 2, _, true) => Panels::Bf16Pairs(source.panels(rows, cols, scales, |i, to| {
-                        to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = bf16_bits(e4m3_to_f32(*code)) as u16)
-                    })?),
-                    _ => Panels::F32(source.panels(rows, cols, scales, |i, to| {
-                        to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = e4m3_to_f32(*code))
-                    })?),
-                }
-            }
-        };
-        Ok(Self { panels, in_features: cols, numerics: n })
+        let panels = if n.quantises() { Panels::Quads(source.quantised(m, n)?) } else { source.as_it_is(m, n)? };
+        Ok(Self { panels, in_features: m.cols, numerics: n })
     }
 
     /// `w` is row-major [rows = out, cols = in].
@@ -154,6 +129,7 @@ impl Linear {
     pub(crate) fn form(&self) -> Form {
         match (&self.panels, self.numerics.activations()) {
             (Panels::Bf16Pairs(_) | Panels::E4m3Pairs(_), _) => Form::Pairs,
+            (Panels::Quads(_), _) => Form::Quads,
             (_, Dtype::Bf16) => Form::Rounded,
             (_, Dtype::F32) => Form::Full,
         }
@@ -178,7 +154,7 @@ impl Linear {
     }
 
     fn takes_bands(&self) -> bool {
-        band::has_form(self.x_len()) && band::has_form(on_panels!(&self.panels, p => p.chain_len()))
+        on_panels!(&self.panels, p => p.chain_lens()).into_iter().all(band::has_form)
     }
 }
 
@@ -198,6 +174,47 @@ enum Source {
 }
 
 impl Source {
+    fn as_it_is(&self, m: &Matrix<'_>, n: Numerics) -> Result<Panels, UnfitBytes> {
+        let (rows, cols) = (m.rows, m.cols);
+        Ok(match (&m.data, n.dtype()) {
+            (MatrixData::F32(b), Dtype::F32) => {
+                Panels::F32(self.panels(rows, cols, None, |i, to| read(b, i, to, f32::from_le_bytes))?)
+            }
+            (MatrixData::F16(b), Dtype::F32) => {
+                Panels::F32(self.panels(rows, cols, None, |i, to| read(b, i, to, |b| f16::from_le_bytes(b).to_f32()))?)
+            }
+            (MatrixData::F32(b), Dtype::Bf16) => {
+                self.bf16_panels(n, rows, cols, |i, to| read(b, i, to, |b| bf16_bits(f32::from_le_bytes(b)) as u16))?
+            }
+            (MatrixData::F16(b), Dtype::Bf16) => self.bf16_panels(n, rows, cols, |i, to| {
+                read(b, i, to, |b| bf16_bits(f16::from_le_bytes(b).to_f32()) as u16)
+            })?,
+            (MatrixData::Bf16(b), _) => self.bf16_panels(n, rows, cols, |i, to| read(b, i, to, u16::from_le_bytes))?,
+            (MatrixData::Fp8 { q, scales, block }, _) => {
+                let scales = Some(Scales { values: scales, block: *block });
+                let read = |i: usize, to: &mut [u8]| to.copy_from_slice(&q[i..i + to.len()]);
+                match (block[1] % 4, cols % 4, n.by_pairs()) {
+                    (0, 0, true) => Panels::E4m3Pairs(self.panels(rows, cols, scales, read)?),
+                    (0, 0, false) => Panels::E4m3(self.panels(rows, cols, scales, read)?),
+                    // Four values of k cannot lie across two blocks, nor end beyond a row of x.
+                    (0 | 2, _, true) => Panels::Bf16Pairs(self.panels(rows, cols, scales, |i, to| {
+                        to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = bf16_bits(e4m3_to_f32(*code)) as u16)
+                    })?),
+                    _ => Panels::F32(self.panels(rows, cols, scales, |i, to| {
+                        to.iter_mut().zip(&q[i..]).for_each(|(to, code)| *to = e4m3_to_f32(*code))
+                    })?),
+                }
+            }
+        })
+    }
+
+    fn quantised(&self, m: &Matrix<'_>, n: Numerics) -> Result<Packed<QuadLanes>, UnfitBytes> {
+        match self {
+            Self::Matrix { .. } => Ok(Packed::quantised(m, n.kernels())),
+            Self::Packed(bytes) => Packed::mapped(m.rows, m.cols, None, bytes.clone()),
+        }
+    }
+
     fn panels<W: Weight>(
         &self,
         rows: usize,
@@ -267,7 +284,7 @@ impl Job<'_> {
                 let rows = first..rows.end.min(first + together);
                 let bands = match x {
                     Ready::F32(x) => isa.run(Fill { x, place, rows: rows.clone(), elements, to }),
-                    Ready::Pairs(x) => isa.run(Fill { x, place, rows: rows.clone(), elements, to }),
+                    Ready::Pairs(x) | Ready::Quads(x) => isa.run(Fill { x, place, rows: rows.clone(), elements, to }),
                 };
                 self.tiles(isa, rows, panels.clone(), Some(bands));
             }
@@ -289,6 +306,7 @@ impl Job<'_> {
                 (Panels::E4m3(weights), Ready::F32(x)) => run!(weights, x, to),
                 (Panels::Bf16Pairs(weights), Ready::Pairs(x)) => run!(weights, x, to),
                 (Panels::E4m3Pairs(weights), Ready::Pairs(x)) => run!(weights, x, to),
+                (Panels::Quads(weights), Ready::Quads(x)) => run!(weights, x, to),
                 _ => unreachable!("rows are made in the form of the linear they are for"),
             }
         }

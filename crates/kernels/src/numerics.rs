@@ -32,10 +32,12 @@ pub enum DtypeChoice {
     /// `bf16-fma`, `bf16-dp`: for clusters whose processors would not choose the same.
     Bf16Fma,
     Bf16Dp,
+    /// Linears of layers in blocks of INT8 (see `linear::quads`), all else as `bf16-fma`.
+    Int8,
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("dtype `{0}` is none of `f32`, `bf16`, `bf16-fma` and `bf16-dp`")]
+#[error("dtype `{0}` is none of `f32`, `bf16`, `bf16-fma`, `bf16-dp` and `int8`")]
 pub struct UnknownDtype(String);
 
 impl FromStr for DtypeChoice {
@@ -46,6 +48,7 @@ impl FromStr for DtypeChoice {
             "bf16" => Ok(Self::Bf16),
             "bf16-fma" => Ok(Self::Bf16Fma),
             "bf16-dp" => Ok(Self::Bf16Dp),
+            "int8" => Ok(Self::Int8),
             other => Err(UnknownDtype(other.to_owned())),
         }
     }
@@ -53,26 +56,35 @@ impl FromStr for DtypeChoice {
 
 impl DtypeChoice {
     /// As they are written.
-    pub const NAMES: [&str; 4] = ["f32", "bf16", "bf16-fma", "bf16-dp"];
+    pub const NAMES: [&str; 5] = ["f32", "bf16", "bf16-fma", "bf16-dp", "int8"];
 
     /// What this processor computes.
     pub fn numerics(self) -> Numerics {
         match self {
             Self::F32 => Numerics::detect(Dtype::F32),
             Self::Bf16 => Numerics::detect(Dtype::Bf16),
-            Self::Bf16Fma | Self::Bf16Dp => {
-                Numerics { dtype: Dtype::Bf16, pairs: self == Self::Bf16Dp, isa: Isa::best() }
-            }
+            Self::Bf16Fma => Numerics { kind: Kind::Bf16Fma, isa: Isa::best() },
+            Self::Bf16Dp => Numerics { kind: Kind::Bf16Dp, isa: Isa::best() },
+            Self::Int8 => Numerics { kind: Kind::Int8, isa: Isa::best() },
         }
     }
+}
+
+/// What is computed; not how fast.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    F32,
+    /// Products are of f32, with weights in bf16.
+    Bf16Fma,
+    /// Products are of pairs of bf16, with denormals flushed.
+    Bf16Dp,
+    Int8,
 }
 
 /// A dtype with the kernel set chosen for it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Numerics {
-    dtype: Dtype,
-    /// Products are of pairs of bf16, with denormals flushed: `bf16-dp`; else of f32, with weights in bf16: `bf16-fma`.
-    pairs: bool,
+    kind: Kind,
     isa: Isa,
 }
 
@@ -80,43 +92,61 @@ impl Numerics {
     /// The fastest that this processor has: bf16 as `bf16-dp` where the instruction is faster than f32.
     pub fn detect(dtype: Dtype) -> Self {
         let isa = Isa::best();
-        Self { dtype, pairs: dtype == Dtype::Bf16 && isa.has_fast_dot_pairs(), isa }
+        let kind = match dtype {
+            Dtype::F32 => Kind::F32,
+            Dtype::Bf16 if isa.has_fast_dot_pairs() => Kind::Bf16Dp,
+            Dtype::Bf16 => Kind::Bf16Fma,
+        };
+        Self { kind, isa }
     }
 
     /// What every processor has.
     pub fn portable(dtype: Dtype) -> Self {
-        Self { dtype, pairs: false, isa: Isa::Portable }
+        let kind = if dtype == Dtype::F32 { Kind::F32 } else { Kind::Bf16Fma };
+        Self { kind, isa: Isa::Portable }
     }
 
     /// Every numerics on every instruction set that this processor can run, `bf16-dp` emulated where it has to be. For tests and benchmarks.
     pub fn all() -> Vec<Self> {
-        let kinds = [(Dtype::F32, false), (Dtype::Bf16, false), (Dtype::Bf16, true)];
-        let on = |isa| kinds.map(|(dtype, pairs)| Self { dtype, pairs, isa });
-        Isa::available().into_iter().flat_map(on).collect()
+        let kinds = [Kind::F32, Kind::Bf16Fma, Kind::Bf16Dp, Kind::Int8];
+        Isa::available().into_iter().flat_map(|isa| kinds.map(|kind| Self { kind, isa })).collect()
     }
 
     /// The same kernel set in full precision: what the gate is computed in.
+    #[must_use]
     pub fn as_f32(self) -> Self {
-        Self { dtype: Dtype::F32, pairs: false, ..self }
+        Self { kind: Kind::F32, ..self }
+    }
+
+    /// The same, but for INT8 what it is beside linears of layers: what attention itself and the head are computed in.
+    #[must_use]
+    pub fn unquantised(self) -> Self {
+        if self.quantises() { Self { kind: Kind::Bf16Fma, ..self } } else { self }
     }
 
     /// Peers compare this: equal names, equal bits.
     pub fn name(&self) -> &'static str {
-        match (self.dtype, self.pairs) {
-            (Dtype::F32, _) => "f32",
-            (Dtype::Bf16, false) => "bf16-fma",
-            (Dtype::Bf16, true) => "bf16-dp",
+        match self.kind {
+            Kind::F32 => "f32",
+            Kind::Bf16Fma => "bf16-fma",
+            Kind::Bf16Dp => "bf16-dp",
+            Kind::Int8 => "int8",
         }
     }
 
-    /// Weights: of those that a checkpoint has in more.
+    /// Weights that are not quantised: of those that a checkpoint has in more.
     pub fn dtype(&self) -> Dtype {
-        self.dtype
+        if self.kind == Kind::F32 { Dtype::F32 } else { Dtype::Bf16 }
     }
 
     /// Rows, queries and the latent cache.
     pub fn activations(&self) -> Dtype {
-        if self.pairs { Dtype::Bf16 } else { Dtype::F32 }
+        if self.by_pairs() { Dtype::Bf16 } else { Dtype::F32 }
+    }
+
+    /// Whether linears of layers are INT8, and the rows that they read.
+    pub fn quantises(&self) -> bool {
+        self.kind == Kind::Int8
     }
 
     /// The name of the instruction set, for logs.
@@ -129,7 +159,7 @@ impl Numerics {
     }
 
     pub(crate) fn by_pairs(&self) -> bool {
-        self.pairs
+        self.kind == Kind::Bf16Dp
     }
 }
 

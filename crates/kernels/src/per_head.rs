@@ -14,9 +14,10 @@ pub struct PerHead {
 }
 
 impl PerHead {
-    /// `w` is [heads, out, in_].
+    /// `w` is [heads, out, in_]; never quantised.
     pub fn pack_f32(heads: usize, out: usize, in_: usize, w: &[f32], n: Numerics) -> Self {
         assert_eq!(w.len(), heads * out * in_, "weights of {heads} heads of [{out}, {in_}]");
+        let n = n.unquantised();
         let head = |h: usize| Linear::pack_f32(out, in_, &w[h * out * in_..(h + 1) * out * in_], n);
         Self { heads: (0..heads).map(head).collect(), in_features: in_, out_features: out, numerics: n }
     }

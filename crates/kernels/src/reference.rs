@@ -7,6 +7,9 @@ use crate::{Choice, Dtype, GateParams, GroupScore, Matrix, MatrixData, Numerics,
 
 /// One row of x: [cols] to [rows of the matrix].
 pub(crate) fn linear(m: &Matrix<'_>, n: Numerics, x: &[f32]) -> Vec<f32> {
+    if n.quantises() {
+        return quantised_linear(m, x);
+    }
     let x: Vec<f32> = x.iter().map(|x| rounded(n.activations(), *x)).collect();
     (0..m.rows).map(|o| linear_output(m, n, o, &x)).collect()
 }
@@ -28,6 +31,31 @@ fn linear_output(m: &Matrix<'_>, n: Numerics, o: usize, x: &[f32]) -> f32 {
         acc = chain(by_pairs, x, &w).mul_add(*scale, acc);
     }
     acc
+}
+
+/// The same in blocks of INT8.
+fn quantised_linear(m: &Matrix<'_>, x: &[f32]) -> Vec<f32> {
+    let x: Vec<_> = x.chunks(128).map(quantised).collect();
+    let output = |o: usize| {
+        let mut w = vec![0.0; m.cols];
+        m.row_to_f32(o, &mut w);
+        w.chunks(128).map(quantised).zip(&x).fold(0.0, |acc, ((w, w_scale), (x, x_scale))| {
+            let sum: i32 = w.iter().zip(x).map(|(w, x)| w * x).sum();
+            (sum as f32 * x_scale).mul_add(w_scale, acc)
+        })
+    };
+    (0..m.rows).map(output).collect()
+}
+
+/// The codes of a block, and its scale.
+fn quantised(block: &[f32]) -> (Vec<i32>, f32) {
+    let max =
+        if block.iter().any(|x| x.is_nan()) { f32::NAN } else { block.iter().fold(0.0, |max, x| x.abs().max(max)) };
+    let code = |x: &f32| match 127.0 / max {
+        factor if factor > 0.0 && factor < f32::INFINITY => (x * factor).round_ties_even() as i32,
+        _ => 0,
+    };
+    (block.iter().map(code).collect(), max / 127.0)
 }
 
 /// What an operand of a linear becomes first.

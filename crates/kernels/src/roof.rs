@@ -12,9 +12,10 @@ pub struct Roof {
     pub threads: usize,
     /// Bytes a second read from memory, in order.
     pub read: f64,
-    /// Multiply-adds a second, in registers: f32, and bf16 by pairs where the processor has them and they are faster.
+    /// Multiply-adds a second, in registers: f32, bf16 (by pairs where the processor has them and they are faster), and INT8.
     pub fma: f64,
     pub bf16: f64,
+    pub int8: f64,
 }
 
 /// Far more than a processor caches, each thread's own.
@@ -27,15 +28,14 @@ impl Roof {
     /// Takes about a second. Medians of several rounds; the pool should have nothing else to do.
     pub fn measure(pool: &Pool) -> Self {
         let isa = Isa::best();
-        let (fma, pairs) =
-            (rate(pool, |_| isa.run(Chains { pairs: false })), rate(pool, |_| isa.run(Chains { pairs: true })));
         let steps = (CHAINS * CHAIN_STEPS * LANES * pool.threads()) as f64;
-        let fma = steps / fma;
-        let bf16 = if isa.has_dot_pairs() { fma.max(2.0 * steps / pairs) } else { fma };
+        let [fma, pairs, int8] = [(Step::Fma, 1.0), (Step::Pairs, 2.0), (Step::Quads, 4.0)]
+            .map(|(step, products)| products * steps / rate(pool, |_| isa.run(Chains(step))));
+        let bf16 = if isa.has_dot_pairs() { fma.max(pairs) } else { fma };
         let memory: Vec<Vec<Lanes>> =
             (0..pool.threads()).map(|_| vec![Lanes([1.0; LANES]); READ_BYTES / size_of::<Lanes>()]).collect();
         let read = rate(pool, |thread| isa.run(Read { memory: &memory[thread] }));
-        Self { threads: pool.threads(), read: (READ_BYTES * pool.threads()) as f64 / read, fma, bf16 }
+        Self { threads: pool.threads(), read: (READ_BYTES * pool.threads()) as f64 / read, fma, bf16, int8 }
     }
 }
 
@@ -54,22 +54,32 @@ fn rate(pool: &Pool, work: impl Fn(usize) -> f32 + Sync) -> f64 {
     times[times.len() / 2]
 }
 
-/// Independent chains of multiply-adds that never leave the registers.
-struct Chains {
-    pairs: bool,
+#[derive(Clone, Copy)]
+enum Step {
+    Fma,
+    Pairs,
+    Quads,
 }
+
+/// Independent chains of multiply-adds that never leave the registers.
+struct Chains(Step);
 
 impl Kernel for Chains {
     type Out = f32;
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
-        let (x, w) = (black_box(0x3f80_3f80u32), s.pairs_bf16(&black_box([0x3f80_3f80; LANES])));
+        let (x, w) = (black_box(0x3f80_3f80u32), black_box([0x3f80_3f80; LANES]));
+        let (pairs, quads) = (s.pairs_bf16(&w), s.quads(&w));
         let (a, b) = (s.splat(black_box(0.999)), s.splat(black_box(0.001)));
         let mut acc = [s.splat(0.0); CHAINS];
         for _ in 0..CHAIN_STEPS {
             for acc in &mut acc {
-                *acc = if self.pairs { s.dot_pairs(x, w, *acc) } else { s.fma(a, *acc, b) };
+                *acc = match self.0 {
+                    Step::Fma => s.fma(a, *acc, b),
+                    Step::Pairs => s.dot_pairs(x, pairs, *acc),
+                    Step::Quads => s.dot_quads(x, quads, *acc),
+                };
             }
         }
         let mut lanes = [0.0; LANES];
@@ -116,6 +126,6 @@ mod tests {
         let roof = Roof::measure(&Pool::new(1));
         assert_eq!(roof.threads, 1);
         assert!((1e8..1e12).contains(&roof.read), "{roof:?}");
-        assert!((1e8..1e12).contains(&roof.fma) && (1e8..1e12).contains(&roof.bf16), "{roof:?}");
+        assert!([roof.fma, roof.bf16, roof.int8].iter().all(|rate| (1e8..1e12).contains(rate)), "{roof:?}");
     }
 }

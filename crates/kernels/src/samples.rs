@@ -128,7 +128,7 @@ pub(crate) fn pools() -> &'static [Pool; 3] {
 
 /// `check`s every numerics on every instruction set against what is `expected` under its name.
 pub(crate) fn on_all_numerics<T>(expected: impl Fn(Numerics) -> T, check: impl Fn(Numerics, &T)) {
-    for name in ["f32", "bf16-fma", "bf16-dp"] {
+    for name in ["f32", "bf16-fma", "bf16-dp", "int8"] {
         let same: Vec<Numerics> = Numerics::all().into_iter().filter(|n| n.name() == name).collect();
         let expected = expected(same[0]);
         same.into_iter().for_each(|n| check(n, &expected));

@@ -92,7 +92,8 @@ impl Isa {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
             let bytes = is_x86_feature_detected!("avx512vbmi");
-            let bf16 = avx512 && bytes && is_x86_feature_detected!("avx512bf16");
+            let quads = is_x86_feature_detected!("avx512vnni");
+            let bf16 = avx512 && bytes && quads && is_x86_feature_detected!("avx512bf16");
             let all = [(avx2, Self::Avx2), (avx512, Self::Avx512), (bf16, Self::Avx512Bf16)];
             found.extend(all.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
         }
@@ -169,6 +170,8 @@ pub(crate) trait Simd: Copy {
     type F: Copy;
     /// Sixteen pairs of bf16.
     type Pairs: Copy;
+    /// Sixteen quads of bytes.
+    type Quads: Copy;
     /// Whether there are 32 registers of a whole vector (else 16 of half a vector).
     const WIDE: bool;
     /// Whether [`Simd::pairs_tight`] takes less time than memory takes to bring what it saves.
@@ -234,6 +237,12 @@ pub(crate) trait Simd: Copy {
     }
     /// The V-th of the two that lie [`interleaved`] in `x`.
     fn pairs_e4m3<const V: usize>(self, x: &Line) -> Self::Pairs;
+    /// A quad is a u32: its lowest byte is the lowest k.
+    fn quads(self, w: &[u32; LANES]) -> Self::Quads;
+    /// In each lane's bits an i32: acc + the sum of four products, of bytes of `w` (0 to 255) and bytes of `x` (-127 to 127).
+    fn dot_quads(self, x: u32, w: Self::Quads, acc: Self::F) -> Self::F;
+    /// The i32 in each lane's bits as a value; exact up to 2^24.
+    fn integers(self, v: Self::F) -> Self::F;
     /// What `vdpbf16ps` does (found by comparing 160 million inputs, denormals, infinities and cancellations among them):
     /// ```text
     /// z(v)           = v with denormals replaced by a zero of the same sign

@@ -37,7 +37,8 @@ pub struct Args {
     /// The checkpoint's folder; the demo model tiny-r1 if not given
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these
+    /// f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these;
+    /// int8, on a processor
     #[arg(long, default_value = "bf16", value_parser = DtypeChoice::NAMES)]
     dtype: String,
     /// Threads of the kernels; all cores if not given
@@ -165,7 +166,7 @@ fn roof(backend: &Backend, threads: usize) -> Result<Roof> {
         Backend::Gpu(device) => {
             let GpuRoof { copy, fma } = GpuRoof::measure(device)?;
             let fma = fma.context("the roof of a GPU's products is cuBLASLt's: install it, or set LD_LIBRARY_PATH")?;
-            Roof { threads, read: copy, fma, bf16: fma }
+            Roof { threads, read: copy, fma, bf16: fma, int8: fma }
         }
     })
 }

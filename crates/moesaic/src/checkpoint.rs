@@ -27,7 +27,8 @@ pub fn inspect(args: &InspectArgs) -> ExitCode {
 pub struct PackArgs {
     /// The checkpoint's folder, which gets one more file as large as its experts
     dir: PathBuf,
-    /// What the workers will be started with: f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these
+    /// What the workers will be started with: f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these;
+    /// int8, on a processor
     #[arg(long, default_value = "bf16", value_parser = DtypeChoice::NAMES)]
     dtype: String,
 }

@@ -202,8 +202,11 @@ impl fmt::Display for Plan {
         };
         let p = Parameters::of(config);
         let (total, active) = (millions(p.total), millions(p.active));
-        let weights = if config.quantization.is_some() { "FP8" } else { &self.args.dtype };
-        let stored = if config.quantization.is_some() { 1 } else { self.backend.dtype().bytes() as u64 };
+        let (weights, stored) = match &self.backend {
+            Backend::Cpu(n, _) if n.quantises() => ("INT8", 1),
+            _ if config.quantization.is_some() => ("FP8", 1),
+            _ => (&*self.args.dtype, self.backend.dtype().bytes() as u64),
+        };
         let a = self.args.attention_workers;
         let e = self.args.expert_workers;
         let place = match (self.args.processes, self.args.registry.as_deref()) {

@@ -32,7 +32,8 @@ pub struct Args {
     /// Where to serve gRPC and HTTP; port 0 takes any free one
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// What the kernels compute in: f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these
+    /// What the kernels compute in: f32; bf16, by the faster of bf16-fma and bf16-dp on a processor, or one of these;
+    /// int8, on a processor
     #[arg(long, default_value = "bf16", value_parser = DtypeChoice::NAMES)]
     pub dtype: String,
     /// What computes: cpu, cuda:N, or auto for the first GPU if there is one

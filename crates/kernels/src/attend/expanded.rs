@@ -90,6 +90,7 @@ pub fn mla_attend_expanded(
             match q {
                 Ready::F32(q) => head.run::<F32Lanes>(q),
                 Ready::Pairs(q) => head.run::<Bf16Pairs>(q),
+                Ready::Quads(_) => unreachable!("heads are not quantised"),
             }
         });
     });

@@ -199,6 +199,11 @@ macro_rules! band {
             fn skip(self, elements: usize) -> Self {
                 Self(&self.0[elements / TOGETHER..])
             }
+
+            #[inline(always)]
+            fn element(&self, row: usize, at: usize) -> X {
+                self.0[at / TOGETHER][row][at % TOGETHER]
+            }
         }
     };
     (@element $e:literal, $W:ident, $s:ident, $x:ident, $panel:ident, $i:ident, $acc:ident, $rows:tt) => {

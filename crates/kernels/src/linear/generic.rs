@@ -21,6 +21,7 @@ use bytemuck::Zeroable;
 
 use super::band::{self, Bands};
 use super::panels::{View, Weight};
+use super::quads;
 use super::sums::{Fetch, Steps, Sums, zero};
 use super::tight::TightTile;
 use crate::pool::Shared;
@@ -253,7 +254,7 @@ impl<W: Weight> Tiles<'_, W> {
 
     #[inline(always)]
     fn x_row(&self, row: usize) -> &[W::X] {
-        self.place.row(self.x, row, self.weights.steps * W::PARTS)
+        self.place.row(self.x, row, W::x_len(self.weights.steps))
     }
 
     #[inline(always)]
@@ -326,6 +327,20 @@ impl<W: Weight, T: Sums<W::X, R, P>, const R: usize, const P: usize> TileOf<'_, 
         }
     }
 
+    /// Of a row of INT8: a block's scale.
+    #[inline(always)]
+    fn row_scale<S: Simd>(&self, s: S, row: usize, block: usize) -> S::F {
+        let at = quads::scale_at(self.tiles.weights.steps, block);
+        s.splat(bytemuck::cast(self.x.element(row, at)))
+    }
+
+    /// And what its sums begin with.
+    #[inline(always)]
+    fn row_start<S: Simd>(&self, s: S, row: usize, block: usize) -> S::F {
+        let at = quads::scale_at(self.tiles.weights.steps, block) + 1;
+        s.splat(bytemuck::cast(self.x.element(row, at)))
+    }
+
     /// A chain for each block of K, then one chain over the blocks.
     #[inline(always)]
     fn scaled<S: Simd>(&self, s: S, panels: [&[W]; P]) -> [[S::F; P]; R] {
@@ -338,7 +353,22 @@ impl<W: Weight, T: Sums<W::X, R, P>, const R: usize, const P: usize> TileOf<'_, 
             let now = ahead.split_off(..ahead.len() / (blocks - block)).unwrap_or_default();
             let fetch = Fetch { ahead: now, ..self.fetch };
             let steps = first..weights.steps.min(first + weights.block_steps);
-            let part = s.apart(Steps { s, x: self.x, panels, steps, acc: zero(s), fetch });
+            let mut start = zero(s);
+            if W::ROW_BLOCK_STEPS.is_some() {
+                for (r, start) in start.iter_mut().enumerate() {
+                    *start = [self.row_start(s, r, block); P];
+                }
+            }
+            let steps = Steps { s, x: self.x, panels, steps, acc: start, fetch };
+            // A block of INT8 is too short for a function of its own.
+            let mut part = if W::ROW_BLOCK_STEPS.is_some() { steps.run(s) } else { s.apart(steps) };
+            if W::ROW_BLOCK_STEPS.is_some() {
+                for (r, part) in part.iter_mut().enumerate() {
+                    for sum in part {
+                        *sum = s.mul(s.integers(*sum), self.row_scale(s, r, block));
+                    }
+                }
+            }
             for p in 0..P {
                 let scale = weights.scales(self.panel + p)[block].open(s, 0);
                 for r in 0..R {

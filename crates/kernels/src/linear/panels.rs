@@ -5,6 +5,7 @@
 //! step of f32:   one k,           [w[16p][k], w[16p+1][k], ...]
 //! step of bf16:  k = 2s, 2s + 1,  a u32 for each output, the lower k in the upper half
 //! step of e4m3:  k = 4s .. 4s+4,  a byte in place of each half of two such steps, these interleaved as registers are
+//! step of int8:  k = 4s .. 4s+4,  as [`super::quads`] says
 //! ```
 //! A forward pass then reads each panel from its first byte to its last. A pair is multiplied as it is, or by halves: one load and one
 //! operation widen the lower k's sixteen, one more the higher k's, where sixteen values of a single k would take two each.
@@ -16,8 +17,10 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 use bytes::Bytes;
 
+use super::quads::{self, QuadLanes};
 use super::tight::{GROUP_LINES, GROUP_STEPS, Tight, Tightening};
-use crate::simd::{LANES, Line, Simd, Words, interleaved};
+use crate::Matrix;
+use crate::simd::{Isa, LANES, Line, Simd, Words, interleaved};
 
 fn lines<T: Pod>(values: &[T]) -> &[Line] {
     bytemuck::cast_slice::<T, u8>(values).as_chunks().0
@@ -46,6 +49,13 @@ pub(crate) trait Weight: Pod + Send + Sync {
 
     /// Whether a step is [`Words`] of bf16.
     const IS_BF16: bool;
+    /// Steps of a block, where weights are packed together with the scales of their blocks, and rows of x have scales of theirs (as [`super::quads`] says).
+    const ROW_BLOCK_STEPS: Option<usize> = None;
+
+    /// Elements of a row of x of so many steps.
+    fn x_len(steps: usize) -> usize {
+        steps * Self::PARTS
+    }
 
     /// A matrix [rows, cols] may be made tight. (Tiles of tight ones do not scale.)
     fn may_be_tight(rows: usize, cols: usize, scales: Option<Scales<'_>>) -> bool {
@@ -237,11 +247,11 @@ impl Weight for F32Lanes {
 /// All panels of a matrix.
 pub(crate) struct Packed<W> {
     /// Packed here, or earlier and now in a mapped file.
-    panels: Bytes,
+    bytes: Bytes,
     is_tight: bool,
     kind: PhantomData<W>,
-    /// For each panel and block of K the factor of its 16 outputs; none where weights have no scales.
-    scales: Vec<F32Lanes>,
+    /// For each panel and block of K the factor of its 16 outputs, as [`F32Lanes`]; none where weights have no scales. A part of `bytes` if these have them.
+    scales: Bytes,
     pub outputs: usize,
     /// Steps of a panel.
     pub steps: usize,
@@ -308,7 +318,9 @@ impl<W: Weight> Packed<W> {
     /// Of what [`Packed::bytes`] gave for the same matrix.
     pub fn mapped(rows: usize, cols: usize, scales: Option<Scales<'_>>, bytes: Bytes) -> Result<Self, UnfitBytes> {
         let (panels, steps) = (rows.div_ceil(LANES), cols.div_ceil(W::PER_STEP));
-        let expected = panels * steps * size_of::<W>();
+        let scales_behind =
+            W::ROW_BLOCK_STEPS.map_or(0, |block| panels * steps.div_ceil(block) * size_of::<F32Lanes>());
+        let expected = panels * steps * size_of::<W>() + scales_behind;
         let is_aligned = bytes.as_ptr().addr().is_multiple_of(align_of::<W>());
         let is_plain = is_aligned && bytes.len() == expected;
         let is_tight =
@@ -319,11 +331,14 @@ impl<W: Weight> Packed<W> {
         Ok(Self::of(rows, cols, scales, bytes, !is_plain))
     }
 
-    fn of(rows: usize, cols: usize, scales: Option<Scales<'_>>, panels: Bytes, is_tight: bool) -> Self {
+    fn of(rows: usize, cols: usize, scales: Option<Scales<'_>>, bytes: Bytes, is_tight: bool) -> Self {
         let steps = cols.div_ceil(W::PER_STEP);
-        let block_steps = scales.map_or(steps, |s| s.block[1] / W::PER_STEP).max(1);
-        let scales = scales.map_or_else(Vec::new, |s| pack_scales(rows, cols, s));
-        Self { panels, is_tight, kind: PhantomData, scales, outputs: rows, steps, block_steps }
+        let (block_steps, scales) = match (W::ROW_BLOCK_STEPS, scales) {
+            (Some(block), _) => (block, bytes.slice(rows.div_ceil(LANES) * steps * size_of::<W>()..)),
+            (None, Some(s)) => (s.block[1] / W::PER_STEP, AlignedBytes::new(pack_scales(rows, cols, s)).0),
+            (None, None) => (steps, Bytes::new()),
+        };
+        Self { bytes, is_tight, kind: PhantomData, scales, outputs: rows, steps, block_steps: block_steps.max(1) }
     }
 
     pub fn panels(&self) -> usize {
@@ -332,29 +347,37 @@ impl<W: Weight> Packed<W> {
 
     /// Elements of a row of x.
     pub fn x_len(&self) -> usize {
-        self.steps * W::PARTS
+        W::x_len(self.steps)
     }
 
-    /// Elements of those with a chain of their own: all of them, or a block's.
-    pub fn chain_len(&self) -> usize {
-        self.block_steps * W::PARTS
+    /// How many of them each chain takes that a row has: all of them, or those of the last block and of the others.
+    pub fn chain_lens(&self) -> [usize; 2] {
+        [self.steps, self.block_steps].map(|steps| steps * W::PARTS)
     }
 
     pub fn view(&self) -> View<'_, W> {
-        let Self { scales, outputs, steps, block_steps, .. } = self;
-        let tight = if self.is_tight { Tight::of(&self.panels, self.panels(), self.steps) } else { None };
-        let lanes = if self.is_tight { &[] } else { bytemuck::cast_slice(&self.panels) };
+        let Self { bytes, outputs, steps, block_steps, .. } = self;
+        let tight = if self.is_tight { Tight::of(bytes, self.panels(), self.steps) } else { None };
+        let lanes = if self.is_tight { &[] } else { bytemuck::cast_slice(bytes) };
+        // Nothing may lie at any address.
+        let scales = if self.scales.is_empty() { &[] } else { bytemuck::cast_slice(&self.scales) };
         View { lanes, tight, first: 0, scales, outputs: *outputs, steps: *steps, block_steps: *block_steps }
     }
 
-    /// The panels, without scales.
+    /// The panels, without scales that the matrix has.
     pub fn bytes(&self) -> &[u8] {
-        &self.panels
+        &self.bytes
     }
 
     /// In memory, scales too.
     pub fn size(&self) -> usize {
-        self.panels.len() + size_of_val(&self.scales[..])
+        self.bytes.len() + if W::ROW_BLOCK_STEPS.is_some() { 0 } else { self.scales.len() }
+    }
+}
+
+impl Packed<QuadLanes> {
+    pub fn quantised(m: &Matrix<'_>, isa: Isa) -> Self {
+        Self::of(m.rows, m.cols, None, AlignedBytes::new(quads::packed(m, isa)).0, false)
     }
 }
 

@@ -1,9 +1,10 @@
-//! Activation rows in the form that a linear's kernel wants: f32 as they are, f32 rounded to bf16, or pairs of bf16.
+//! Activation rows in the form that a linear's kernel wants: f32 as they are, f32 rounded to bf16, pairs of bf16, or quads of INT8.
 
 use std::cell::Cell;
 
 use half::bf16;
 
+use super::quads::{PER_QUAD, Quantise, row_len};
 use crate::pool::{Pool, Shared};
 use crate::simd::{Isa, Kernel, Simd};
 
@@ -41,6 +42,8 @@ pub(crate) enum Form {
     Full,
     Rounded,
     Pairs,
+    /// As [`super::quads`] lays a row out.
+    Quads,
 }
 
 /// Rows in a form.
@@ -48,6 +51,7 @@ pub(crate) enum Form {
 pub(crate) enum Ready<'a> {
     F32(&'a [f32]),
     Pairs(&'a [u32]),
+    Quads(&'a [u32]),
 }
 
 /// Elements to convert that cost about as much as one multiply-add of a linear.
@@ -62,6 +66,7 @@ pub(crate) fn with_rows<R>(
     cols: usize,
     then: impl FnOnce(Ready<'_>) -> R,
 ) -> R {
+    let rows = x.len().checked_div(cols).unwrap_or(0);
     match (form, x) {
         (Form::Full, RowsRef::F32(x)) => then(Ready::F32(x)),
         (Form::Full | Form::Rounded, _) => with_scratch(&F32_SCRATCH, x.len(), |to: &mut [f32]| {
@@ -70,10 +75,16 @@ pub(crate) fn with_rows<R>(
         }),
         (Form::Pairs, _) => {
             let steps = cols.div_ceil(2);
-            let rows = x.len().checked_div(cols).unwrap_or(0);
-            with_scratch(&PAIR_SCRATCH, rows * steps, |to: &mut [u32]| {
+            with_scratch(&WORD_SCRATCH, rows * steps, |to: &mut [u32]| {
                 convert(pool, x, cols, to, steps, |x, to| isa.run(Pair { x, to }));
                 then(Ready::Pairs(to))
+            })
+        }
+        (Form::Quads, _) => {
+            let len = row_len(cols.div_ceil(PER_QUAD));
+            with_scratch(&WORD_SCRATCH, rows * len, |to: &mut [u32]| {
+                convert(pool, x, cols, to, len, |x, to| isa.run(Quantise { x, to }));
+                then(Ready::Quads(to))
             })
         }
     }
@@ -98,7 +109,7 @@ fn convert<T: Send>(
 
 thread_local! {
     static F32_SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-    static PAIR_SCRATCH: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+    static WORD_SCRATCH: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
 }
 
 /// Lends `len` values of a thread's scratch, of any content. Taken out of its cell meanwhile: a nested call just finds none and makes its own.

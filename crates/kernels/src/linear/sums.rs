@@ -76,6 +76,9 @@ pub(crate) trait Sums<X, const R: usize, const P: usize>: Copy {
 
     /// What is behind the first `elements` of each row.
     fn skip(self, elements: usize) -> Self;
+
+    /// One of a row's elements.
+    fn element(&self, row: usize, at: usize) -> X;
 }
 
 /// [`Sums::sums`] as a function of its own: beside other code, some sums would live in memory.
@@ -186,6 +189,11 @@ macro_rules! tile {
             #[inline(always)]
             fn skip(self, elements: usize) -> Self {
                 self.map(|x| &x[elements..])
+            }
+
+            #[inline(always)]
+            fn element(&self, row: usize, at: usize) -> X {
+                self[row][at]
             }
         }
     };

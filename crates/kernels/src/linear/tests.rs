@@ -95,6 +95,10 @@ proptest! {
     }
 }
 
+fn unquantised() -> impl Iterator<Item = Numerics> {
+    Numerics::all().into_iter().filter(|n| !n.quantises())
+}
+
 /// As every set of instructions packs it, not only those that are faster with it.
 fn pack_tight(m: &Matrix<'_>, n: Numerics) -> Linear {
     Linear::of(m, n, &Source::Matrix { tight: true }).unwrap()
@@ -127,7 +131,7 @@ proptest! {
     ) {
         let mut s = Samples::new(seed);
         let m = tight_matrix(&mut s, out, 8 * groups);
-        for n in Numerics::all() {
+        for n in unquantised() {
             let (tight, plain) = (pack_tight(&m.matrix(), n).bytes(), out.next_multiple_of(16) * groups * 16);
             // Of an outlier there are 8 bytes for a thousand pairs, of a panel 4; and all is a multiple of 192.
             let most = plain * 3 / 4 + plain / 512 + 4 * (out / 16 + 2) + 64 + 192;
@@ -164,7 +168,7 @@ fn weights_that_cannot_be_tight_stay_as_they_are() {
     let many = s.matrix(64, 64, Stored::Bf16, 1.0);
     let ragged = tight_matrix(&mut s, 64, 60);
     let small = tight_matrix(&mut s, 16, 24);
-    for n in Numerics::all() {
+    for n in unquantised() {
         assert_eq!(pack_tight(&many.matrix(), n).bytes(), 64 * 64 * 2);
         assert_eq!(pack_tight(&ragged.matrix(), n).bytes(), 64 * 60 * 2);
         assert_eq!(pack_tight(&small.matrix(), n).bytes(), 16 * 24 * 2);
@@ -201,7 +205,7 @@ fn activations_are_converted_alike_on_threads() {
     // A value counts for an eighth of a multiply-add.
     assert!(!pools()[2].is_inline(x.len() / 8));
     for isa in Isa::available() {
-        for form in [Form::Rounded, Form::Pairs] {
+        for form in [Form::Rounded, Form::Pairs, Form::Quads] {
             let [alone, _, split] =
                 pools().each_ref().map(|p| with_rows(p, isa, form, RowsRef::F32(&x), cols, bits_of));
             assert!(alone == split, "{isa:?}, {form:?}");
@@ -212,7 +216,7 @@ fn activations_are_converted_alike_on_threads() {
 fn bits_of(x: Ready<'_>) -> Vec<u32> {
     match x {
         Ready::F32(x) => x.iter().map(|x| x.to_bits()).collect(),
-        Ready::Pairs(x) => x.to_vec(),
+        Ready::Pairs(x) | Ready::Quads(x) => x.to_vec(),
     }
 }
 
@@ -297,7 +301,7 @@ fn is_as_exact_as_its_types_allow() {
         let w = exact_weights(&m.matrix());
         // A value of FP8 or bf16 is itself in bf16.
         let is_wide = matches!(stored, Stored::F32 | Stored::F16);
-        for n in Numerics::all() {
+        for n in unquantised() {
             let rounded = [is_wide && n.dtype() == Dtype::Bf16, n.activations() == Dtype::Bf16];
             let of_inputs = rounded.into_iter().filter(|is| *is).count() as f64 * 1.005 * U_BF16;
             let y = forward(&Linear::pack(&m.matrix(), n), &pools()[0], RowsRef::F32(&x));
@@ -309,6 +313,35 @@ fn is_as_exact_as_its_types_allow() {
                 // Each addition rounds once, those of blocks too: of these there are not more than of the others.
                 let bound = (2 * cols) as f64 * U_F32 + of_inputs;
                 assert!(error < bound, "{error:e} of the sum of products, {stored:?}, {n:?}");
+            }
+        }
+    }
+}
+
+/// Of a factor of INT8 half a step of its block is lost, and all the rest is as exact as above.
+#[test]
+fn int8_is_as_exact_as_its_steps_are_small() {
+    let (rows, out, cols) = (5, 70, 700);
+    let half_step = |block: &[f64]| block.iter().fold(0.0, |max, x| x.abs().max(max)) / 254.0;
+    for stored in [Stored::F32, Stored::F16, Stored::Bf16, Stored::Fp8([128, 128]), Stored::Fp8([16, 33])] {
+        let mut s = Samples::new(12);
+        let (m, x) = (s.matrix(out, cols, stored, 1.0), s.values(rows * cols, 1.0));
+        let w = exact_weights(&m.matrix());
+        let wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        for n in Numerics::all().into_iter().filter(Numerics::quantises) {
+            let y = forward(&Linear::pack(&m.matrix(), n), &pools()[0], RowsRef::F32(&x));
+            for (i, y) in y.iter().enumerate() {
+                let (x, w) = (&wide[i / out * cols..][..cols], &w[i % out * cols..][..cols]);
+                let (mut exact, mut bound) = (0.0, 0.0);
+                for (x, w) in x.chunks(128).zip(w.chunks(128)) {
+                    let (of_x, of_w) = (half_step(x), half_step(w));
+                    for (x, w) in x.iter().zip(w) {
+                        exact += x * w;
+                        bound += (of_x * (w.abs() + of_w) + of_w * x.abs()) * 1.001 + 1e-6 * (x * w).abs();
+                    }
+                }
+                let error = (f64::from(*y) - exact).abs();
+                assert!(error < bound, "{error:e} where {bound:e} may be, {stored:?}, {n:?}");
             }
         }
     }
@@ -375,6 +408,12 @@ fn says_its_sizes() {
         for n in Numerics::all() {
             let linear = Linear::pack(&m.matrix(), n);
             assert_eq!((linear.in_features(), linear.out_features()), (cols, 17));
+            assert_eq!(format!("{linear:?}"), format!("Linear({cols} -> 17, {})", n.name()));
+            if n.quantises() {
+                // One block, whatever the matrix has.
+                assert_eq!(linear.bytes(), 2 * 16 * (cols.next_multiple_of(4) + size_of::<f32>()), "{n:?}");
+                continue;
+            }
             // Codes stay codes where fours are whole.
             let bytes = match (block, cols, n.name()) {
                 (4, 8, _) => cols,
@@ -383,7 +422,6 @@ fn says_its_sizes() {
             };
             // Two panels of 16 outputs with two scales each.
             assert_eq!(linear.bytes(), 2 * 16 * (bytes + 2 * size_of::<f32>()), "{n:?}");
-            assert_eq!(format!("{linear:?}"), format!("Linear({cols} -> 17, {})", n.name()));
         }
     }
 }

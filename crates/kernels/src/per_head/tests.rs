@@ -36,7 +36,7 @@ fn check(shape: Shape, magnitude: f32, seed: u64) {
     let mut s = Samples::new(seed);
     let (w, x) = (s.values(heads * out * in_, magnitude), s.values(rows * heads * x_width, magnitude));
     on_all_numerics(
-        |n| expected(shape, &w, n, &x),
+        |n| expected(shape, &w, n.unquantised(), &x),
         |n, expected| {
             let linears = PerHead::pack_f32(heads, out, in_, &w, n);
             for pool in pools() {

@@ -11,6 +11,7 @@ pub(super) struct Neon;
 
 type F = [float32x4_t; 4];
 type Pairs = [uint32x4_t; 4];
+type Quads = [uint8x16_t; 4];
 
 /// `each!(i => value)`: the value for each of the four registers.
 macro_rules! each {
@@ -41,6 +42,7 @@ fn run_apart<K: Kernel>(kernel: K) -> K::Out {
 impl Simd for Neon {
     type F = F;
     type Pairs = Pairs;
+    type Quads = Quads;
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -142,6 +144,25 @@ impl Simd for Neon {
             // SAFETY: 16 values are there to be written.
             unsafe { vst1q_u32(to.as_mut_ptr().add(4 * i), v) };
         }
+    }
+    #[inline(always)]
+    fn quads(self, w: &[u32; LANES]) -> Quads {
+        each!(i => vreinterpretq_u8_u32(vld1q_u32(w.as_ptr().add(4 * i))))
+    }
+    #[inline(always)]
+    fn dot_quads(self, x: u32, w: Quads, acc: F) -> F {
+        each!(i => {
+            let x = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(x)));
+            // 255 * 127 is a word.
+            let lower = vmulq_s16(x, vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(w[i]))));
+            let upper = vmulq_s16(x, vreinterpretq_s16_u16(vmovl_high_u8(w[i])));
+            let sums = vpaddq_s32(vpaddlq_s16(lower), vpaddlq_s16(upper));
+            vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(acc[i]), sums))
+        })
+    }
+    #[inline(always)]
+    fn integers(self, v: F) -> F {
+        each!(i => vcvtq_f32_s32(vreinterpretq_s32_f32(v[i])))
     }
     #[inline(always)]
     fn pairs_e4m3<const V: usize>(self, x: &Line) -> Pairs {

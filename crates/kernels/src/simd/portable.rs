@@ -21,6 +21,7 @@ fn zip(a: F, b: F, f: impl Fn(f32, f32) -> f32) -> F {
 impl Simd for Portable {
     type F = F;
     type Pairs = [u32; LANES];
+    type Quads = [u32; LANES];
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -104,6 +105,22 @@ impl Simd for Portable {
     #[inline(always)]
     fn store_pairs(self, v: [u32; LANES], to: &mut [u32; LANES]) {
         *to = v;
+    }
+    #[inline(always)]
+    fn quads(self, w: &[u32; LANES]) -> [u32; LANES] {
+        *w
+    }
+    #[inline(always)]
+    fn dot_quads(self, x: u32, w: [u32; LANES], acc: F) -> F {
+        let x = x.to_le_bytes().map(|x| i32::from(x as i8));
+        std::array::from_fn(|i| {
+            let products = w[i].to_le_bytes().into_iter().zip(x).map(|(w, x)| i32::from(w) * x);
+            f32::from_bits((acc[i].to_bits() as i32 + products.sum::<i32>()) as u32)
+        })
+    }
+    #[inline(always)]
+    fn integers(self, v: F) -> F {
+        map(v, |v| v.to_bits() as i32 as f32)
     }
     #[inline(always)]
     fn pairs_e4m3<const V: usize>(self, x: &Line) -> [u32; LANES] {

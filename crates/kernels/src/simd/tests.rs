@@ -150,6 +150,22 @@ impl Kernel for DotE4m3 {
     }
 }
 
+/// A step of quads, and what it adds up to.
+struct DotQuads {
+    x: u32,
+    w: [u32; LANES],
+    acc: F,
+}
+
+impl Kernel for DotQuads {
+    type Out = F;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> F {
+        stored(s, s.integers(s.dot_quads(self.x, s.quads(&self.w), s.load(&self.acc))))
+    }
+}
+
 fn high(pair: u32) -> f32 {
     f32::from_bits(pair & 0xffff_0000)
 }
@@ -189,6 +205,25 @@ proptest! {
         let mut s = Samples::new(seed);
         for _ in 0..20 {
             check_elementwise(lanes(|| s.pattern()), lanes(|| s.pattern()), lanes(|| s.pattern()));
+        }
+    }
+
+    #[test]
+    fn quads_are_added_up_exactly(seed in any::<u64>()) {
+        let mut s = Samples::new(seed);
+        let mut byte = || if s.below(4) == 0 { [0, 1, 128, 255][s.below(4)] } else { s.bits() as u8 };
+        let w: [[u8; 4]; LANES] = std::array::from_fn(|_| std::array::from_fn(|_| byte()));
+        let x: [i8; 4] = std::array::from_fn(|_| (byte() as i8).max(-127));
+        let acc: [i32; LANES] = std::array::from_fn(|_| s.below(1 << 22) as i32 - (1 << 21));
+        let expected: F = std::array::from_fn(|i| {
+            let products = w[i].iter().zip(&x).map(|(w, x)| i32::from(*w) * i32::from(*x));
+            (acc[i] + products.sum::<i32>()) as f32
+        });
+        let quad = u32::from_le_bytes(x.map(|x| x as u8));
+        for isa in Isa::available() {
+            let acc = acc.map(|acc| f32::from_bits(acc as u32));
+            let got = isa.run(DotQuads { x: quad, w: w.map(u32::from_le_bytes), acc });
+            assert_bits(&got, &expected, format_args!("{isa:?}, x {x:?}, w {w:?}"));
         }
     }
 

@@ -26,9 +26,9 @@ pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Out {
 }
 
 /// # Safety
-/// * The processor must have AVX2, FMA, AVX512F, AVX512BW, AVX512BF16 and AVX512VBMI.
+/// * The processor must have AVX2, FMA, AVX512F, AVX512BW, AVX512BF16, AVX512VBMI and AVX512VNNI.
 #[inline(never)]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512bf16,avx512vbmi")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512bf16,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Out {
     // SAFETY: the caller found the features.
     kernel.run(unsafe { Avx512::<true>::new() })

@@ -57,13 +57,14 @@ impl Report {
     pub fn table(&self, layers: bool) -> String {
         let roof = &self.roof;
         let mut text = format!(
-            "{}, {}, {}\nroof: reads {:.1} GB/s, {:.0} GFLOP/s ({:.0} in f32); ready after {:.2} s; peak memory {}\n\n",
+            "{}, {}, {}\nroof: reads {:.1} GB/s, {:.0} GFLOP/s ({:.0} in f32, {:.0} in INT8); ready after {:.2} s; peak memory {}\n\n",
             self.model,
             self.numerics,
             self.experts,
             roof.read / 1e9,
             2.0 * roof.bf16 / 1e9,
             2.0 * roof.fma / 1e9,
+            2.0 * roof.int8 / 1e9,
             self.ready.as_secs_f64(),
             megabytes(self.memory),
         );
@@ -97,7 +98,7 @@ impl Report {
     pub fn json(&self) -> String {
         let roof = json!({
             "threads": self.roof.threads, "read_bytes_per_s": self.roof.read, "flops": 2.0 * self.roof.bf16,
-            "flops_f32": 2.0 * self.roof.fma,
+            "flops_f32": 2.0 * self.roof.fma, "flops_int8": 2.0 * self.roof.int8,
         });
         let all = json!({
             "model": self.model, "numerics": self.numerics, "experts": self.experts, "roof": roof,

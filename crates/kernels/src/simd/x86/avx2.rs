@@ -51,6 +51,8 @@ impl Simd for Avx2 {
     type F = F;
     /// The high halves and the low halves, widened.
     type Pairs = [F; 2];
+    /// Bytes 0 and 2 of each quad, and bytes 1 and 3, as words.
+    type Quads = [[__m256i; 2]; 2];
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -173,6 +175,34 @@ impl Simd for Avx2 {
         for (to, (high, low)) in to.iter_mut().zip(high.iter().zip(&low)) {
             *to = high.to_bits() | low.to_bits() >> 16;
         }
+    }
+    #[inline(always)]
+    fn quads(self, w: &[u32; LANES]) -> [[__m256i; 2]; 2] {
+        // SAFETY: 16 values are there to be read.
+        let w = unsafe { [_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(8).cast())] };
+        // SAFETY: as in `each`.
+        let even = |w: __m256i| unsafe { _mm256_and_si256(w, _mm256_set1_epi16(0xff)) };
+        // SAFETY: as in `each`.
+        let odd = |w: __m256i| unsafe { _mm256_srli_epi16::<8>(w) };
+        [[even(w[0]), even(w[1])], [odd(w[0]), odd(w[1])]]
+    }
+    #[inline(always)]
+    fn dot_quads(self, x: u32, [even, odd]: [[__m256i; 2]; 2], acc: F) -> F {
+        // SAFETY: as in `each`.
+        let half = |i: usize| unsafe {
+            let x = _mm256_set1_epi32(x as i32);
+            let even = _mm256_madd_epi16(even[i], _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)));
+            let odd = _mm256_madd_epi16(odd[i], _mm256_srai_epi16::<8>(x));
+            let sum = _mm256_add_epi32(_mm256_castps_si256(acc[i]), _mm256_add_epi32(even, odd));
+            _mm256_castsi256_ps(sum)
+        };
+        [half(0), half(1)]
+    }
+    #[inline(always)]
+    fn integers(self, v: F) -> F {
+        // SAFETY: as in `each`.
+        let half = |v: __m256| unsafe { _mm256_cvtepi32_ps(_mm256_castps_si256(v)) };
+        [half(v[0]), half(v[1])]
     }
     #[inline(always)]
     fn pairs_e4m3<const V: usize>(self, x: &Line) -> [F; 2] {

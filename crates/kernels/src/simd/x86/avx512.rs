@@ -1,17 +1,17 @@
-//! One zmm register as one vector. With `DOT`, the dot product of pairs is `vdpbf16ps`.
+//! One zmm register as one vector. With `DOT`, the dot product of pairs is `vdpbf16ps`, and that of quads `vpdpbusd`.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 
 use crate::simd::{Kernel, LANES, Line, Simd, Words, tight_words};
 
-/// Proof that AVX512F and AVX512BW (and with `DOT` AVX512BF16 and AVX512VBMI) are there.
+/// Proof that AVX512F and AVX512BW (and with `DOT` AVX512BF16, AVX512VBMI and AVX512VNNI) are there.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512<const DOT: bool>(());
 
 impl<const DOT: bool> Avx512<DOT> {
     /// # Safety
-    /// * The processor must have AVX512F and AVX512BW, and with `DOT` AVX512BF16 and AVX512VBMI.
+    /// * The processor must have AVX512F and AVX512BW, and with `DOT` AVX512BF16, AVX512VBMI and AVX512VNNI.
     #[inline(always)]
     pub unsafe fn new() -> Self {
         Self(())
@@ -57,6 +57,7 @@ unsafe fn loaded(line: &Line) -> __m512i {
 impl<const DOT: bool> Simd for Avx512<DOT> {
     type F = __m512;
     type Pairs = __m512i;
+    type Quads = __m512i;
     const WIDE: bool = true;
     const OPENS_TIGHT: bool = DOT;
 
@@ -208,6 +209,29 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
             let (even, odd) = (loaded(bytemuck::cast_ref(even)), loaded(bytemuck::cast_ref(odd)));
             std::mem::transmute::<__m512i, Line>(_mm512_packus_epi16(even, odd))
         }
+    }
+    #[inline(always)]
+    fn quads(self, w: &[u32; LANES]) -> __m512i {
+        self.pairs_bf16(w)
+    }
+    #[inline(always)]
+    fn dot_quads(self, x: u32, w: __m512i, acc: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let (x, acc) = (_mm512_set1_epi32(x as i32), _mm512_castps_si512(acc));
+            if DOT {
+                return _mm512_castsi512_ps(_mm512_dpbusd_epi32(acc, w, x));
+            }
+            let even = _mm512_and_si512(w, _mm512_set1_epi16(0xff));
+            let even = _mm512_madd_epi16(even, _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(x)));
+            let odd = _mm512_madd_epi16(_mm512_srli_epi16::<8>(w), _mm512_srai_epi16::<8>(x));
+            _mm512_castsi512_ps(_mm512_add_epi32(acc, _mm512_add_epi32(even, odd)))
+        }
+    }
+    #[inline(always)]
+    fn integers(self, v: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_cvtepi32_ps(_mm512_castps_si512(v)) }
     }
     #[inline(always)]
     fn pairs_e4m3<const V: usize>(self, x: &Line) -> __m512i {
