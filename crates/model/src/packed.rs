@@ -5,7 +5,7 @@
 //!                              the bytes of each matrix, u64: for each layer with experts, for each expert, of gate, up and down
 //!                              the matrices in that order; all is padded to 64 bytes
 //! ```
-//! Only a copy: shapes and scales are read from the checkpoint, and a file that was made of another one, for other numerics or by another version is
+//! Only a copy: shapes, and scales of FP8, are read from the checkpoint, and a file that was made of another one, for other numerics or by another version is
 //! refused.
 
 use std::fs::{self, File};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moesaic_kernels::{Numerics, Pool, RowsRef};
+use moesaic_kernels::{DtypeChoice, Numerics, Pool, RowsRef};
 use moesaic_model::Checkpoint;
 use moesaic_model::packed::{Experts, write};
 use safetensors::tensor::Dtype;
@@ -11,8 +11,8 @@ use tempfile::TempDir;
 
 use crate::support::{copy, edit_tensors};
 
-fn numerics() -> [Numerics; 2] {
-    [moesaic_kernels::Dtype::F32, moesaic_kernels::Dtype::Bf16].map(Numerics::detect)
+fn numerics() -> [Numerics; 3] {
+    [DtypeChoice::F32, DtypeChoice::Bf16, DtypeChoice::Int8].map(DtypeChoice::numerics)
 }
 
 /// All experts' outputs for the same rows.
