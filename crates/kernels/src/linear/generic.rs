@@ -327,17 +327,9 @@ impl<W: Weight, T: Sums<W::X, R, P>, const R: usize, const P: usize> TileOf<'_, 
         }
     }
 
-    /// Of a row of INT8: a block's scale.
+    /// The bits of one of a row's elements in all lanes.
     #[inline(always)]
-    fn row_scale<S: Simd>(&self, s: S, row: usize, block: usize) -> S::F {
-        let at = quads::scale_at(self.tiles.weights.steps, block);
-        s.splat(bytemuck::cast(self.x.element(row, at)))
-    }
-
-    /// And what its sums begin with.
-    #[inline(always)]
-    fn row_start<S: Simd>(&self, s: S, row: usize, block: usize) -> S::F {
-        let at = quads::scale_at(self.tiles.weights.steps, block) + 1;
+    fn row_bits<S: Simd>(&self, s: S, row: usize, at: usize) -> S::F {
         s.splat(bytemuck::cast(self.x.element(row, at)))
     }
 
@@ -353,10 +345,11 @@ impl<W: Weight, T: Sums<W::X, R, P>, const R: usize, const P: usize> TileOf<'_, 
             let now = ahead.split_off(..ahead.len() / (blocks - block)).unwrap_or_default();
             let fetch = Fetch { ahead: now, ..self.fetch };
             let steps = first..weights.steps.min(first + weights.block_steps);
+            let row_scale = quads::scale_at(weights.steps, block);
             let mut start = zero(s);
             if W::ROW_BLOCK_STEPS.is_some() {
                 for (r, start) in start.iter_mut().enumerate() {
-                    *start = [self.row_start(s, r, block); P];
+                    *start = [self.row_bits(s, r, row_scale + 1); P];
                 }
             }
             let steps = Steps { s, x: self.x, panels, steps, acc: start, fetch };
@@ -365,7 +358,7 @@ impl<W: Weight, T: Sums<W::X, R, P>, const R: usize, const P: usize> TileOf<'_, 
             if W::ROW_BLOCK_STEPS.is_some() {
                 for (r, part) in part.iter_mut().enumerate() {
                     for sum in part {
-                        *sum = s.mul(s.integers(*sum), self.row_scale(s, r, block));
+                        *sum = s.mul(s.integers(*sum), self.row_bits(s, r, row_scale));
                     }
                 }
             }

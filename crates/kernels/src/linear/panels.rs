@@ -315,12 +315,17 @@ impl<W: Weight> Packed<W> {
         Some(tight.finish()).filter(|tight| tight.0.len() < plain)
     }
 
+    /// Bytes of a matrix that is not tight: its panels, and the scales that are packed with them.
+    pub fn plain_len(rows: usize, cols: usize) -> usize {
+        let steps = cols.div_ceil(W::PER_STEP);
+        let scales = W::ROW_BLOCK_STEPS.map_or(0, |block| steps.div_ceil(block) * size_of::<F32Lanes>());
+        rows.div_ceil(LANES) * (steps * size_of::<W>() + scales)
+    }
+
     /// Of what [`Packed::bytes`] gave for the same matrix.
     pub fn mapped(rows: usize, cols: usize, scales: Option<Scales<'_>>, bytes: Bytes) -> Result<Self, UnfitBytes> {
         let (panels, steps) = (rows.div_ceil(LANES), cols.div_ceil(W::PER_STEP));
-        let scales_behind =
-            W::ROW_BLOCK_STEPS.map_or(0, |block| panels * steps.div_ceil(block) * size_of::<F32Lanes>());
-        let expected = panels * steps * size_of::<W>() + scales_behind;
+        let expected = Self::plain_len(rows, cols);
         let is_aligned = bytes.as_ptr().addr().is_multiple_of(align_of::<W>());
         let is_plain = is_aligned && bytes.len() == expected;
         let is_tight =

@@ -16,7 +16,7 @@
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
-use super::panels::Weight;
+use super::panels::{Packed, Weight};
 use super::rows::RowsRef;
 use crate::Matrix;
 use crate::simd::{Isa, Kernel, LANES, Simd};
@@ -32,8 +32,7 @@ const PER_END: usize = 2;
 
 /// Bytes of a packed matrix [outputs, inputs].
 pub fn int8_bytes(outputs: usize, inputs: usize) -> usize {
-    let quads = inputs.div_ceil(PER_QUAD);
-    outputs.div_ceil(LANES) * (quads + quads.div_ceil(QUADS_PER_BLOCK)) * size_of::<QuadLanes>()
+    Packed::<QuadLanes>::plain_len(outputs, inputs)
 }
 
 /// Elements of a row of x of so many quads.
