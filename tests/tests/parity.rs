@@ -23,7 +23,7 @@ async fn bf16_fma_is_within_2_hundredths_on_average_and_3_tenths_at_worst() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn int8_is_within_5_hundredths_at_the_middle_and_says_the_same_where_it_is_sure() {
-    int8_is_near(&MODELS).await;
+    int8_is_near().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
