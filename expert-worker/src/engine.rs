@@ -171,17 +171,19 @@ impl Engine {
         let frames: Vec<&RequestFrame> = jobs.iter().map(|job| &job.frame).collect();
         let layer = frames[0].header.layer;
         let held = |expert| shard.expert(layer, expert).expect("checked when the frame was taken");
-        let answers = match scratch.answers(&frames, held, hidden, self.terms_max()) {
-            Ok(answers) => answers,
+        let terms = frames.iter().map(|frame| frame.terms().len()).sum();
+        match scratch.answers(&frames, held, hidden, self.terms_max()) {
+            Ok(answers) => jobs.into_iter().zip(answers).for_each(|(job, answer)| job.reply.send(Ok(answer))),
             Err(error) => {
                 let refusal = self.refusal(&error);
                 return jobs.into_iter().for_each(|job| job.reply.send(Err(refusal.clone())));
             }
-        };
-        self.profile.add(start.elapsed(), frames.iter().map(|frame| frame.terms().len()).sum());
-        for (job, answer) in jobs.into_iter().zip(answers) {
-            job.reply.send(Ok(answer));
         }
+        // What comes meanwhile is computed together.
+        if let Err(error) = scratch.finish() {
+            self.refusal(&error);
+        }
+        self.profile.add(start.elapsed(), terms);
     }
 
     /// Where memory is missing, others' rows and answers take it for a while; else the GPU is lost, and this worker with it.

@@ -75,7 +75,7 @@ impl Scratch {
     }
 
     /// What frames of one layer ask for, by the additions of rule 1(c). `expert` finds theirs. Rows that lie on the GPU are
-    /// answered there, if it has room. One call of the kernels has at most `terms_max` terms.
+    /// answered there, if it has room, before the answer is computed. One call of the kernels has at most `terms_max` terms.
     pub fn answers<'e>(
         &mut self,
         frames: &[&RequestFrame],
@@ -117,8 +117,8 @@ impl Scratch {
                 add_up(chunk, results, hidden, answers);
             }
             Self::Gpu(workspace) => {
-                let len = queue(workspace, chunk, expert, x)?;
-                for (target, sum) in chunk.outputs.iter().zip(workspace.sums(len)?.chunks_exact(hidden)) {
+                let sums = with_call(chunk, expert, x, |call| call.run(workspace))?;
+                for (target, sum) in chunk.outputs.iter().zip(sums.chunks_exact(hidden)) {
                     answers[target.frame][target.output * hidden..][..hidden].copy_from_slice(sum);
                 }
             }
@@ -126,7 +126,8 @@ impl Scratch {
         Ok(())
     }
 
-    /// The same of a GPU's, where the outputs [outputs, hidden] stay. `None`: experts are not computed on one, or it has no room.
+    /// The same of a GPU's, where the outputs [outputs, hidden] stay; they may not be there yet. `None`: experts are not computed
+    /// on one, or it has no room.
     fn compute_there<'e>(
         &mut self,
         chunk: &Chunk,
@@ -134,8 +135,15 @@ impl Scratch {
         x: &Input<'_>,
     ) -> Result<Option<GpuBytes>, GpuError> {
         let Self::Gpu(workspace) = self else { return Ok(None) };
-        let len = queue(workspace, chunk, expert, x)?;
-        GpuError::if_room(workspace.take_sums(len))
+        GpuError::if_room(with_call(chunk, expert, x, |call| call.run_there(workspace)))
+    }
+
+    /// Waits until what was answered is computed.
+    pub fn finish(&mut self) -> Result<(), GpuError> {
+        match self {
+            Self::Cpu(..) => Ok(()),
+            Self::Gpu(workspace) => workspace.finish(),
+        }
     }
 
     /// Where experts are computed, if that is a GPU.
@@ -157,13 +165,13 @@ fn parted(sums: &GpuBytes, frames: &[&RequestFrame], hidden: usize) -> Vec<Value
     frames.iter().zip(own).map(answer).collect()
 }
 
-/// Queues a chunk's outputs, and says how many values they are.
-fn queue<'e>(
-    workspace: &mut Workspace,
+/// What a chunk is for a GPU.
+fn with_call<'e, T>(
     chunk: &Chunk,
     expert: impl Fn(ExpertId) -> &'e Expert,
     x: &Input<'_>,
-) -> Result<usize, GpuError> {
+    run: impl FnOnce(GpuExperts<'_>) -> Result<T, GpuError>,
+) -> Result<T, GpuError> {
     let groups: Vec<(&GpuFfn, &[u32])> = groups(chunk, expert, |expert| match expert {
         Expert::Gpu(ffn) => Some(&**ffn),
         Expert::Cpu(_) => None,
@@ -185,7 +193,7 @@ fn queue<'e>(
             X::Here(&here)
         }
     };
-    GpuExperts { groups: &groups, x, outputs: &outputs }.queue(workspace)
+    run(GpuExperts { groups: &groups, x, outputs: &outputs })
 }
 
 fn groups<'c, 'e: 'c, T>(

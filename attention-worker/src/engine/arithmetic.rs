@@ -40,7 +40,7 @@ pub trait Arithmetic {
         choices: &mut Vec<Choice>,
     ) -> Result<(), Self::Failure>;
     /// x, for experts; after [`Arithmetic::choose`], which has said whether it stays.
-    fn rows<'a>(&'a self, stays: bool, b: &'a Self::Buffers) -> Rows<'a>;
+    fn rows<'a>(&'a self, stays: bool, b: &'a mut Self::Buffers) -> Rows<'a>;
     /// ffn(x), or shared(x) if there is any.
     fn dense(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
     /// h = h + what the layer's `dense` made, and experts(x).

@@ -210,7 +210,7 @@ impl Arithmetic for Cpu {
         Ok(())
     }
 
-    fn rows<'a>(&'a self, _: bool, b: &'a Buffers) -> Rows<'a> {
+    fn rows<'a>(&'a self, _: bool, b: &'a mut Buffers) -> Rows<'a> {
         match self.weights.numerics.activations() {
             Dtype::F32 => Rows::F32(b.x.clone()),
             Dtype::Bf16 => Rows::Bf16(b.x.iter().map(|&x| bf16::from_f32(x)).collect()),

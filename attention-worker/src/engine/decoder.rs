@@ -131,7 +131,7 @@ impl<A: Arithmetic> Decoder<A> {
         b.sums.reserve_exact(len.saturating_sub(b.sums.len()));
         b.sums.resize(len, 0.0);
         let dispatch = || {
-            let (rows, top_k) = (self.arithmetic.rows(stays, &b.own), self.arithmetic.gate_params().top_k);
+            let (rows, top_k) = (self.arithmetic.rows(stays, &mut b.own), self.arithmetic.gate_params().top_k);
             let layer = LayerId(layer as u8);
             self.dispatcher.dispatch_within(trace.traceparent(), layer, micro_batch, rows, top_k, &b.routes)
         };

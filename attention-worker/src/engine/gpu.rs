@@ -1,5 +1,5 @@
-//! The layers on a GPU, in bf16: everything is queued, and waited for where a layer's rows go to their experts and where
-//! tokens are drawn. All tokens attend in the absorbed form.
+//! The layers on a GPU, in bf16: everything is queued, and waited for where a layer's experts have been chosen and where tokens are
+//! drawn. All tokens attend in the absorbed form.
 
 mod weights;
 
@@ -78,6 +78,8 @@ pub struct Buffers {
     choices: Returned<Routed>,
     rows: Returned<u16>,
     experts: Parcel,
+    /// Which rows go to which workers.
+    picks: Option<Parcel>,
     /// What experts have answered on the GPU, and how it is added up, until that is through.
     answers: Vec<GpuBytes>,
     addends: Option<Parcel>,
@@ -252,6 +254,16 @@ impl Gpu {
         Ok(sums)
     }
 
+    /// ffn(x), or shared(x) if there is any.
+    fn queue_dense(&self, layer: usize, b: &Buffers) -> Result<(), GpuError> {
+        let (ffn, y) = match &self.weights.layers[layer].mlp {
+            Mlp::Dense(ffn) => (ffn, &b.y),
+            Mlp::Moe { shared: Some(ffn), .. } => (ffn, &b.shared),
+            Mlp::Moe { shared: None, .. } => return Ok(()),
+        };
+        ffn.queue(&self.device, b.row_count(), b.x.view(), b.wide.view(), y.view())
+    }
+
     fn queries(&self, query: &Query, step: &Step, b: &Buffers) -> Result<(), GpuError> {
         let (device, rows) = (&self.device, step.rows);
         match query {
@@ -313,6 +325,7 @@ impl Arithmetic for Gpu {
             choices: device.returned(rows * self.weights.choices_of_row())?,
             rows: device.returned(hidden)?,
             experts: Parcel::new(device, Parcel::room(&[hidden * 4]))?,
+            picks: None,
             answers: Vec::new(),
             addends: None,
             step: None,
@@ -398,28 +411,27 @@ impl Arithmetic for Gpu {
         if !stays {
             device.queue_return(b.x.view(), &mut b.rows, rows * c.hidden_size)?;
         }
-        device.finish()?;
+        let chosen = device.mark()?;
+        // The GPU has something to do while rows are sent off.
+        self.queue_dense(layer, b)?;
+        chosen.wait()?;
         b.answers.clear();
         choices.extend(b.choices.values()[..rows * of_row].iter().map(|routed| Choice::from(*routed)));
         Ok(())
     }
 
-    fn rows<'a>(&'a self, stays: bool, b: &'a Buffers) -> Rows<'a> {
+    fn rows<'a>(&'a self, stays: bool, b: &'a mut Buffers) -> Rows<'a> {
         let len = b.row_count() * self.config().hidden_size;
         if stays {
-            return Rows::There(&self.device, b.x.view().first(len));
+            return Rows::There(&self.device, b.x.view().first(len), &mut b.picks);
         }
         let values = &b.rows.values()[..len];
         Rows::Bf16(values.iter().map(|bits| bf16::from_bits(*bits)).collect())
     }
 
     fn dense(&self, layer: usize, b: &mut Buffers) -> Result<(), GpuError> {
-        let (ffn, y) = match &self.weights.layers[layer].mlp {
-            Mlp::Dense(ffn) => (ffn, &b.y),
-            Mlp::Moe { shared: Some(ffn), .. } => (ffn, &b.shared),
-            Mlp::Moe { shared: None, .. } => return Ok(()),
-        };
-        ffn.queue(&self.device, b.row_count(), b.x.view(), b.wide.view(), y.view())
+        // Shared experts are queued by then.
+        if self.config().is_moe(layer) { Ok(()) } else { self.queue_dense(layer, b) }
     }
 
     fn add(&self, layer: usize, experts: Option<Experts<'_>>, b: &mut Buffers) -> Result<(), GpuError> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use bytes::Bytes;
 use half::bf16;
-use moesaic_kernels::cuda::{Device, GpuBytes, GpuError, View, pick_rows};
+use moesaic_kernels::cuda::{Device, GpuBytes, GpuError, Parcel, View, pick_rows};
 use moesaic_proto::limits::{FRAME_BYTES_MAX, FRAME_ROWS_MAX};
 use moesaic_proto::v1::{self, RefusalReason};
 use moesaic_proto::{Epoch, ExpertId, LayerId};
@@ -85,8 +85,8 @@ impl Header {
 pub enum Rows<'a> {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
-    /// bf16 on a GPU. Frames get rows of their own there.
-    There(&'a Device, View<'a, u16>),
+    /// bf16 on a GPU. Frames get rows of their own there, with room for the copy's list: the copy of the call before is through.
+    There(&'a Device, View<'a, u16>, &'a mut Option<Parcel>),
 }
 
 impl Rows<'_> {
@@ -95,7 +95,7 @@ impl Rows<'_> {
         match self {
             Self::F32(values) => values.len(),
             Self::Bf16(values) => values.len(),
-            Self::There(_, values) => values.len(),
+            Self::There(_, values, _) => values.len(),
         }
     }
 
@@ -113,9 +113,9 @@ impl Rows<'_> {
         let all = match self {
             Self::F32(values) => values.into(),
             Self::Bf16(values) => values.into(),
-            Self::There(device, x) => {
+            Self::There(device, x, list) => {
                 let picks: Vec<u32> = parts.iter().flat_map(|part| part.content.rows.iter().copied()).collect();
-                if let Some(picked) = GpuError::if_room(pick_rows(device, x, hidden, &picks))? {
+                if let Some(picked) = GpuError::if_room(pick_rows(device, x, hidden, &picks, list))? {
                     let row_bytes = hidden * size_of::<bf16>();
                     let own = picked.cut(parts.iter().map(|part| part.content.rows.len() * row_bytes));
                     let own = own.map(Activations::There).collect();

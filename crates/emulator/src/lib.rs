@@ -1,10 +1,10 @@
 //! A GPU for tests: the kernels of `crates/kernels/cuda`, compiled for the processor, with a block's threads as fibers
 //! that take turns in an order that a seed draws. It shows whether they compute what they should: indices, the order of sums,
-//! waits that are missing, reads of what was never written. It says nothing of a GPU's speed, of its rounding inside the
-//! matrix instruction, or of its memory's order.
+//! waits that are missing, reads of what was never written. What is queued happens as late as it may: when it is waited for. It
+//! says nothing of a GPU's speed, of its rounding inside the matrix instruction, or of its memory's order.
 #![allow(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -53,6 +53,7 @@ pub fn device(arena_bytes: usize, seed: u64) -> Device {
         suite,
         seed: AtomicU64::new(seed),
         memory: Mutex::default(),
+        queue: Mutex::default(),
         recordings: Mutex::default(),
         next_recording: AtomicU64::new(0),
     };
@@ -66,8 +67,35 @@ struct Emulator {
     seed: AtomicU64,
     /// Lines of a cache, so that all is aligned.
     memory: Mutex<Vec<Box<[Line]>>>,
+    queue: Mutex<Queue>,
     recordings: Mutex<HashMap<u64, Vec<Launch>>>,
     next_recording: AtomicU64,
+}
+
+/// What has been asked and not done yet.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<Work>,
+    /// Works that have been done.
+    done: u64,
+    /// What went wrong first: nothing is done any more.
+    failed: Option<GpuError>,
+}
+
+#[derive(Debug)]
+enum Work {
+    /// Bytes from one place to another, here or there.
+    Copy {
+        to: u64,
+        from: u64,
+        bytes: usize,
+    },
+    Fill {
+        to: u64,
+        byte: u8,
+        bytes: usize,
+    },
+    Launch(Launch),
 }
 
 #[repr(align(256))]
@@ -88,6 +116,67 @@ impl Emulator {
         at
     }
 
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, work: Work) -> Result<(), GpuError> {
+        self.queue().waiting.push_back(work);
+        Ok(())
+    }
+
+    /// Does what was queued until so many works are done.
+    fn work_until(&self, end: impl FnOnce(&Queue) -> u64) -> Result<(), GpuError> {
+        let mut queue = self.queue();
+        let end = end(&queue);
+        while queue.done < end {
+            let Some(work) = queue.waiting.pop_front() else { break };
+            queue.done += 1;
+            if queue.failed.is_none() {
+                // SAFETY: whoever queued it has promised what it needs until it is through.
+                queue.failed = unsafe { self.work(work) }.err();
+            }
+        }
+        queue.failed.clone().map_or(Ok(()), Err)
+    }
+
+    /// # Safety
+    ///
+    /// That of whoever asks for it.
+    unsafe fn work(&self, work: Work) -> Result<(), GpuError> {
+        match work {
+            // SAFETY: the caller's promise.
+            Work::Copy { to, from, bytes } => unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) },
+            // SAFETY: the caller's promise.
+            Work::Fill { to, byte, bytes } => unsafe { std::ptr::write_bytes(to as *mut u8, byte, bytes) },
+            // SAFETY: the caller's promise.
+            Work::Launch(launch) => return unsafe { self.launch(&launch) },
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    ///
+    /// That of [`Gpu::queue_launch`].
+    unsafe fn launch(&self, Launch { kernel, blocks, call }: &Launch) -> Result<(), GpuError> {
+        let (suite, shared_bytes) = self.suite;
+        let name = CString::new(format!("{suite} {}", kernel.name)).expect("a kernel's name has no zero");
+        let shared_bytes = kernel.shared_bytes(shared_bytes as usize) as u32;
+        // The argument is read as what it is: it has to be aligned.
+        let mut aligned = vec![0u64; call.len().div_ceil(8)];
+        let seed = self.seed.fetch_add(1, Ordering::Relaxed);
+        let _running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the argument is copied; what its addresses hold is the caller's promise; the answer is read before the next call.
+        let error = unsafe {
+            std::ptr::copy_nonoverlapping(call.as_ptr(), aligned.as_mut_ptr().cast(), call.len());
+            let call_bytes = call.len() as u32;
+            let call = aligned.as_ptr().cast();
+            let said = emulator_launch(name.as_ptr(), *blocks, kernel.threads, shared_bytes, call, call_bytes, seed);
+            (!said.is_null()).then(|| CStr::from_ptr(said).to_string_lossy().into_owned())
+        };
+        error.map_or(Ok(()), |reason| Err(GpuError::Failed { what: kernel.name, reason }))
+    }
+
     fn recordings(&self) -> MutexGuard<'_, HashMap<u64, Vec<Launch>>> {
         self.recordings.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -104,7 +193,7 @@ fn lines(bytes: usize, byte: u8) -> Box<[Line]> {
 /// One at a time: it has one set of fibers.
 static RUNNING: Mutex<()> = Mutex::new(());
 
-// SAFETY: memory is this process's and lasts as long as the emulator; everything is done at once.
+// SAFETY: memory is this process's and lasts as long as the emulator; what is queued is done in its order.
 unsafe impl Gpu for Emulator {
     fn properties(&self) -> &Properties {
         &self.properties
@@ -131,43 +220,24 @@ unsafe impl Gpu for Emulator {
 
     unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
-        unsafe { self.queue_read(from, to) }
-    }
-
-    unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.write(to, from) }
-    }
-
-    unsafe fn queue_read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError> {
-        // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
+    unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
+        self.push(Work::Copy { to: to.0, from: from.as_ptr() as u64, bytes: from.len() })
+    }
+
+    unsafe fn queue_read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError> {
+        self.push(Work::Copy { to: to.as_mut_ptr() as u64, from: from.0, bytes: to.len() })
+    }
+
     unsafe fn queue_fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), GpuError> {
-        // SAFETY: the caller's promise.
-        unsafe { std::ptr::write_bytes(to.0 as *mut u8, byte, bytes) };
-        Ok(())
+        self.push(Work::Fill { to: to.0, byte, bytes })
     }
 
     unsafe fn queue_launch(&self, kernel: Kernel, blocks: u32, call: &[u8]) -> Result<(), GpuError> {
-        let (suite, shared_bytes) = self.suite;
-        let name = CString::new(format!("{suite} {}", kernel.name)).expect("a kernel's name has no zero");
-        let shared_bytes = kernel.shared_bytes(shared_bytes as usize) as u32;
-        // The argument is read as what it is: it has to be aligned.
-        let mut aligned = vec![0u64; call.len().div_ceil(8)];
-        let seed = self.seed.fetch_add(1, Ordering::Relaxed);
-        let _running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the argument is copied; what its addresses hold is the caller's promise; the answer is read before the next call.
-        let error = unsafe {
-            std::ptr::copy_nonoverlapping(call.as_ptr(), aligned.as_mut_ptr().cast(), call.len());
-            let call_bytes = call.len() as u32;
-            let call = aligned.as_ptr().cast();
-            let said = emulator_launch(name.as_ptr(), blocks, kernel.threads, shared_bytes, call, call_bytes, seed);
-            (!said.is_null()).then(|| CStr::from_ptr(said).to_string_lossy().into_owned())
-        };
-        error.map_or(Ok(()), |reason| Err(GpuError::Failed { what: kernel.name, reason }))
+        self.push(Work::Launch(Launch { kernel, blocks, call: call.to_vec() }))
     }
 
     fn record(&self, launches: &[Launch]) -> Result<u64, GpuError> {
@@ -178,8 +248,7 @@ unsafe impl Gpu for Emulator {
 
     unsafe fn queue_recording(&self, number: u64) -> Result<(), GpuError> {
         let launches = self.recordings()[&number].clone();
-        // SAFETY: the caller's promise.
-        launches.iter().try_for_each(|launch| unsafe { self.queue_launch(launch.kernel, launch.blocks, &launch.call) })
+        launches.into_iter().try_for_each(|launch| self.push(Work::Launch(launch)))
     }
 
     fn forget_recording(&self, number: u64) {
@@ -187,9 +256,7 @@ unsafe impl Gpu for Emulator {
     }
 
     unsafe fn queue_copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), GpuError> {
-        // SAFETY: the caller's promise.
-        unsafe { std::ptr::copy(from.0 as *const u8, to.0 as *mut u8, bytes) };
-        Ok(())
+        self.push(Work::Copy { to: to.0, from: from.0, bytes })
     }
 
     unsafe fn queue_vendor_product(&self, _: usize, _: Address, _: Address, _: Address) -> Result<(), GpuError> {
@@ -197,6 +264,17 @@ unsafe impl Gpu for Emulator {
     }
 
     fn finish(&self) -> Result<(), GpuError> {
-        Ok(())
+        self.work_until(|queue| queue.done + queue.waiting.len() as u64)
     }
+
+    fn mark(&self) -> Result<u64, GpuError> {
+        let queue = self.queue();
+        Ok(queue.done + queue.waiting.len() as u64)
+    }
+
+    unsafe fn wait_for(&self, mark: u64) -> Result<(), GpuError> {
+        self.work_until(|_| mark)
+    }
+
+    unsafe fn forget_mark(&self, _: u64) {}
 }

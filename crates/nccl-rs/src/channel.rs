@@ -9,7 +9,7 @@ use crate::config::{Config, argument};
 use crate::error::Error;
 use crate::group::group;
 use crate::library::{Version, version};
-use crate::memory::{DeviceSlice, DeviceSliceMut};
+use crate::memory::{DeviceSlice, DeviceSliceMut, Event};
 use crate::shared::{State, pause, rest};
 use crate::unique_id::UniqueId;
 
@@ -57,13 +57,15 @@ pub enum Part<'a> {
     Host(&'a [u8]),
     /// On the channel's GPU.
     Device(DeviceSlice<'a, u8>),
+    /// The same, once this event has come by: the processor need not wait for whoever writes it.
+    After(Event<'a>, DeviceSlice<'a, u8>),
 }
 
 impl Part<'_> {
     fn len(&self) -> usize {
         match self {
             Self::Host(bytes) => bytes.len(),
-            Self::Device(bytes) => bytes.len,
+            Self::Device(bytes) | Self::After(_, bytes) => bytes.len,
         }
     }
 }
@@ -129,7 +131,7 @@ impl Channel {
     }
 
     /// The same of a message of `len` bytes that is put together on the GPU: each part with the byte where it begins.
-    /// What no part says is any. Copies from a GPU's memory are through when this returns, unless the GPU hangs.
+    /// What no part says is any. Copies from a GPU's memory are through when this returns; after an error they may still be read.
     pub fn send_parts(&mut self, len: usize, parts: &[(usize, Part<'_>)], timeout: Duration) -> Result<(), Error> {
         let start = Instant::now();
         self.check(Self::SENDER, len)?;
@@ -148,6 +150,10 @@ impl Channel {
                     match part {
                         Part::Host(bytes) => gpu.queue_write(*at, bytes)?,
                         Part::Device(bytes) => gpu.queue_copy_in(*at, *bytes)?,
+                        Part::After(event, bytes) => {
+                            gpu.queue_wait(*event)?;
+                            gpu.queue_copy_in(*at, *bytes)?;
+                        }
                     }
                 }
                 let values = DeviceSlice::<u8>::from_raw(address, len);

@@ -93,6 +93,6 @@ pub use config::Config;
 pub use error::{Code, Error};
 pub use group::{Group, ReduceOp, group};
 pub use library::{Version, version};
-pub use memory::{Bf16, DataType, DeviceSlice, DeviceSliceMut, E4m3, E5m2, Element, F16, Stream};
+pub use memory::{Bf16, DataType, DeviceSlice, DeviceSliceMut, E4m3, E5m2, Element, Event, F16, Stream};
 pub use shared::{State, is_closing};
 pub use unique_id::UniqueId;

@@ -3,8 +3,8 @@
 use std::ffi::c_int;
 use std::marker::PhantomData;
 
-use cudarc::driver::sys::{CUdeviceptr, CUstream};
-use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
+use cudarc::driver::sys::{CUdeviceptr, CUevent, CUstream};
+use cudarc::driver::{CudaEvent, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use crate::library::{OLDEST, Version};
 
@@ -166,6 +166,28 @@ impl Stream<'_> {
 impl<'a> From<&'a CudaStream> for Stream<'a> {
     fn from(stream: &'a CudaStream) -> Self {
         Self { raw: stream.cu_stream(), alive: PhantomData }
+    }
+}
+
+/// A place in a stream, recorded there before it is given to anybody.
+#[derive(Clone, Copy, Debug)]
+pub struct Event<'a> {
+    pub(crate) raw: CUevent,
+    alive: PhantomData<&'a CudaEvent>,
+}
+
+impl Event<'_> {
+    /// # Safety
+    ///
+    /// The event exists for as long as the lifetime that is chosen here, and is of the context of whoever is to wait for it.
+    pub unsafe fn from_raw(raw: CUevent) -> Self {
+        Self { raw, alive: PhantomData }
+    }
+}
+
+impl<'a> From<&'a CudaEvent> for Event<'a> {
+    fn from(event: &'a CudaEvent) -> Self {
+        Self { raw: event.cu_event(), alive: PhantomData }
     }
 }
 

@@ -8,17 +8,19 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::result;
-use nccl_rs::{Channel, Config, DeviceSlice, DeviceSliceMut, Error, Part, UniqueId, available};
+use cudarc::driver::{result, sys};
+use nccl_rs::{Channel, Config, DeviceSlice, DeviceSliceMut, Error, Event, Part, UniqueId, available};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the near side may take to notice by itself that the far one is gone.
 const NOTICES: Duration = Duration::from_secs(20);
 const SIZES: [usize; 8] = [1, 7, 4096, 65_536, 65_537, 3 << 20, 100, (16 << 20) + 1];
 const ROUNDS: usize = 50;
-/// A message of which the beginning is taken to the host, and the rest to another place on the GPU.
+/// A message of which the beginning is taken to the host, and the rest to another place on the GPU, and to a third one by a stream
+/// that has much to do before.
 const PARTS: usize = 9000;
 const HEAD: usize = 200;
+const FILLED: usize = 256 << 20;
 
 fn message(size: usize, seed: usize) -> Vec<u8> {
     (0..size).map(|i| (i.wrapping_mul(31) + seed + (i >> 8)) as u8).collect()
@@ -167,12 +169,19 @@ fn far() {
     incoming.receive_beginning(PARTS, &mut head, Some(TIMEOUT)).expect("receives");
     let rest = PARTS - HEAD;
     // SAFETY: the context is current, since channels were connected; the memory is this function's to its end.
-    let (to, from) = unsafe {
-        let memory = result::malloc_sync(rest).expect("there is memory");
-        (DeviceSliceMut::<u8>::from_raw(memory, rest), DeviceSlice::<u8>::from_raw(memory, rest))
+    let (late, event) = unsafe {
+        let [taken, late] = [rest, FILLED].map(|bytes| result::malloc_sync(bytes).expect("there is memory"));
+        incoming.take_on_device(HEAD, DeviceSliceMut::<u8>::from_raw(taken, rest), TIMEOUT).expect("takes");
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).expect("makes a stream");
+        for byte in 0..50 {
+            result::memset_d8_async(late, byte, FILLED, stream).expect("fills");
+        }
+        result::memcpy_dtod_async(late, taken, rest, stream).expect("copies");
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).expect("makes an event");
+        result::event::record(event, stream).expect("records");
+        (DeviceSlice::<u8>::from_raw(late, rest), Event::from_raw(event))
     };
-    incoming.take_on_device(HEAD, to, TIMEOUT).expect("takes");
-    out.send_parts(PARTS, &[(HEAD, Part::Device(from)), (0, Part::Host(&head))], TIMEOUT).expect("sends");
+    out.send_parts(PARTS, &[(HEAD, Part::After(event, late)), (0, Part::Host(&head))], TIMEOUT).expect("sends");
     for _ in 0..ROUNDS {
         turn_back(&mut incoming, &mut out, 64);
     }

@@ -292,7 +292,7 @@ fn rows_on_a_gpu_stay_there_while_there_is_room() {
     let expected = [[of(0), of(3)].concat(), [of(1), of(2), of(3)].concat()];
 
     let mut own = parts();
-    let activations = Rows::There(&device, there.view()).shared(hidden, &mut own).unwrap();
+    let activations = Rows::There(&device, there.view(), &mut None).shared(hidden, &mut own).unwrap();
     assert!(activations.iter().all(Activations::are_there));
     // Some of a frame's rows, for a worker that is asked instead.
     let again = RequestFrame::new(HEADER, activations[1].clone(), hidden, part(&[0, 2]).content);
@@ -303,7 +303,7 @@ fn rows_on_a_gpu_stay_there_while_there_is_room() {
 
     let _all = device.buffer::<u8>(device.memory().1).unwrap();
     let mut own = parts();
-    let activations = Rows::There(&device, there.view()).shared(hidden, &mut own).unwrap();
+    let activations = Rows::There(&device, there.view(), &mut None).shared(hidden, &mut own).unwrap();
     assert!(matches!(activations[0], Activations::Bf16(_)));
     assert_eq!(sent(own, activations), expected);
 }

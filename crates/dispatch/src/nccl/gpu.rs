@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moesaic_kernels::cuda::{Buffer, Device};
-use nccl_rs::{Config, DeviceSlice, DeviceSliceMut, Error, Monitor, Part, UniqueId, Version};
+use nccl_rs::{Config, DeviceSlice, DeviceSliceMut, Error, Event, Monitor, Part, UniqueId, Version};
 
 use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
 
@@ -63,8 +63,13 @@ impl Channel for nccl_rs::Channel {
     fn send(&mut self, len: usize, parts: &[(usize, Source<'_>)], timeout: Duration) -> Result<(), String> {
         let part = |source| match source {
             Source::Here(bytes) => Part::Host(bytes),
-            // SAFETY: the bytes are borrowed, so that they are there as long as the slice is.
-            Source::There(bytes) => Part::Device(unsafe { DeviceSlice::from_raw(bytes.address().0, bytes.len()) }),
+            Source::There(bytes) => {
+                // SAFETY: the bytes are borrowed, so that they are there as long as the slice is.
+                let slice = unsafe { DeviceSlice::from_raw(bytes.address().0, bytes.len()) };
+                // SAFETY: so is their mark.
+                let event = bytes.written().map(|mark| unsafe { Event::from_raw(mark.event() as _) });
+                event.map_or(Part::Device(slice), |event| Part::After(event, slice))
+            }
         };
         let parts: Vec<_> = parts.iter().map(|(at, source)| (*at, part(*source))).collect();
         self.send_parts(len, &parts, timeout).map_err(words)

@@ -8,6 +8,19 @@ use moesaic_emulator::test_device as device;
 
 use crate::support::Random;
 
+#[test]
+fn what_is_queued_for_memory_is_through_before_others_have_it() {
+    let (device, mut list) = (device(1 << 20, 1), None);
+    let x = device.buffer_of(&[7u16; 64]).unwrap();
+    let picked = pick_rows(&device, x.view(), 64, &[0], &mut list).unwrap();
+    let at = picked.address();
+    drop(picked);
+    let other = device.buffer_of(&[9u8; 128]).unwrap();
+    assert_eq!(other.address(), at);
+    device.finish().unwrap();
+    assert_eq!(GpuBytes::new(&device, other).read::<u8>().unwrap(), [9; 128]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 20, ..ProptestConfig::default() })]
 
@@ -17,7 +30,7 @@ proptest! {
         let x: Vec<u16> = (0..rows * width).map(|_| random.below(1 << 16) as u16).collect();
         let picks: Vec<u32> = (0..random.below(30) + 1).map(|_| random.below(rows) as u32).collect();
         let there = device.buffer_of(&x).unwrap();
-        let picked = pick_rows(&device, there.view(), width, &picks).unwrap();
+        let picked = pick_rows(&device, there.view(), width, &picks, &mut None).unwrap();
         let expected: Vec<u16> = picks.iter().flat_map(|row| &x[*row as usize * width..][..width]).copied().collect();
         prop_assert_eq!(picked.read::<u16>().unwrap(), expected.clone());
         // Some of them.

@@ -67,8 +67,7 @@ impl Call {
     fn run_there(&self, workspace: &mut Workspace, experts: &[GpuFfn], x: &[GpuBytes]) -> Vec<f32> {
         let groups: Vec<_> = experts.iter().zip(&self.rows).map(|(ffn, rows)| (ffn, &rows[..])).collect();
         let outputs: Vec<_> = self.outputs.iter().map(|terms| Output { terms }).collect();
-        let len = Experts { groups: &groups, x: X::There(x), outputs: &outputs }.queue(workspace).unwrap();
-        workspace.take_sums(len).unwrap().read().unwrap()
+        Experts { groups: &groups, x: X::There(x), outputs: &outputs }.run_there(workspace).unwrap().read().unwrap()
     }
 }
 

@@ -7,22 +7,52 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::gpu::{Address, Buffer, Device, GpuError, Kernel, Parcel, View};
+use super::mark::Mark;
 
 /// Bytes in a GPU's memory. Clones and slices share them; the memory is given back with the last one.
 ///
-/// They are there from the beginning, and nobody writes to them. Whoever queues work on them keeps them until that is through.
+/// They are there from the beginning, or once the GPU has come by their mark, and nobody writes to them later. Whoever queues
+/// work on them keeps them until that is through.
 #[derive(Clone)]
 pub struct GpuBytes {
-    device: Device,
-    buffer: Arc<Buffer<u8>>,
+    held: Arc<Held>,
     start: usize,
     len: usize,
+}
+
+struct Held {
+    device: Device,
+    buffer: Buffer<u8>,
+    /// Behind what writes them.
+    written: Option<Mark>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Others may write to the memory at once, on other streams. Where this fails, the GPU is lost.
+        let _ = self.wait();
+    }
+}
+
+impl Held {
+    fn wait(&self) -> Result<(), GpuError> {
+        self.written.as_ref().map_or(Ok(()), Mark::wait)
+    }
 }
 
 impl GpuBytes {
     /// All of a buffer that the queue, and whoever else has written to it, is through with.
     pub fn new(device: &Device, buffer: Buffer<u8>) -> Self {
-        Self { device: device.clone(), start: 0, len: buffer.len(), buffer: Arc::new(buffer) }
+        Self::of_buffer(device, buffer, None)
+    }
+
+    /// All of a buffer that what is queued by now writes to, and nothing later.
+    pub fn queued(device: &Device, buffer: Buffer<u8>) -> Result<Self, GpuError> {
+        Ok(Self::of_buffer(device, buffer, Some(device.mark()?)))
+    }
+
+    fn of_buffer(device: &Device, buffer: Buffer<u8>, written: Option<Mark>) -> Self {
+        Self { start: 0, len: buffer.len(), held: Arc::new(Held { device: device.clone(), buffer, written }) }
     }
 
     /// A copy of what is in the processor's memory; it is there when this returns.
@@ -52,18 +82,25 @@ impl GpuBytes {
     }
 
     pub fn address(&self) -> Address {
-        Address(self.buffer.address().0 + self.start as u64)
+        Address(self.held.buffer.address().0 + self.start as u64)
+    }
+
+    /// What other streams wait for before they read them.
+    pub fn written(&self) -> Option<&Mark> {
+        self.held.written.as_ref()
     }
 
     fn check(&self, range: &Range<usize>) {
         assert!(range.start <= range.end && range.end <= self.len, "bytes {range:?} of {}", self.len);
     }
 
-    /// A copy in the processor's memory, now. They are a whole number of values.
+    /// A copy in the processor's memory, as soon as they are there. They are a whole number of values.
     pub fn read<T: Pod>(&self) -> Result<Vec<T>, GpuError> {
         assert!(self.len.is_multiple_of(size_of::<T>()), "{} bytes of values of {}", self.len, size_of::<T>());
         let mut values = vec![T::zeroed(); self.len / size_of::<T>()];
-        self.device.read(self.buffer.view().from(self.start), bytemuck::cast_slice_mut(&mut values))?;
+        let Held { device, buffer, .. } = &*self.held;
+        self.held.wait()?;
+        device.read(buffer.view().from(self.start), bytemuck::cast_slice_mut(&mut values))?;
         Ok(values)
     }
 }
@@ -88,19 +125,26 @@ pub(super) fn gather(rows: View<'_, u64>, row_bytes: usize, to: View<'_, u8>) ->
 
 const WORD: usize = size_of::<u32>();
 
-/// Takes rows out of x [.., row_bytes], by their numbers, for others: this waits until they are there.
-pub fn pick_rows<T: Pod>(device: &Device, x: View<'_, T>, width: usize, picks: &[u32]) -> Result<GpuBytes, GpuError> {
+/// Queues a copy of rows of x [.., width], by their numbers, for others. What is sent for it has room in `parcel`, and is read
+/// until they are there.
+pub fn pick_rows<T: Pod>(
+    device: &Device,
+    x: View<'_, T>,
+    width: usize,
+    picks: &[u32],
+    parcel: &mut Option<Parcel>,
+) -> Result<GpuBytes, GpuError> {
     let row_bytes = width * size_of::<T>();
     let rows = x.len() / width;
     assert!(picks.iter().all(|row| (*row as usize) < rows), "a row that x does not have");
     let (at, to) = (x.of_len(0), device.buffer::<u8>(picks.len() * row_bytes)?);
-    let mut sent = Parcel::at_least(None, device, Parcel::room(&[picks.len() * size_of::<u64>()]))?;
+    let sent = Parcel::at_least(parcel.take(), device, Parcel::room(&[picks.len() * size_of::<u64>()]))?;
+    let sent = parcel.insert(sent);
     let addresses = sent.put_all(picks.iter().map(|row| at + u64::from(*row) * row_bytes as u64));
     sent.send(device)?;
     // SAFETY: they are rows of x.
     unsafe { device.queue_launch(GATHER, &gather(sent.view(addresses), row_bytes, to.view()))? };
-    device.finish()?;
-    Ok(GpuBytes::new(device, to))
+    GpuBytes::queued(device, to)
 }
 
 /// What of a row's sum is at `answers[answer]`, row `output` of it.

@@ -302,4 +302,25 @@ unsafe impl Gpu for CudaGpu {
         // SAFETY: the queue is alive.
         self.with("computing", || unsafe { result::stream::synchronize(self.queue) })
     }
+
+    fn mark(&self) -> Result<u64, GpuError> {
+        // SAFETY: the queue is alive; an event that was not recorded is given back.
+        let event = self.with("marking", || unsafe {
+            let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+            result::event::record(event, self.queue).map(|()| event).inspect_err(|_| {
+                let _ = result::event::destroy(event);
+            })
+        })?;
+        Ok(event as u64)
+    }
+
+    unsafe fn wait_for(&self, mark: u64) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        self.with("computing", || unsafe { result::event::synchronize(mark as sys::CUevent) })
+    }
+
+    unsafe fn forget_mark(&self, mark: u64) {
+        // SAFETY: the caller's promise; the driver keeps it for streams that wait for it. Where this fails, the context is lost.
+        let _ = self.with("forgetting a mark", || unsafe { result::event::destroy(mark as sys::CUevent) });
+    }
 }

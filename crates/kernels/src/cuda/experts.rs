@@ -150,6 +150,8 @@ pub struct Workspace {
     returned: Option<Returned<f32>>,
     buffers: Buffers,
     replays: Replays,
+    /// Rows of a call that may not be through.
+    in_use: Vec<GpuBytes>,
 }
 
 #[derive(Debug, Default)]
@@ -169,22 +171,22 @@ impl Buffers {
 
 impl Workspace {
     pub fn new(device: Device) -> Self {
-        Self { device, sent: None, returned: None, buffers: Buffers::default(), replays: Replays::default() }
+        let (buffers, replays) = Default::default();
+        Self { device, sent: None, returned: None, buffers, replays, in_use: Vec::new() }
     }
 
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// The first `len` sums of the last call, once it is through, where they stay.
-    pub fn take_sums(&self, len: usize) -> Result<GpuBytes, GpuError> {
-        let (device, to) = (&self.device, self.device.buffer(len * size_of::<f32>())?);
-        device.queue_copy(&to, self.buffers.made_sums())?;
-        device.finish()?;
-        Ok(GpuBytes::new(device, to))
+    /// Waits until the last call is through. The next one does so, too.
+    pub fn finish(&mut self) -> Result<(), GpuError> {
+        self.device.finish()?;
+        self.in_use.clear();
+        Ok(())
     }
 
-    /// The same, brought here.
+    /// The first `len` sums of the last call.
     pub fn sums(&mut self, len: usize) -> Result<&[f32], GpuError> {
         let Self { device, returned, buffers, .. } = self;
         let returned = at_least(returned, |r| r.len() >= len, || device.returned(len.next_power_of_two()))?;
@@ -245,17 +247,33 @@ impl Experts<'_> {
         if self.outputs.is_empty() {
             return Ok(&[]);
         }
-        let len = self.queue(workspace)?;
-        workspace.sums(len)
+        self.queue(workspace)?;
+        workspace.sums(self.sum_count())
     }
 
-    /// The same for outputs that there are, to be had of the workspace: how many sums there will be.
-    pub fn queue(&self, workspace: &mut Workspace) -> Result<usize, GpuError> {
-        let (model, _) = self.groups.first().expect("outputs of at least one expert");
+    /// The same for outputs that there are, which stay on the GPU. The call may not be through when this returns.
+    pub fn run_there(&self, workspace: &mut Workspace) -> Result<GpuBytes, GpuError> {
+        // First: where there is no room, nothing is queued.
+        let to = workspace.device.buffer(self.sum_count() * size_of::<f32>())?;
+        self.queue(workspace)?;
+        if let X::There(pieces) = self.x {
+            workspace.in_use.extend_from_slice(pieces);
+        }
+        workspace.device.queue_copy(&to, workspace.buffers.made_sums())?;
+        GpuBytes::queued(&workspace.device, to)
+    }
+
+    fn sum_count(&self) -> usize {
+        self.groups.first().map_or(0, |(model, _)| self.outputs.len() * model.shape.out)
+    }
+
+    fn queue(&self, workspace: &mut Workspace) -> Result<(), GpuError> {
+        if !workspace.in_use.is_empty() {
+            workspace.finish()?;
+        }
         let Workspace { device, sent, buffers, replays, .. } = workspace;
         let sent = self.send_by(device, sent, buffers)?;
-        replays.queue(device, |device| sent.queue(device))?;
-        Ok(self.outputs.len() * model.shape.out)
+        replays.queue(device, |device| sent.queue(device))
     }
 
     /// Queues everything but the kernels. `parcel` holds what is sent, as long as the call may be queued; calls that have the

@@ -1,7 +1,8 @@
 //! What is asked of a GPU, and its memory.
 //!
 //! All of the memory that a worker may use is one arena, taken at start; buffers are parts of it and go back to it when they are
-//! dropped. Work is queued and done in the order in which it was queued; nothing but [`Device::finish`] waits for it.
+//! dropped. Work is queued and done in the order in which it was queued; nothing but [`Device::finish`] waits for it, and
+//! [`Mark::wait`](super::mark::Mark::wait) for a part.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -104,6 +105,11 @@ pub unsafe trait Gpu: Send + Sync + fmt::Debug {
     /// z = x yᵀ of bf16 [n, n], by the vendor's library.
     unsafe fn queue_vendor_product(&self, n: usize, x: Address, y: Address, z: Address) -> Result<(), GpuError>;
     fn finish(&self) -> Result<(), GpuError>;
+    /// The end of what is queued, by a number: the driver's event.
+    fn mark(&self) -> Result<u64, GpuError>;
+    /// Returns once the GPU has come by a mark.
+    unsafe fn wait_for(&self, mark: u64) -> Result<(), GpuError>;
+    unsafe fn forget_mark(&self, mark: u64);
 }
 
 /// A GPU with its arena.
@@ -212,7 +218,7 @@ impl Device {
     pub fn queue_return<T: Pod>(&self, from: View<'_, T>, to: &mut Returned<T>, len: usize) -> Result<(), GpuError> {
         assert!(len <= to.len, "{len} values into room for {}", to.len);
         let (at, bytes) = (Address(from.of_len(len)), len * size_of::<T>());
-        // SAFETY: both are large enough; `Returned::values` is read after `finish` only, it says.
+        // SAFETY: both are large enough; `Returned::values` is read afterwards only, it says.
         unsafe { self.gpu.queue_read(at, &mut to.staging.bytes_mut()[..bytes]) }
     }
 
@@ -386,7 +392,7 @@ impl Parcel {
         parts.iter().map(|part| part.next_multiple_of(PART_ALIGNMENT)).sum()
     }
 
-    /// Empties it. What was sent before has to be through: `finish` was called since.
+    /// Empties it. What was sent before has to be through: `finish` was called since, or a later mark waited for.
     pub fn open(&mut self) {
         self.len = 0;
     }
@@ -414,7 +420,7 @@ impl Parcel {
 
     /// Queues the copy.
     pub fn send(&self, device: &Device) -> Result<(), GpuError> {
-        // SAFETY: the staging memory is written to after `finish` only, says `open`.
+        // SAFETY: the staging memory is written to afterwards only, says `open`.
         unsafe { device.queue_write(&self.buffer, &self.staging, self.len.min(self.buffer.len)) }
     }
 
@@ -456,7 +462,7 @@ impl<T: Pod> Returned<T> {
         self.len == 0
     }
 
-    /// What has come, once [`Device::finish`] was called since it was asked for.
+    /// What has come, once [`Device::finish`] was called since it was asked for, or a later mark waited for.
     pub fn values(&self) -> &[T] {
         &bytemuck::cast_slice(self.staging.bytes())[..self.len]
     }

@@ -233,7 +233,7 @@ pub async fn echo(args: &Args, hidden: usize) -> Result<()> {
 /// Rows of a call, and where their sums go.
 enum Side {
     Here(Vec<bf16>, Vec<f32>),
-    There(Device, Buffer<u16>, Buffer<f32>, Option<Parcel>),
+    There(Device, Buffer<u16>, Buffer<f32>, [Option<Parcel>; 2]),
 }
 
 impl Side {
@@ -241,29 +241,29 @@ impl Side {
         let x = vec![bf16::from_f32(0.5); len];
         let Some(device) = device else { return Ok(Self::Here(x, vec![0.0; len])) };
         let bits: Vec<u16> = x.iter().map(|x| x.to_bits()).collect();
-        Ok(Self::There(device.clone(), device.buffer_of(&bits)?, device.buffer(len)?, None))
+        Ok(Self::There(device.clone(), device.buffer_of(&bits)?, device.buffer(len)?, [None, None]))
     }
 
-    fn rows(&self) -> Rows<'_> {
+    fn rows(&mut self) -> Rows<'_> {
         match self {
             Self::Here(x, _) => Rows::Bf16(x.clone()),
-            Self::There(device, x, ..) => Rows::There(device, x.view()),
+            Self::There(device, x, _, [list, _]) => Rows::There(device, x.view(), list),
         }
     }
 
     fn add_up(&mut self, addends: Addends, hidden: usize) -> Result<()> {
-        let (device, y, parcel) = match self {
+        let (device, y, list) = match self {
             Self::Here(_, y) => {
                 addends.add_up(y);
                 return Ok(());
             }
-            Self::There(device, _, y, parcel) => (device, y, parcel),
+            Self::There(device, _, y, [_, list]) => (device, y, list),
         };
         let there =
             |answer| if let Values::There(bytes) = answer { Ok(bytes) } else { bail!("an answer came by the host") };
         let answers = addends.answers.into_iter().map(there).collect::<Result<Vec<_>>>()?;
         let recipe = &addends.recipe;
-        cuda::add_up(device, &answers, recipe.addends(), recipe.ends(), hidden, parcel, y.view())?;
+        cuda::add_up(device, &answers, recipe.addends(), recipe.ends(), hidden, list, y.view())?;
         Ok(device.finish()?)
     }
 }

@@ -13,7 +13,7 @@ use cudarc::driver::{DriverError, result, sys};
 
 use super::poll;
 use crate::error::Error;
-use crate::memory::{DeviceSlice, DeviceSliceMut, Stream};
+use crate::memory::{DeviceSlice, DeviceSliceMut, Event, Stream};
 use crate::shared::{Closing, State, rest};
 
 /// The smallest buffer.
@@ -135,6 +135,15 @@ impl Gpu {
             let host = host.add(at);
             host.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
             sys::cuMemcpyHtoDAsync_v2(device + at as u64, host.cast(), bytes.len(), self.stream).result()
+        })
+    }
+
+    /// Has what is queued from now on wait for the event.
+    pub fn queue_wait(&mut self, event: Event<'_>) -> Result<(), Error> {
+        // SAFETY: both are alive, and of this context.
+        self.with("waiting on the GPU", || unsafe {
+            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            result::stream::wait_event(self.stream, event.raw, flags)
         })
     }
 
