@@ -176,6 +176,8 @@ async fn rows_that_stay_on_gpus_change_no_token() {
         assert!(answers == expected, "lanes fail: {fails}");
         assert!(fabric.taken_there() > before, "rows came by the processor");
     }
+    let counts: Vec<_> = cluster.loads().await.into_iter().filter_map(|load| load.dispatch).collect();
+    assert!(counts.iter().any(|counts| counts.ahead > 0), "all rows waited for their choices: {counts:?}");
     cluster.stop().await;
 }
 

@@ -9,6 +9,7 @@
 //! h, x and what is made of them stay in the micro-batch's buffers, wherever those are.
 
 use moesaic_dispatch::{Addends, Rows};
+use moesaic_kernels::cuda::{GpuBytes, Split};
 use moesaic_kernels::{Choice, Draw, GateParams};
 use moesaic_model::Config;
 
@@ -31,7 +32,15 @@ pub trait Arithmetic {
     fn attend(&self, layer: usize, parts: &[Part], b: &mut Self::Buffers) -> Result<(), Self::Failure>;
     /// x = norm(h)
     fn norm(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
-    /// Appends the experts that each row of x goes to. `stays`: x need not leave the device that computes.
+    /// Has the device choose the experts that each row of x goes to, if it computes beside the processor.
+    fn gate(&self, _layer: usize, _b: &mut Self::Buffers) -> Result<(), Self::Failure> {
+        Ok(())
+    }
+    /// Has it split the rows of x by what it chooses, if it has room.
+    fn split(&self, _split: &Split<'_>, _b: &mut Self::Buffers) -> Result<Option<GpuBytes>, Self::Failure> {
+        Ok(None)
+    }
+    /// Appends the experts that each row of x goes to, after [`Arithmetic::gate`]. `stays`: x need not leave the device that computes.
     fn choose(
         &self,
         layer: usize,

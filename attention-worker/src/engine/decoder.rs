@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use moesaic_dispatch::{DispatchError, Dispatcher, Pending, Route};
+use moesaic_dispatch::{DispatchError, Dispatcher, Layer, Pending, Route};
 use moesaic_kernels::Choice;
+use moesaic_kernels::cuda::Split;
 use moesaic_model::Config;
 use moesaic_node::trace::{Kind, Span as Trace};
 use moesaic_proto::{ExpertId, LayerId};
@@ -125,15 +126,22 @@ impl<A: Arithmetic> Decoder<A> {
         b: &mut Buffers<A::Buffers>,
         trace: &Trace,
     ) -> Result<Pending, StepError<A::Failure>> {
-        let stays = self.dispatcher.has_lanes();
+        let (stays, top_k) = (self.dispatcher.has_lanes(), self.arithmetic.gate_params().top_k);
+        let traceparent = trace.traceparent();
+        let call = Layer { layer: LayerId(layer as u8), micro_batch, top_k, traceparent };
+        self.profile.time(Time::Gate, || self.arithmetic.gate(layer, &mut b.own)).map_err(StepError::Device)?;
+        let ahead = || {
+            let split = |split: &Split<'_>| self.arithmetic.split(split, &mut b.own);
+            if stays { self.dispatcher.send_ahead(&call, rows, split) } else { Ok(None) }
+        };
+        let ahead = self.profile.time(Time::Dispatch, ahead).map_err(StepError::Device)?;
         self.profile.time(Time::Gate, || self.choose(layer, stays, b)).map_err(StepError::Device)?;
         let len = rows * self.config().hidden_size;
         b.sums.reserve_exact(len.saturating_sub(b.sums.len()));
         b.sums.resize(len, 0.0);
         let dispatch = || {
-            let (rows, top_k) = (self.arithmetic.rows(stays, &mut b.own), self.arithmetic.gate_params().top_k);
-            let layer = LayerId(layer as u8);
-            self.dispatcher.dispatch_within(trace.traceparent(), layer, micro_batch, rows, top_k, &b.routes)
+            let rows = self.arithmetic.rows(stays, &mut b.own);
+            self.dispatcher.dispatch_layer(&call, rows, &b.routes, ahead)
         };
         self.profile.time(Time::Dispatch, dispatch).map_err(StepError::Experts)
     }

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use moesaic_dispatch::{Addends, Rows, Values};
 use moesaic_kernels::cuda::{
     self, Append, Attend, Buffer, Device, Drawn, GpuBytes, GpuError, Normed, Pages, Parcel, Part as Place, Returned,
-    Rotate, Routed, Strides, View,
+    Rotate, Routed, Split as Shares, Strides, View,
 };
 use moesaic_kernels::{Choice, Edit, GateParams, PAGE_TOKENS, bf16};
 use moesaic_model::{Checkpoint, Config, ModelError};
@@ -80,6 +80,7 @@ pub struct Buffers {
     experts: Parcel,
     /// Which rows go to which workers.
     picks: Option<Parcel>,
+    owners: Option<Parcel>,
     /// What experts have answered on the GPU, and how it is added up, until that is through.
     answers: Vec<GpuBytes>,
     addends: Option<Parcel>,
@@ -326,6 +327,7 @@ impl Arithmetic for Gpu {
             rows: device.returned(hidden)?,
             experts: Parcel::new(device, Parcel::room(&[hidden * 4]))?,
             picks: None,
+            owners: None,
             answers: Vec::new(),
             addends: None,
             step: None,
@@ -399,14 +401,24 @@ impl Arithmetic for Gpu {
         self.norm_rows(b, Some(&weights.post_norm), None, rows, self.config().is_moe(layer))
     }
 
-    fn choose(&self, layer: usize, stays: bool, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), GpuError> {
+    fn gate(&self, layer: usize, b: &mut Buffers) -> Result<(), GpuError> {
         let Mlp::Moe { gate, bias, .. } = &self.weights.layers[layer].mlp else { return Ok(()) };
         let (c, device, rows) = (self.config(), &self.device, b.row_count());
         let experts = c.n_routed_experts;
         cuda::gate(device, rows, b.exact.view(), gate.view(), c.hidden_size, b.gate.view())?;
-        let (gate, of_row) = (&self.weights.gate_params, self.weights.choices_of_row());
+        let gate = &self.weights.gate_params;
         let bias = bias.as_ref().map(Buffer::view);
-        cuda::route(device, rows, b.gate.view(), bias, (gate, experts), b.routed.view())?;
+        cuda::route(device, rows, b.gate.view(), bias, (gate, experts), b.routed.view())
+    }
+
+    fn split(&self, split: &Shares<'_>, b: &mut Buffers) -> Result<Option<GpuBytes>, GpuError> {
+        let rows = b.row_count();
+        let shares = cuda::split_rows(&self.device, rows, b.x.view(), b.routed.view(), split, &mut b.owners);
+        GpuError::if_room(shares)
+    }
+
+    fn choose(&self, layer: usize, stays: bool, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), GpuError> {
+        let (c, device, rows, of_row) = (self.config(), &self.device, b.row_count(), self.weights.choices_of_row());
         device.queue_return(b.routed.view(), &mut b.choices, rows * of_row)?;
         if !stays {
             device.queue_return(b.x.view(), &mut b.rows, rows * c.hidden_size)?;

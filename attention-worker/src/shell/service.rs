@@ -169,8 +169,9 @@ fn events(
 }
 
 fn dispatch_counts(dispatcher: &Dispatcher) -> v1::DispatchCounts {
-    let Counts { sent, resent, hedged, terms, terms_hedged, unmatched, misdirected, rejected } = dispatcher.counts();
-    v1::DispatchCounts { sent, resent, hedged, terms, terms_hedged, unmatched, misdirected, rejected }
+    let Counts { sent, resent, hedged, terms, terms_hedged, unmatched, misdirected, rejected, ahead } =
+        dispatcher.counts();
+    v1::DispatchCounts { sent, resent, hedged, terms, terms_hedged, unmatched, misdirected, rejected, ahead }
 }
 
 fn info(token: Token) -> TokenInfo {

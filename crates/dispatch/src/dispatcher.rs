@@ -4,13 +4,14 @@
 //! them, the placement says who holds them, and the tracker which of them are asked. A new placement comes into use when
 //! every expert has a holder under it that can be reached; until then the one before it is used.
 
+mod ahead;
 mod pending;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Duration;
 
-use moesaic_kernels::cuda::GpuError;
+use moesaic_kernels::cuda::{GpuBytes, GpuError, Split};
 use moesaic_node::Connector;
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement, WorkerId, v1};
 use tokio::runtime::Handle;
@@ -23,12 +24,13 @@ use crate::error::{Cause, DispatchError};
 use crate::frame::{AnswerFrame, Header, RequestFrame, Rows};
 use crate::grpc::{Edge, EdgeConfig, EdgeOwner};
 use crate::local::{ExpertHost, Hub, ReplySender};
-use crate::nccl::Fabric;
+use crate::nccl::{Fabric, SLOT_ROWS};
 use crate::plan::{self, Layout, Plan};
 use crate::tracker::{
     Action, Answer, CallId, Counts, Destination, EdgeId, Event, Figures, FrameKey, Rank, Tracker, Ways,
 };
 
+pub use ahead::Ahead;
 pub use pending::{Addends, Pending};
 
 /// One chosen expert of a row and its weight.
@@ -56,6 +58,24 @@ pub struct DispatchConfig {
     /// From GPU to GPU, beside that: `hello` names its version.
     pub fabric: Option<Arc<dyn Fabric>>,
     pub ops: CombineOps,
+}
+
+impl DispatchConfig {
+    /// Experts of a logical group.
+    fn group_size(&self) -> usize {
+        self.experts.div_ceil(self.groups)
+    }
+}
+
+/// What is asked of experts: a layer of a micro-batch.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    pub layer: LayerId,
+    pub micro_batch: u8,
+    /// Choices of a row.
+    pub top_k: usize,
+    /// The span that it is part of, if it is traced.
+    pub traceparent: Option<Arc<str>>,
 }
 
 /// An expert worker as the registry knows it.
@@ -105,6 +125,16 @@ struct Core {
     next_edge: u64,
     /// The deadline task sleeps until it is woken.
     parked: bool,
+}
+
+/// A call, and who is asked in it.
+struct Turn {
+    call: CallId,
+    ways: Arc<Ways>,
+    /// How its workers stand.
+    ranks: Vec<Rank>,
+    /// By the expert's number.
+    holders: Vec<u32>,
 }
 
 /// Who can be asked.
@@ -264,39 +294,52 @@ impl Dispatcher {
         top_k: usize,
         routes: &[Route],
     ) -> Result<Pending, DispatchError> {
-        self.dispatch_within(None, layer, micro_batch, rows, top_k, routes)
+        let layer = Layer { layer, micro_batch, top_k, traceparent: None };
+        self.dispatch_layer(&layer, rows, routes, None)
     }
 
-    /// The same, as part of a span if one is named.
-    pub fn dispatch_within(
+    /// Sends a layer's rows off before it is known what they chose, where all workers are reached by lanes: `split` has the GPU split
+    /// them. [`Dispatcher::dispatch_layer`] follows.
+    pub fn send_ahead<E>(
         &self,
-        traceparent: Option<Arc<str>>,
-        layer: LayerId,
-        micro_batch: u8,
+        layer: &Layer,
+        rows: usize,
+        split: impl FnOnce(&Split<'_>) -> Result<Option<GpuBytes>, E>,
+    ) -> Result<Option<Ahead>, E> {
+        Ahead::send(&self.inner, layer, rows, split)
+    }
+
+    /// The same as [`Dispatcher::dispatch`], of rows that may have left ahead.
+    pub fn dispatch_layer(
+        &self,
+        &Layer { layer, micro_batch, top_k, ref traceparent }: &Layer,
         rows: Rows<'_>,
-        top_k: usize,
         routes: &[Route],
+        mut ahead: Option<Ahead>,
     ) -> Result<Pending, DispatchError> {
-        let ways = self.inner.ways().ok_or(DispatchError::NoPlacement { layer })?;
-        let DispatchConfig { hidden, experts, groups, .. } = self.inner.config;
-        check_input(&rows, hidden, experts, top_k, routes)?;
-        let (call, ranks) = self.inner.begin(&ways);
+        let DispatchConfig { hidden, experts, .. } = self.inner.config;
+        plan::check(&rows, hidden, experts, top_k, routes)?;
         let chosen = || routes.iter().map(|route| route.expert);
-        let holders = ways.holders(&ranks, layer, chosen(), call.0, Rank::Silent);
+        let mut layout = Layout::new(hidden, rows.value_bytes(), self.inner.config.group_size(), top_k);
+        if ahead.is_some() {
+            // What has left are the first rows of each worker.
+            layout.rows_max = SLOT_ROWS;
+        }
+        let begun = ahead.as_mut().and_then(|ahead| ahead.turn.take());
+        let turn = begun.or_else(|| self.inner.begin(layer, chosen()));
+        let Turn { call, ways, ranks, holders } = turn.ok_or(DispatchError::NoPlacement { layer })?;
         if ranks.iter().any(|rank| *rank > Rank::Good) {
             self.inner.core().tracker.count_steered(&ways, layer, chosen(), &holders, call.0);
         }
-        let layout = Layout::new(hidden, rows.value_bytes(), experts.div_ceil(groups), top_k);
-        let Plan { mut parts, recipe } = plan::split(&layout, routes, |expert| holders[usize::from(expert.0)]);
-
+        let Plan { parts, recipe } = plan::split(&layout, routes, |expert| holders[usize::from(expert.0)]);
         let header = self.inner.header(ways.epoch(), layer, micro_batch);
         let of_gpu = |error: GpuError| DispatchError::Gpu { layer, error: error.to_string() };
-        let activations = rows.shared(hidden, &mut parts).map_err(of_gpu)?;
-        let frames = parts.into_iter().zip(activations).map(|(part, activations)| {
-            let frame = RequestFrame::new(header, activations, hidden, part.content);
-            (ways.destination(part.worker).cloned(), frame.within(traceparent.clone()))
-        });
-        let answers = self.inner.call(call, Event::Call { call, layer, layout, frames: frames.collect() });
+        let frames = ahead::frames(parts, rows, header, hidden, ahead.as_mut()).map_err(of_gpu)?;
+        let to = |(worker, frame): (u32, RequestFrame)| {
+            (ways.destination(worker).cloned(), frame.within(traceparent.clone()))
+        };
+        let frames = frames.into_iter().map(to).collect();
+        let answers = self.inner.call(call, Event::Call { call, layer, layout, frames });
         Ok(Pending::new(self.inner.clone(), call, answers, recipe))
     }
 
@@ -384,11 +427,16 @@ impl Inner {
         Edge::connect(&self.runtime, config, self.this.clone(), self.stop.clone())
     }
 
-    /// The number of a new call, and how the workers stand at its beginning.
-    fn begin(&self, ways: &Ways) -> (CallId, Vec<Rank>) {
-        let mut core = self.core();
-        core.next_call += 1;
-        (CallId(core.next_call), core.tracker.ranks(self.started.elapsed(), ways))
+    /// A new call of these experts; none without a placement.
+    fn begin(&self, layer: LayerId, experts: impl Iterator<Item = ExpertId>) -> Option<Turn> {
+        let ways = self.ways()?;
+        let (call, ranks) = {
+            let mut core = self.core();
+            core.next_call += 1;
+            (CallId(core.next_call), core.tracker.ranks(self.started.elapsed(), &ways))
+        };
+        let holders = ways.holders(&ranks, layer, experts, call.0, Rank::Silent);
+        Some(Turn { call, ways, ranks, holders })
     }
 
     fn call(&self, call: CallId, event: Event) -> oneshot::Receiver<Answers> {
@@ -460,15 +508,18 @@ impl Inner {
         }
     }
 
-    /// Hands a frame over; an event if that failed.
+    /// Hands a frame over; an event if that failed, or if it has been answered.
     fn send(&self, to: Destination, frame: RequestFrame, ask: AskHost) -> Option<Event> {
         let key = FrameKey::of(&frame.header);
         let given_up = || Cause::EdgeDown { reason: "its edge was given up".into() };
         let sent = match to.edge {
             Some(_) => self.views().edge(&to).ok_or_else(given_up).and_then(|edge| edge.send(frame)),
-            None => self.hand_over(to.worker, frame, ask),
+            None => self.hand_over(to.worker.clone(), frame, ask).map(|()| None),
         };
-        sent.err().map(|cause| Event::NotSent { key, cause })
+        match sent {
+            Ok(answer) => answer.map(|answer| Event::Answer { worker: to.worker, answer }),
+            Err(cause) => Some(Event::NotSent { key, cause }),
+        }
     }
 
     /// Hands a frame to a worker of this process.
@@ -532,30 +583,6 @@ async fn watch_deadlines(inner: Weak<Inner>, wake: Arc<Notify>, stop: Cancellati
             () = wait => {}
         }
     }
-}
-
-fn check_input(
-    x: &Rows<'_>,
-    hidden: usize,
-    experts: usize,
-    top_k: usize,
-    routes: &[Route],
-) -> Result<(), DispatchError> {
-    let rows = x.len() / hidden;
-    if top_k == 0 || !x.len().is_multiple_of(hidden) || rows * top_k != routes.len() {
-        let (values, routes) = (x.len(), routes.len());
-        let detail = format!("{values} values of rows of {hidden}, and {routes} routes of {top_k} a row");
-        return Err(DispatchError::Input { detail });
-    }
-    for (row, routes) in routes.chunks_exact(top_k).enumerate() {
-        let ascend = routes.windows(2).all(|pair| pair[0].expert < pair[1].expert);
-        let valid = |route: &Route| usize::from(route.expert.0) < experts && route.weight.is_finite();
-        if !ascend || !routes.iter().all(valid) {
-            let detail = format!("row {row}: experts must ascend below {experts}, weights be finite: {routes:?}");
-            return Err(DispatchError::Input { detail });
-        }
-    }
-    Ok(())
 }
 
 const GONE: &str = "it has left this process";

@@ -4,6 +4,9 @@
 //! is) or several (answered as their weighted sum). An answer carries one f32 row for each output, in order. A frame of
 //! any bytes gives a value or an error: never a panic, never an allocation of more than twice its size.
 
+mod ahead;
+mod error;
+
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
@@ -14,9 +17,13 @@ use moesaic_proto::limits::{FRAME_BYTES_MAX, FRAME_ROWS_MAX};
 use moesaic_proto::v1::{self, RefusalReason};
 use moesaic_proto::{Epoch, ExpertId, LayerId};
 
+use crate::dispatcher::Route;
 use crate::payload::{Payload, Values};
 use crate::plan::Part;
 use crate::shared::Shared;
+
+pub use ahead::AheadFrame;
+pub use error::FrameError;
 
 /// Set in every answer.
 pub const FLAG_ANSWER: u16 = 1;
@@ -109,7 +116,7 @@ impl Rows<'_> {
 
     /// The activations of each part's frame. On a GPU they are the part's own, which then has all of them: a frame lives
     /// longer than what a layer is computed in. Where the GPU has no room for that, they are brought here.
-    pub(crate) fn shared(self, hidden: usize, parts: &mut [Part]) -> Result<Vec<Activations>, GpuError> {
+    pub(crate) fn shared(self, hidden: usize, parts: &mut [&mut Part]) -> Result<Vec<Activations>, GpuError> {
         let all = match self {
             Self::F32(values) => values.into(),
             Self::Bf16(values) => values.into(),
@@ -119,9 +126,9 @@ impl Rows<'_> {
                     let row_bytes = hidden * size_of::<bf16>();
                     let own = picked.cut(parts.iter().map(|part| part.content.rows.len() * row_bytes));
                     let own = own.map(Activations::There).collect();
-                    parts
-                        .iter_mut()
-                        .for_each(|Part { content, .. }| content.rows = (0..content.rows.len() as u32).collect());
+                    for Part { content, .. } in parts {
+                        content.rows = (0..content.rows.len() as u32).collect();
+                    }
                     return Ok(own);
                 }
                 let mut values = vec![bf16::ZERO; x.len()];
@@ -269,6 +276,12 @@ impl Term {
     }
 }
 
+impl From<&Route> for Term {
+    fn from(route: &Route) -> Self {
+        Self::new(route.expert, route.weight)
+    }
+}
+
 /// What a frame must fit: sizes of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -298,6 +311,8 @@ pub struct RequestFrame {
     terms: Shared<Term>,
     /// The span that it is part of, if it is traced.
     traceparent: Option<Arc<str>>,
+    /// Its number is not to be chosen any more.
+    is_numbered: bool,
 }
 
 impl RequestFrame {
@@ -307,7 +322,16 @@ impl RequestFrame {
         let Content { rows, outputs, terms } = content;
         let index = (rows.len() * hidden != activations.len()).then(|| rows.as_slice().into());
         let (rows, outputs, terms) = (rows.len(), outputs.into(), terms.into());
-        Self { header, rows, activations, index, outputs, terms, traceparent: None }
+        Self { header, rows, activations, index, outputs, terms, traceparent: None, is_numbered: false }
+    }
+
+    /// The same frame, which has left under the number of its header already: see [`AheadFrame`].
+    pub fn numbered(self) -> Self {
+        Self { is_numbered: true, ..self }
+    }
+
+    pub fn is_numbered(&self) -> bool {
+        self.is_numbered
     }
 
     /// The same frame as part of a span.
@@ -335,9 +359,19 @@ impl RequestFrame {
         if count == 0 || count > FRAME_ROWS_MAX || !len.is_multiple_of(row_bytes) {
             return Err(FrameError::Rows { len, row_bytes });
         }
-        let outputs = table(&frame.outputs, "outputs")?;
-        let terms = table(&frame.terms, "terms")?;
-        check_outputs(&outputs, &terms, count, shape)?;
+        let mut terms = table(&frame.terms, "terms")?;
+        let mut outputs = table(&frame.outputs, "outputs")?;
+        let (mut asked, mut index) = (count, None);
+        if let Some(choices) = &frame.choices {
+            if !outputs.is_empty() {
+                return Err(FrameError::Both { outputs: outputs.len() });
+            }
+            let content = ahead::content(choices, &terms, count, shape.experts)?;
+            asked = content.rows.len();
+            index = (asked != count).then(|| content.rows.into());
+            (outputs, terms) = (content.outputs.into(), content.terms.into());
+        }
+        check_outputs(&outputs, &terms, asked, shape)?;
         let activations = match (value_bytes, rows) {
             (2, Payload::There(pieces)) if pieces.len() == 1 => pieces.into_iter().next().map(Activations::There),
             (2, rows) => Shared::from_bytes(rows.brought()).map(Activations::Bf16),
@@ -346,7 +380,7 @@ impl RequestFrame {
         .filter(|activations| activations.len() == count * shape.hidden)
         .ok_or(FrameError::Rows { len, row_bytes })?;
         let traceparent = (!frame.traceparent.is_empty()).then(|| frame.traceparent.into());
-        Ok(Self { header, rows: count, activations, index: None, outputs, terms, traceparent })
+        Ok(Self { header, rows: asked, activations, index, outputs, terms, traceparent, is_numbered: false })
     }
 
     /// The message of this frame without its rows, and these; they are gathered here if the frame has only some of its
@@ -354,11 +388,10 @@ impl RequestFrame {
     pub fn split(&self, hidden: usize) -> (v1::Frame, Payload) {
         let message = v1::Frame {
             header: Bytes::copy_from_slice(&self.header.encode()),
-            rows: Bytes::new(),
             outputs: self.outputs.bytes(),
             terms: self.terms.bytes(),
-            refusal: None,
             traceparent: self.traceparent.as_deref().unwrap_or_default().to_owned(),
+            ..Default::default()
         };
         (message, self.rows(hidden))
     }
@@ -376,7 +409,7 @@ impl RequestFrame {
 
     /// The same frame with another header.
     pub fn under(&self, header: Header) -> Self {
-        Self { header, ..self.clone() }
+        Self { header, is_numbered: false, ..self.clone() }
     }
 
     pub fn row_count(&self) -> usize {
@@ -542,39 +575,6 @@ impl Refusal {
     pub fn new(reason: RefusalReason, detail: impl Into<String>) -> Self {
         Self { reason, detail: detail.into() }
     }
-}
-
-/// What is wrong with a received frame.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum FrameError {
-    #[error("header: {len} bytes; expected {}", Header::LEN)]
-    Header { len: usize },
-    #[error("header: flags are {flags:#06x}; expected {expected}")]
-    Flags { flags: u16, expected: &'static str },
-    #[error("header: slot is {slot}; expected 0 on this transport")]
-    Slot { slot: u16 },
-    #[error("header: source is {given}; this stream's is {expected}")]
-    Source { given: u16, expected: u16 },
-    #[error("rows: {len} bytes; expected 1 to {FRAME_ROWS_MAX} rows of {row_bytes} bytes")]
-    Rows { len: usize, row_bytes: usize },
-    #[error("{field}: {len} bytes; expected a multiple of {entry}")]
-    Table { field: &'static str, len: usize, entry: usize },
-    #[error("outputs: {count}; expected 1 to {limit}, so that the answer fits a frame")]
-    OutputCount { count: usize, limit: usize },
-    #[error("outputs[{index}]: row {row} of a frame with {rows} rows")]
-    OutputRow { index: usize, row: u16, rows: usize },
-    #[error("outputs[{index}]: {count} terms of {left} that are left; expected at least 1, and 1 if not weighted")]
-    OutputTerms { index: usize, count: usize, left: usize },
-    #[error("terms: {left} belong to no output")]
-    TermsLeft { left: usize },
-    #[error("outputs[{output}]: expert {expert}; the model has {experts} a layer")]
-    Expert { output: usize, expert: u16, experts: usize },
-    #[error("outputs[{output}]: expert {expert} after expert {after}; experts must ascend")]
-    ExpertOrder { output: usize, expert: u16, after: u16 },
-    #[error("outputs[{output}]: a term's reserved bytes are {value:#06x}; expected 0")]
-    TermReserved { output: usize, value: u16 },
-    #[error("outputs[{output}]: expert {expert} has weight {weight}; expected a finite number")]
-    Weight { output: usize, expert: u16, weight: f32 },
 }
 
 #[cfg(test)]

@@ -10,7 +10,8 @@ use moesaic_proto::limits::FRAME_ROWS_MAX;
 
 use crate::combine::CombineOps;
 use crate::dispatcher::Route;
-use crate::frame::{Content, Output, PAYLOAD_BYTES_MAX, RequestFrame, Term};
+use crate::error::DispatchError;
+use crate::frame::{Content, Output, PAYLOAD_BYTES_MAX, RequestFrame, Rows, Term};
 use crate::shared::Shared;
 
 /// The sizes that a plan needs.
@@ -58,9 +59,9 @@ impl Part {
         (rows.len() - 1) as u16
     }
 
-    fn ask(&mut self, output: Output, terms: &[Route]) {
+    fn ask(&mut self, output: Output, terms: impl IntoIterator<Item = Term>) {
         self.content.outputs.push(output);
-        self.content.terms.extend(terms.iter().map(|route| Term::new(route.expert, route.weight)));
+        self.content.terms.extend(terms);
     }
 }
 
@@ -81,6 +82,25 @@ pub struct Recipe {
     ends: Vec<usize>,
 }
 
+/// Whether `routes` are those of x, [rows, hidden], each row's experts ascending.
+pub fn check(x: &Rows<'_>, hidden: usize, experts: usize, top_k: usize, routes: &[Route]) -> Result<(), DispatchError> {
+    let rows = x.len() / hidden;
+    if top_k == 0 || !x.len().is_multiple_of(hidden) || rows * top_k != routes.len() {
+        let (values, routes) = (x.len(), routes.len());
+        let detail = format!("{values} values of rows of {hidden}, and {routes} routes of {top_k} a row");
+        return Err(DispatchError::Input { detail });
+    }
+    for (row, routes) in routes.chunks_exact(top_k).enumerate() {
+        let ascend = routes.windows(2).all(|pair| pair[0].expert < pair[1].expert);
+        let valid = |route: &Route| usize::from(route.expert.0) < experts && route.weight.is_finite();
+        if !ascend || !routes.iter().all(valid) {
+            let detail = format!("row {row}: experts must ascend below {experts}, weights be finite: {routes:?}");
+            return Err(DispatchError::Input { detail });
+        }
+    }
+    Ok(())
+}
+
 /// Splits `routes` ([rows * top_k], each row's experts ascending); `holder` gives each expert its destination.
 pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32) -> Plan {
     let rows = routes.len() / layout.top_k;
@@ -98,6 +118,26 @@ pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32
         split.end_row();
     }
     split.plan
+}
+
+/// What `split` asks of a worker that has just these experts, of `terms` ([rows * top_k]): in one frame, whatever its size.
+pub fn part_of(terms: &[Term], top_k: usize, group_size: usize, is_asked: impl Fn(ExpertId) -> bool) -> Content {
+    let mut part = Part { worker: 0, content: Content::default() };
+    for (row, terms) in terms.chunks_exact(top_k).enumerate() {
+        let group_of = |term: &Term| usize::from(term.expert().0) / group_size;
+        for group in terms.chunk_by(|a, b| group_of(a) == group_of(b)) {
+            if group.iter().all(|term| is_asked(term.expert())) {
+                let output = Output::sum(part.row(row), group.len() as u16);
+                part.ask(output, group.iter().copied());
+                continue;
+            }
+            for term in group.iter().filter(|term| is_asked(term.expert())) {
+                let output = Output::single(part.row(row));
+                part.ask(output, [*term]);
+            }
+        }
+    }
+    part.content
 }
 
 /// Splits what a frame asks for: the recipe's rows are its outputs, in order.
@@ -148,7 +188,7 @@ impl Splitter {
         let part = self.part(worker, row);
         let target = &mut self.plan.parts[part];
         let output = Output::single(target.row(row));
-        target.ask(output, std::slice::from_ref(route));
+        target.ask(output, [Term::from(route)]);
         self.add(part, Kind::Whole);
     }
 
@@ -156,7 +196,7 @@ impl Splitter {
         let part = self.part(worker, row);
         let target = &mut self.plan.parts[part];
         let output = Output::sum(target.row(row), group.len() as u16);
-        target.ask(output, group);
+        target.ask(output, group.iter().map(Term::from));
         self.add(part, Kind::Whole);
     }
 
@@ -165,7 +205,7 @@ impl Splitter {
             let part = self.part(holder(route.expert), row);
             let target = &mut self.plan.parts[part];
             let output = Output::single(target.row(row));
-            target.ask(output, &group[i..=i]);
+            target.ask(output, [Term::from(route)]);
             self.add(part, if i == 0 { Kind::First(route.weight) } else { Kind::Next(route.weight) });
         }
     }

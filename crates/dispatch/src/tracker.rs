@@ -124,6 +124,8 @@ pub struct Counts {
     pub misdirected: u64,
     /// Answers that did not fit what was asked.
     pub rejected: u64,
+    /// Of those sent: frames that had left before it was known what they ask.
+    pub ahead: u64,
 }
 
 /// See the module.
@@ -422,19 +424,28 @@ impl Tracker {
     }
 
     fn send_one(&mut self, turn: &mut Turn, part: PartId, to: Destination, mut frame: RequestFrame, why: Why) -> Sent {
-        loop {
-            frame.header.sequence = self.next_sequence;
-            self.next_sequence = self.next_sequence.wrapping_add(1);
-            // One of 2^32 frames ago may still be with its worker.
-            let key = FrameKey::of(&frame.header);
-            if !self.frames.contains_key(&key) && !self.given_up.contains_key(&key) {
-                break;
-            }
+        if frame.is_numbered() {
+            self.counts.ahead += 1;
+        } else {
+            frame.header.sequence = self.number(frame.header.micro_batch);
         }
         let (header, outputs, terms) = (frame.header, frame.output_count(), frame.terms().len());
         self.count(terms, why);
         turn.out.push(Action::Send { to: to.clone(), frame });
         Sent { part, to, header, outputs, terms, at: turn.now }
+    }
+
+    /// A number for a frame that is to be sent: no other one has it.
+    pub fn number(&mut self, micro_batch: u8) -> u32 {
+        loop {
+            let sequence = self.next_sequence;
+            self.next_sequence = self.next_sequence.wrapping_add(1);
+            // One of 2^32 frames ago may still be with its worker.
+            let key = FrameKey { micro_batch, sequence };
+            if !self.frames.contains_key(&key) && !self.given_up.contains_key(&key) {
+                return sequence;
+            }
+        }
     }
 
     fn count(&mut self, terms: usize, why: Why) {

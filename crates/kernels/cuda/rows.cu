@@ -292,6 +292,52 @@ KERNEL(gather_rows, 256, 4, Gather) {
     }
 }
 
+/// Rows for those whom their choices belong to: each taker has a table and room for some rows.
+struct SplitRows {
+    /// [rows, words]
+    const u32* x;
+    /// [rows, top_k]
+    const Choice* choices;
+    /// Of each expert the taker, if it has one.
+    const u32* owners;
+    /// rows: at most as many as a block has threads. room: rows of a taker
+    u32 rows, words, top_k, takers, room;
+    /// words of a table: how many rows follow, 3 words of nothing, and their choices [room, top_k]
+    u32 table;
+    /// [takers, table + room * words]
+    u32* to;
+};
+
+KERNEL(split_rows, 256, 4, SplitRows) {
+    u32* takes = reinterpret_cast<u32*>(shared());
+    for (u32 item = block(); item < call.takers * call.room; item += blocks()) {
+        u32 taker = item / call.room, place = item % call.room, row = thread();
+        bool is_taken = false;
+        for (u32 i = 0; row < call.rows && i < call.top_k; i++) {
+            is_taken = is_taken || call.owners[call.choices[row * call.top_k + i].expert] == taker;
+        }
+        // Of the item before nobody reads any more.
+        block_sync();
+        takes[row] = is_taken;
+        block_sync();
+        // All threads find the row, which is the first with so many before it.
+        u32 before = 0, from = 0;
+        while (from < call.rows && (!takes[from] || before < place)) before += takes[from++];
+        u32* to = call.to + taker * (call.table + static_cast<u64>(call.room) * call.words);
+        if (place == 0 && row == 0) {
+            u32 count = 0;
+            for (u32 i = 0; i < call.rows; i++) count += takes[i];
+            to[0] = count < call.room ? count : call.room;
+        }
+        if (from == call.rows) continue;
+        Choice* choices = reinterpret_cast<Choice*>(to + 4) + place * call.top_k;
+        for (u32 i = thread(); i < call.top_k; i += THREADS) choices[i] = call.choices[from * call.top_k + i];
+        const u32* x = call.x + static_cast<u64>(from) * call.words;
+        to += call.table + static_cast<u64>(place) * call.words;
+        for (u32 i = thread(); i < call.words; i += THREADS) to[i] = x[i];
+    }
+}
+
 struct Addend {
     const float* at;
     float weight;

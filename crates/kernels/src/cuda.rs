@@ -2,7 +2,8 @@
 //!
 //! Reading order: `gpu` (what is asked of a GPU, and what its memory is), `device` (a real one, by the driver), `compile` (the
 //! kernels of `cuda/*.cu`, made for it by NVRTC), `pack` (weights in the order in which its lanes read them), `grouped` (many
-//! products at once), and what is made of them: `experts`, `linear`, `attention`, `rows`, `draw`; and `bytes`, which several hold.
+//! products at once), and what is made of them: `experts`, `linear`, `attention`, `rows`, `draw`; `bytes`, which several hold, and
+//! `split`, for whom rows are.
 //!
 //! Driver and NVRTC are opened when a GPU is asked for: nothing here needs them to be built, and a machine without them is told
 //! what it lacks.
@@ -23,6 +24,7 @@ mod pinned;
 mod recording;
 mod roof;
 mod rows;
+mod split;
 mod vendor;
 
 pub use attention::{Append, Attend, Pages, Rotate, append, attend, room, rotate};
@@ -38,6 +40,7 @@ pub use mark::Mark;
 pub use pack::Unfit;
 pub use roof::{GpuRoof, time_of};
 pub use rows::{Normed, Routed, can_route, embed, gate, norm, random_bf16, route};
+pub use split::{NOBODY, Split, split_rows};
 
 /// All kernels, by the file that they are in.
 pub fn kernels() -> [(Source, Vec<Kernel>); 5] {
@@ -45,7 +48,7 @@ pub fn kernels() -> [(Source, Vec<Kernel>); 5] {
         (Source::Experts, experts::kernels()),
         (Source::Linear, linear::kernels()),
         (Source::Attention, attention::KERNELS.to_vec()),
-        (Source::Rows, [&rows::KERNELS[..], &bytes::KERNELS].concat()),
+        (Source::Rows, [&rows::KERNELS[..], &bytes::KERNELS, &[split::SPLIT]].concat()),
         (Source::Draw, draw::KERNELS.to_vec()),
     ]
 }

@@ -45,6 +45,9 @@ fn frames() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let bf16 = values.map(moesaic_kernels::bf16::from_f32).to_vec();
     let request = |x: Activations| RequestFrame::new(header(0), x, SHAPE.hidden, content()).encode(SHAPE.hidden);
     let (f32_frame, bf16_frame) = (request(values.to_vec().into()), request(bf16.into()));
+    // Its terms are the choices of both rows, of which experts 1 and 4 are asked.
+    let choices = v1::Choices { experts: vec![0b1_0010], top_k: 2, group_size: 4 };
+    let choices_frame = v1::Frame { outputs: Bytes::new(), choices: Some(choices), ..bf16_frame.clone() };
     let answer = |result| AnswerFrame::new(header(0), result).encode();
     let (rows, refusal) =
         (answer(Ok(values.to_vec().into())), answer(Err(Refusal::new(RefusalReason::Busy, "the inbox is full"))));
@@ -56,8 +59,10 @@ fn frames() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     vec![
         ("request_frame", "f32", f32_frame.encode_to_vec()),
         ("request_frame", "bf16", bf16_frame.encode_to_vec()),
+        ("request_frame", "choices", choices_frame.encode_to_vec()),
         ("experts", "f32", f32_frame.encode_to_vec()),
         ("experts", "bf16", bf16_frame.encode_to_vec()),
+        ("experts", "choices", choices_frame.encode_to_vec()),
         ("answer_frame", "rows", rows.encode_to_vec()),
         ("answer_frame", "refusal", refusal.encode_to_vec()),
         ("exchange", "hello", message(Kind::Hello(hello))),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moesaic_dispatch::frame::Header;
-use moesaic_dispatch::nccl::core::{Carrier, Kind};
+use moesaic_dispatch::nccl::core::{Carrier, Claim, Kind};
 use moesaic_dispatch::plan::{self, Layout, Plan, Recipe};
 use moesaic_dispatch::tracker::{Action, Answer, CallId, Destination, EdgeId, Event, FrameKey, Rank, Tracker, Ways};
 use moesaic_dispatch::{Activations, AnswerFrame, Cause, DispatchError, RequestFrame};
@@ -56,6 +56,8 @@ struct Edge {
     backoff: Duration,
     lane: Option<Lane>,
     carrier: Carrier<RequestFrame>,
+    /// Frames that left over a lane before it was known what they ask, until it is.
+    ahead: Vec<RequestFrame>,
 }
 
 impl Edge {
@@ -87,11 +89,32 @@ impl Edge {
     fn send(&mut self, context: &mut Context<'_>, stream: StreamId, frame: RequestFrame) {
         match self.lane.as_mut().filter(|_| self.carrier.has_room()) {
             Some(lane) => {
-                self.carrier.carry(&frame.header, frame.clone());
+                if context.rng.bool() {
+                    self.carrier.carry_ahead(&frame.header);
+                    self.ahead.push(frame.clone());
+                    // The answer may be faster, or the lane fail before.
+                    let known = context.rng.u64(10..3000);
+                    context.wake(Duration::from_micros(known), "lane claim", self.id.0);
+                } else {
+                    self.carrier.carry(&frame.header, frame.clone());
+                }
                 lane.send(context, Load::Frame(frame));
             }
             None => context.send(stream, Message::Frame(frame)),
         }
+    }
+
+    /// It is known what frames ask that have left ahead: answers that came before. What has not left after all goes by the stream.
+    fn claim(&mut self, context: &mut Context<'_>) -> Vec<AnswerFrame> {
+        let mut answers = Vec::new();
+        for frame in std::mem::take(&mut self.ahead) {
+            match (self.carrier.claim(&frame.header, || frame.clone()), self.stream) {
+                (Claim::Answered(answer), _) => answers.push(answer),
+                (Claim::None, Some(stream)) => context.send(stream, Message::Frame(frame)),
+                (Claim::Carried | Claim::None, _) => {}
+            }
+        }
+        answers
     }
 
     /// What its lane has received.
@@ -101,8 +124,7 @@ impl Edge {
             match lane.receive() {
                 Ok(Some((Kind::Warm, _))) => self.carrier.up(lane.generation),
                 Ok(Some((_, Load::Answer(answer)))) => {
-                    self.carrier.answered(&answer.header);
-                    answers.push(answer);
+                    answers.extend(self.carrier.answered(answer));
                 }
                 Ok(None) => break,
                 other => context.violated(format!("a lane brings {other:?}")),
@@ -219,7 +241,7 @@ impl Dispatch {
         self.tracker.set_way(&Destination { worker: worker.clone(), edge: Some(id) });
         let stream = Some(open(context, to));
         let (address, lane, carrier) = (to.to_owned(), None, Carrier::default());
-        Edge { id, address, stream, is_live: false, backoff: BACKOFF_MIN, lane, carrier }
+        Edge { id, address, stream, is_live: false, backoff: BACKOFF_MIN, lane, carrier, ahead: Vec::new() }
     }
 
     fn edge(&mut self, which: impl Fn(&Edge) -> bool) -> Option<(&WorkerId, &mut Edge)> {
@@ -234,12 +256,12 @@ impl Dispatch {
         match message {
             Message::Slot(slot) => {
                 edge.lane.iter_mut().for_each(|lane| lane.arrive((*slot).clone()));
-                self.land_lane(context, id)
+                self.land_lane(context, id, Edge::answers)
             }
             Message::LaneWake { generation, sequence } => {
                 let lane = edge.lane.iter_mut().filter(|lane| lane.generation == generation);
                 lane.for_each(|lane| lane.wake(sequence));
-                self.land_lane(context, id)
+                self.land_lane(context, id, Edge::answers)
             }
             Message::LaneFailed { generation } => {
                 if edge.lane.as_ref().is_some_and(|lane| lane.generation == generation) {
@@ -272,10 +294,15 @@ impl Dispatch {
         }
     }
 
-    /// Hands on what an edge's lane has received.
-    fn land_lane(&mut self, context: &mut Context<'_>, id: EdgeId) -> Vec<Landed> {
+    /// Hands on what an edge's lane has received, as far as it is known what for.
+    fn land_lane(
+        &mut self,
+        context: &mut Context<'_>,
+        id: EdgeId,
+        take: impl FnOnce(&mut Edge, &mut Context<'_>) -> Vec<AnswerFrame>,
+    ) -> Vec<Landed> {
         let Some((worker, edge)) = self.edge(|edge| edge.id == id) else { return Vec::new() };
-        let (worker, answers) = (worker.clone(), edge.answers(context));
+        let (worker, answers) = (worker.clone(), take(edge, context));
         let event = |answer| Event::Answer { worker: worker.clone(), answer: through_the_wire(answer) };
         let mut landed = Vec::new();
         for event in answers.into_iter().map(event) {
@@ -293,6 +320,7 @@ impl Dispatch {
         let (_, edge) = self.edge(|edge| edge.stream == Some(stream))?;
         (edge.stream, edge.is_live) = (None, false);
         // What it carried is the tracker's to ask again.
+        edge.ahead.clear();
         if let Some(lane) = edge.lane.take() {
             context.close(lane.stream);
             edge.carrier.fail(lane.generation);
@@ -319,6 +347,7 @@ impl Dispatch {
                 }
                 Some(Vec::new())
             }
+            "lane claim" => Some(self.land_lane(context, EdgeId(number), Edge::claim)),
             "lane" => {
                 self.edge(|edge| edge.id == EdgeId(number)).into_iter().for_each(|(_, edge)| edge.offer_lane(context));
                 Some(Vec::new())

@@ -255,7 +255,11 @@ fn field(len: usize) -> impl Strategy<Value = Bytes> {
 /// What is taken is taken as it came.
 fn check_hostile(frame: v1::Frame) {
     if let Ok(taken) = decode(frame.clone()) {
-        assert_eq!(taken.encode(SHAPE.hidden), v1::Frame { refusal: None, ..frame.clone() });
+        let encoded = taken.encode(SHAPE.hidden);
+        // What choices ask is said by outputs then.
+        let expected = if frame.choices.is_some() { encoded.clone() } else { frame.clone() };
+        assert_eq!(encoded, v1::Frame { refusal: None, ..expected });
+        assert!(decode(encoded).is_ok_and(|again| again.outputs().eq(taken.outputs())));
         assert_eq!(taken.outputs().count(), taken.output_count());
     }
     if let Ok(taken) = AnswerFrame::decode(frame.clone()) {
@@ -292,7 +296,8 @@ fn rows_on_a_gpu_stay_there_while_there_is_room() {
     let expected = [[of(0), of(3)].concat(), [of(1), of(2), of(3)].concat()];
 
     let mut own = parts();
-    let activations = Rows::There(&device, there.view(), &mut None).shared(hidden, &mut own).unwrap();
+    let activations =
+        Rows::There(&device, there.view(), &mut None).shared(hidden, &mut own.iter_mut().collect::<Vec<_>>()).unwrap();
     assert!(activations.iter().all(Activations::are_there));
     // Some of a frame's rows, for a worker that is asked instead.
     let again = RequestFrame::new(HEADER, activations[1].clone(), hidden, part(&[0, 2]).content);
@@ -303,7 +308,8 @@ fn rows_on_a_gpu_stay_there_while_there_is_room() {
 
     let _all = device.buffer::<u8>(device.memory().1).unwrap();
     let mut own = parts();
-    let activations = Rows::There(&device, there.view(), &mut None).shared(hidden, &mut own).unwrap();
+    let activations =
+        Rows::There(&device, there.view(), &mut None).shared(hidden, &mut own.iter_mut().collect::<Vec<_>>()).unwrap();
     assert!(matches!(activations[0], Activations::Bf16(_)));
     assert_eq!(sent(own, activations), expected);
 }
@@ -346,13 +352,15 @@ proptest! {
         (rows, outputs, terms) in (field(32), field(8), field(24)),
         refusal in prop::option::of((any::<i32>(), ".{0,20}")),
         traceparent in ".{0,60}",
+        choices in prop::option::of((field(1), 0u32..4, 0u32..9)),
     ) {
         let mut header = header.to_vec();
         if let (Some(flags), Some(place)) = (flags, header.get_mut(6..12)) {
             place.copy_from_slice(&[flags as u8, 0, 1, 0, 0, 0]);
         }
         let refusal = refusal.map(|(reason, detail)| v1::Refusal { reason, detail });
-        check_hostile(v1::Frame { header: header.into(), rows, outputs, terms, refusal, traceparent });
+        let choices = choices.map(|(experts, top_k, group_size)| v1::Choices { experts: experts.to_vec(), top_k, group_size });
+        check_hostile(v1::Frame { header: header.into(), rows, outputs, terms, refusal, traceparent, choices });
     }
 
     #[test]

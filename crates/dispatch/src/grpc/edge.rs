@@ -20,7 +20,8 @@ use tonic::{Status, Streaming};
 
 use super::*;
 use crate::error::Cause;
-use crate::frame::{AnswerFrame, RequestFrame};
+use crate::frame::{AheadFrame, AnswerFrame, Header, RequestFrame};
+use crate::nccl::core::Claim;
 use crate::nccl::{Fabric, Lanes};
 use crate::tracker::EdgeId;
 
@@ -146,19 +147,39 @@ impl Edge {
         self.state.lanes.as_ref().map_or(0, |lanes| lanes.failures())
     }
 
-    /// Queues a frame for the lane, or else for the connection; never waits.
-    pub fn send(&self, frame: RequestFrame) -> Result<(), Cause> {
+    /// Queues a frame for the lane, or else for the connection, unless it has left ahead; never waits. Its answer, if that has come
+    /// already.
+    pub fn send(&self, frame: RequestFrame) -> Result<Option<AnswerFrame>, Cause> {
         let bytes = frame.encoded_len(self.state.config.hidden) as u64;
         self.state.traffic.sent.fetch_add(bytes, Ordering::Relaxed);
-        if self.state.lanes.as_ref().is_some_and(|lanes| lanes.carry(&frame)) {
-            return Ok(());
+        match self.state.lanes.as_ref().map_or(Claim::None, |lanes| lanes.carry(&frame)) {
+            Claim::None => {}
+            Claim::Carried => return Ok(None),
+            Claim::Answered(answer) => {
+                self.state.traffic.count_answer(&answer);
+                return Ok(Some(answer));
+            }
         }
         match &*self.state.connection() {
             Connection::Down(reason) => Err(Cause::EdgeDown { reason: reason.clone() }),
-            Connection::Live(frames) => frames.try_send(Outbound::Frame(frame)).map_err(|error| match error {
-                TrySendError::Full(_) => Cause::QueueFull { limit: EDGE_FRAMES_MAX },
-                TrySendError::Closed(_) => Cause::EdgeDown { reason: "its connection is closing".into() },
-            }),
+            Connection::Live(frames) => {
+                frames.try_send(Outbound::Frame(frame)).map(|()| None).map_err(|error| match error {
+                    TrySendError::Full(_) => Cause::QueueFull { limit: EDGE_FRAMES_MAX },
+                    TrySendError::Closed(_) => Cause::EdgeDown { reason: "its connection is closing".into() },
+                })
+            }
+        }
+    }
+
+    /// Gives the lane a frame before it is known what it asks: [`Edge::send`] follows, or [`Edge::forget`]. False if there is no lane
+    /// that takes it.
+    pub fn send_ahead(&self, frame: AheadFrame) -> bool {
+        self.state.lanes.as_ref().is_some_and(|lanes| lanes.carry_ahead(frame))
+    }
+
+    pub fn forget(&self, header: &Header) {
+        if let Some(lanes) = &self.state.lanes {
+            lanes.forget(header);
         }
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use super::{LANE_FRAMES_MAX, SLOT_TABLE_BYTES};
-use crate::frame::Header;
+use crate::frame::{AnswerFrame, Header};
 use crate::tracker::FrameKey;
 
 /// The beginning of a slot; all numbers are little-endian.
@@ -67,6 +67,9 @@ pub enum Kind {
     Warm = 1,
     /// Nothing, and nothing comes behind it until it is said over the stream.
     Park = 2,
+    /// A frame whose sender does not know what its rows chose. They are in the slot, as if it were full, and a table before them
+    /// says how many there are.
+    Ahead = 3,
 }
 
 const MAGIC: u32 = u32::from_le_bytes(*b"MSL2");
@@ -111,6 +114,7 @@ impl Head {
             (MAGIC, 0) => Kind::Frame,
             (MAGIC, 1) => Kind::Warm,
             (MAGIC, 2) => Kind::Park,
+            (MAGIC, 3) => Kind::Ahead,
             (MAGIC, other) => return Err(Fault::Kind(other)),
             (other, _) => return Err(Fault::Magic(other)),
         };
@@ -189,7 +193,7 @@ impl Incoming {
         if given != expected {
             return Err(Fault::Sequence { given, expected });
         }
-        let limit = if head.kind == Kind::Frame { self.load_max } else { 0 };
+        let limit = if matches!(head.kind, Kind::Frame | Kind::Ahead) { self.load_max } else { 0 };
         let given = head.load.bytes();
         if given > limit {
             return Err(Fault::Load { given, limit });
@@ -207,11 +211,24 @@ pub struct Carrier<F> {
     generation: u32,
     is_up: bool,
     carried: HashMap<FrameKey, F>,
+    /// Frames that have left, of which it is not known yet what they ask; with answers that were faster.
+    ahead: HashMap<FrameKey, Option<AnswerFrame>>,
+}
+
+/// What becomes of a frame that is to be sent.
+#[derive(Debug)]
+pub enum Claim {
+    /// It has not left.
+    None,
+    /// It has left ahead, and is carried now.
+    Carried,
+    /// It has been answered, too.
+    Answered(AnswerFrame),
 }
 
 impl<F> Default for Carrier<F> {
     fn default() -> Self {
-        Self { generation: 0, is_up: false, carried: HashMap::new() }
+        Self { generation: 0, is_up: false, carried: HashMap::new(), ahead: HashMap::new() }
     }
 }
 
@@ -233,7 +250,7 @@ impl<F> Carrier<F> {
 
     /// Whether one more frame may take the lane.
     pub fn has_room(&self) -> bool {
-        self.is_up && self.carried.len() < LANE_FRAMES_MAX
+        self.is_up && self.carried.len() + self.ahead.len() < LANE_FRAMES_MAX
     }
 
     /// The lane has taken a frame, and is there room for it.
@@ -241,9 +258,38 @@ impl<F> Carrier<F> {
         self.carried.insert(FrameKey::of(header), frame);
     }
 
-    /// Its answer has come.
-    pub fn answered(&mut self, header: &Header) {
-        self.carried.remove(&FrameKey::of(header));
+    /// The lane has taken a frame of which it is not known yet what it asks, and is there room for it.
+    pub fn carry_ahead(&mut self, header: &Header) {
+        self.ahead.insert(FrameKey::of(header), None);
+    }
+
+    /// What a frame asks is known; it need not be sent if it has left ahead. `frame` is kept then.
+    pub fn claim(&mut self, header: &Header, frame: impl FnOnce() -> F) -> Claim {
+        let key = FrameKey::of(header);
+        match self.ahead.remove(&key) {
+            None => Claim::None,
+            Some(None) => {
+                self.carried.insert(key, frame());
+                Claim::Carried
+            }
+            Some(Some(answer)) => Claim::Answered(answer),
+        }
+    }
+
+    /// A frame that has left ahead asks nothing, or nobody wants it any more.
+    pub fn forget(&mut self, header: &Header) {
+        self.ahead.remove(&FrameKey::of(header));
+    }
+
+    /// An answer has come. It is given back, unless it came before it was known what its frame asks.
+    pub fn answered(&mut self, answer: AnswerFrame) -> Option<AnswerFrame> {
+        let key = FrameKey::of(&answer.header);
+        if let Some(early) = self.ahead.get_mut(&key) {
+            *early = Some(answer);
+            return None;
+        }
+        self.carried.remove(&key);
+        Some(answer)
     }
 
     /// What the lane leaves unanswered, oldest first; `None` if another one is in hand.
@@ -252,6 +298,8 @@ impl<F> Carrier<F> {
             return None;
         }
         self.is_up = false;
+        // These are sent once it is known what they ask.
+        self.ahead.clear();
         let mut left: Vec<_> = self.carried.drain().collect();
         left.sort_unstable_by_key(|(key, _)| key.sequence);
         Some(left.into_iter().map(|(_, frame)| frame).collect())

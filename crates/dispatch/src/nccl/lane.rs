@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use half::bf16;
-use moesaic_kernels::cuda::{Device, GpuBytes};
+use moesaic_kernels::cuda::{Device, GpuBytes, Split};
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1;
 use prost::Message as _;
 
-use super::core::{Departure, Incoming, Kind, Load, Outgoing};
+use super::core::{Departure, Head, Incoming, Kind, Load, Outgoing};
 use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
 use super::*;
-use crate::frame::{AnswerFrame, RequestFrame};
+use crate::frame::{AheadFrame, AnswerFrame, RequestFrame, Term};
 use crate::payload::Payload;
 
 /// Whose end.
@@ -123,18 +123,43 @@ pub struct Sender {
 pub enum Message {
     /// With the width of a row.
     Request(RequestFrame, usize),
+    Ahead(AheadFrame),
     Answer(AnswerFrame),
     Warm,
 }
 
+/// A frame in a slot.
+struct Sent {
+    kind: Kind,
+    message: Vec<u8>,
+    rows: Payload,
+    /// Bytes of `rows` that are a table before them.
+    table_bytes: usize,
+}
+
 impl Message {
     /// What is sent, if it is not empty.
-    fn split(self) -> Option<(v1::Frame, Payload)> {
+    fn split(self) -> Option<Sent> {
+        let frame = |(message, rows): (v1::Frame, Payload)| {
+            Some(Sent { kind: Kind::Frame, message: message.encode_to_vec(), rows, table_bytes: 0 })
+        };
         match self {
-            Self::Request(frame, hidden) => Some(frame.split(hidden)),
-            Self::Answer(answer) => Some(answer.split()),
+            Self::Request(request, hidden) => frame(request.split(hidden)),
+            Self::Answer(answer) => frame(answer.split()),
+            Self::Ahead(ahead) => {
+                let table_bytes = ahead.table_bytes();
+                let (message, share) = ahead.split();
+                let (message, rows) = (message.encode_to_vec(), Payload::There(vec![share]));
+                Some(Sent { kind: Kind::Ahead, message, rows, table_bytes })
+            }
             Self::Warm => None,
         }
+    }
+}
+
+impl Sent {
+    fn load(&self) -> Load {
+        Load::new(self.message.len(), self.rows.len() - self.table_bytes)
     }
 }
 
@@ -327,11 +352,7 @@ impl State {
         while !self.ending().is_over {
             let (Departure { head, wakes }, frame) = match messages.recv_timeout(IDLE_AFTER) {
                 Ok(message) => match message.split() {
-                    Some((message, rows)) => {
-                        let message = message.encode_to_vec();
-                        let load = Load::new(message.len(), rows.len());
-                        (outgoing.send(Kind::Frame, load), Some((message, rows)))
-                    }
+                    Some(frame) => (outgoing.send(frame.kind, frame.load()), Some(frame)),
                     None => (outgoing.send(Kind::Warm, Load::default()), None),
                 },
                 Err(RecvTimeoutError::Timeout) => match outgoing.idle() {
@@ -343,10 +364,10 @@ impl State {
             let (head_bytes, place) = (head.encode(), head.load.place(slot_bytes));
             let mut slot = vec![(0, Source::Here(&head_bytes))];
             let mut behind = Vec::new();
-            if let Some((message, rows)) = &frame {
+            if let Some(Sent { message, rows, table_bytes, .. }) = &frame {
                 let parts = if place.behind.is_some() { &mut behind } else { &mut slot };
                 parts.push((place.message, Source::Here(message)));
-                parts.extend(parts_of(rows, place.rows));
+                parts.extend(parts_of(rows, place.rows - table_bytes));
             }
             if wakes {
                 self.owner.wake(head.sequence);
@@ -396,6 +417,13 @@ impl State {
                     let rows = take_rows(channel, place.rows, rows as usize, device)?;
                     self.owner.frame(frame, rows, sender);
                 }
+                Kind::Ahead => {
+                    let (frame, bytes) = taken_ahead(&start, head.load, slot_bytes)?;
+                    if bytes > 0 {
+                        let rows = take_rows(channel, SLOT_TABLE_BYTES, bytes, device)?;
+                        self.owner.frame(frame, rows, sender);
+                    }
+                }
             }
         }
         Ok(())
@@ -415,6 +443,32 @@ impl State {
             incoming = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
+}
+
+/// The frame of a slot that was sent ahead, with its rows' choices as terms, and how many bytes of rows it has: none, where no row
+/// chose an expert of this worker.
+fn taken_ahead(start: &[u8], load: Load, slot_bytes: usize) -> Result<(v1::Frame, usize), String> {
+    let (message_end, rows) = (Head::LEN + load.message as usize, load.rows as usize);
+    if load.place(slot_bytes).behind.is_some() || !rows.is_multiple_of(SLOT_ROWS) {
+        return Err(format!("a slot that was sent ahead has a load of {load:?}, which is not that of a full one"));
+    }
+    let message = Bytes::copy_from_slice(&start[Head::LEN..message_end]);
+    let frame = v1::Frame::decode(message).map_err(|error| error.to_string())?;
+    let top_k = frame.choices.as_ref().ok_or("a slot that was sent ahead says no choices")?.top_k as usize;
+    let table = (top_k <= SLOT_TABLE_BYTES)
+        .then(|| SLOT_TABLE_BYTES.checked_sub(Split::table_bytes(SLOT_ROWS, top_k)))
+        .flatten()
+        .filter(|table| *table >= message_end)
+        .map(|table| &start[table..]);
+    let (count, choices) = table
+        .and_then(|table| Some((table.first_chunk::<4>()?, table.get(Split::CHOICES..)?)))
+        .ok_or_else(|| format!("a slot has no room for a table of {SLOT_ROWS} rows with {top_k} choices each"))?;
+    let count = u32::from_le_bytes(*count) as usize;
+    if count > SLOT_ROWS {
+        return Err(format!("a slot that was sent ahead has {count} rows; expected at most {SLOT_ROWS}"));
+    }
+    let terms = Bytes::copy_from_slice(&choices[..count * top_k * size_of::<Term>()]);
+    Ok((v1::Frame { terms, ..frame }, rows / SLOT_ROWS * count))
 }
 
 /// Rows as parts of a message, one after the other from byte `at` on.
@@ -450,3 +504,6 @@ fn take_rows(channel: &mut dyn Channel, at: usize, bytes: usize, device: Option<
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,10 +8,10 @@ use moesaic_proto::v1::{self, lane::What};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
-use super::core::Carrier;
+use super::core::{Carrier, Claim};
 use super::lane::{End, Lane, LaneOwner, Message, Offer, Sender};
 use super::*;
-use crate::frame::{AnswerFrame, RequestFrame};
+use crate::frame::{AheadFrame, AnswerFrame, Header, RequestFrame};
 use crate::grpc::Outbound;
 use crate::payload::Payload;
 
@@ -29,6 +29,13 @@ struct Current {
     carrier: Carrier<RequestFrame>,
     /// For people: why there is none.
     state: String,
+}
+
+impl Current {
+    fn send(&self, message: Message) -> bool {
+        let lane = self.lane.as_ref().filter(|_| self.carrier.has_room());
+        lane.is_some_and(|lane| lane.sender().send(message))
+    }
 }
 
 /// Passes an answer on; called on a lane's thread.
@@ -64,15 +71,30 @@ impl Lanes {
         self.failures.load(Ordering::Relaxed)
     }
 
-    /// Gives the frame to the lane; false if it has to go over the stream.
-    pub fn carry(&self, frame: &RequestFrame) -> bool {
+    /// Gives the frame to the lane, if it has not left ahead. [`Claim::None`]: it has to go over the stream.
+    pub fn carry(&self, frame: &RequestFrame) -> Claim {
         let mut current = self.current();
-        let lane = current.lane.as_ref().filter(|_| current.carrier.has_room());
-        let is_sent = lane.is_some_and(|lane| lane.sender().send(Message::Request(frame.clone(), self.hidden)));
+        let claim = current.carrier.claim(&frame.header, || frame.clone());
+        if !matches!(claim, Claim::None) || !current.send(Message::Request(frame.clone(), self.hidden)) {
+            return claim;
+        }
+        current.carrier.carry(&frame.header, frame.clone());
+        Claim::Carried
+    }
+
+    /// Gives the lane a frame of which it is not known yet what it asks. False if it takes none.
+    pub fn carry_ahead(&self, frame: AheadFrame) -> bool {
+        let (mut current, header) = (self.current(), *frame.header());
+        let is_sent = current.send(Message::Ahead(frame));
         if is_sent {
-            current.carrier.carry(&frame.header, frame.clone());
+            current.carrier.carry_ahead(&header);
         }
         is_sent
+    }
+
+    /// A frame that has left ahead is not claimed any more.
+    pub fn forget(&self, header: &Header) {
+        self.current().carrier.forget(header);
     }
 
     /// What the worker says of a lane, over the stream.
@@ -192,10 +214,9 @@ impl LaneOwner for Owner {
     fn frame(&self, frame: v1::Frame, values: Payload, lane: &Sender) {
         match AnswerFrame::join(frame, values) {
             Ok(answer) => {
-                if let Some(lanes) = self.lanes.upgrade() {
-                    lanes.current().carrier.answered(&answer.header);
-                }
-                (self.deliver)(answer);
+                let Some(lanes) = self.lanes.upgrade() else { return };
+                let due = lanes.current().carrier.answered(answer);
+                due.into_iter().for_each(|answer| (self.deliver)(answer));
             }
             Err(error) => lane.fail(&format!("it sent a frame that is wrong: {error}")),
         }

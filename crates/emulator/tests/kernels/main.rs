@@ -7,4 +7,5 @@ mod draw;
 mod experts;
 mod linear;
 mod rows;
+mod split;
 mod support;

@@ -75,17 +75,14 @@ proptest! {
     }
 }
 
+fn header(sequence: u32) -> Header {
+    let micro_batch = (sequence % 2) as u8;
+    let (epoch, layer) = (moesaic_proto::Epoch(1), moesaic_proto::LayerId(0));
+    Header { epoch, layer, micro_batch, flags: 0, source: 0, slot: 0, sequence }
+}
+
 #[test]
 fn a_lane_that_fails_gives_back_what_is_not_answered_and_only_its_own() {
-    let header = |sequence| crate::frame::Header {
-        epoch: moesaic_proto::Epoch(1),
-        layer: moesaic_proto::LayerId(0),
-        micro_batch: (sequence % 2) as u8,
-        flags: 0,
-        source: 0,
-        slot: 0,
-        sequence,
-    };
     let mut carrier = Carrier::default();
     let first = carrier.offer();
     assert!(!carrier.has_room());
@@ -93,7 +90,8 @@ fn a_lane_that_fails_gives_back_what_is_not_answered_and_only_its_own() {
     assert!(!carrier.has_room(), "another lane is up");
     carrier.up(first);
     (0..5).for_each(|sequence| carrier.carry(&header(sequence), sequence));
-    carrier.answered(&header(2));
+    let answer = |sequence| AnswerFrame::new(header(sequence), Ok(Vec::new().into()));
+    assert!(carrier.answered(answer(2)).is_some());
     assert_eq!(carrier.fail(first), Some(vec![0, 1, 3, 4]));
     assert!(!carrier.is_up());
     let second = carrier.offer();
@@ -102,6 +100,31 @@ fn a_lane_that_fails_gives_back_what_is_not_answered_and_only_its_own() {
     assert!(!carrier.has_room());
     assert_eq!(carrier.fail(first), None);
     assert!(carrier.is_up());
+}
+
+#[test]
+fn what_leaves_ahead_is_carried_once_it_is_claimed() {
+    let mut carrier = Carrier::default();
+    let lane = carrier.offer();
+    carrier.up(lane);
+    let answer = |sequence| AnswerFrame::new(header(sequence), Ok(Vec::new().into()));
+    (0..4).for_each(|sequence| carrier.carry_ahead(&header(sequence)));
+    // One that is answered first, one afterwards, one that asks nothing, one that is not claimed in time.
+    assert!(carrier.answered(answer(0)).is_none());
+    assert!(matches!(carrier.claim(&header(0), || 0), Claim::Answered(early) if early.header == answer(0).header));
+    assert!(matches!(carrier.claim(&header(1), || 1), Claim::Carried));
+    assert!(carrier.answered(answer(1)).is_some());
+    carrier.forget(&header(2));
+    assert!(matches!(carrier.claim(&header(2), || 2), Claim::None));
+    assert!(matches!(carrier.claim(&header(5), || 5), Claim::None), "it has not left");
+    (10..12).for_each(|sequence| carrier.carry_ahead(&header(sequence)));
+    assert!(matches!(carrier.claim(&header(10), || 10), Claim::Carried));
+    assert_eq!(carrier.fail(lane), Some(vec![10]));
+    assert!(matches!(carrier.claim(&header(3), || 3), Claim::None), "it goes again");
+    let lane = carrier.offer();
+    carrier.up(lane);
+    (0..LANE_FRAMES_MAX as u32).for_each(|sequence| carrier.carry_ahead(&header(sequence)));
+    assert!(!carrier.has_room());
 }
 
 #[test]

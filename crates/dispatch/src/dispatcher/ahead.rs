@@ -1,0 +1,138 @@
+//! Rows that leave for their experts before the processor knows which those are: a GPU splits them by the choices that it has just
+//! made, and lanes carry its shares. What each of them asks is worked out here meanwhile.
+
+use std::sync::Arc;
+
+use moesaic_kernels::cuda::{GpuBytes, GpuError, NOBODY, Split};
+use moesaic_proto::ExpertId;
+
+use super::{Inner, Layer, Turn};
+use crate::frame::{AheadFrame, Header, RequestFrame, Rows};
+use crate::nccl::{SLOT_ROWS, SLOT_TABLE_BYTES};
+use crate::plan::Part;
+use crate::tracker::Destination;
+
+/// A layer call whose rows have left, in part at least. Whoever drops it without a call of [`super::Dispatcher::dispatch_layer`]
+/// wants none of their answers.
+pub struct Ahead {
+    inner: Arc<Inner>,
+    /// Until the call is made.
+    pub(super) turn: Option<Turn>,
+    /// Where frames have gone of which it is not known yet what they ask.
+    sent: Vec<(u32, Destination, AheadFrame)>,
+}
+
+impl Ahead {
+    /// `split` has the GPU split the rows. `None`: none of them leave ahead, as there are no lanes, or it would not pay.
+    pub(super) fn send<E>(
+        inner: &Arc<Inner>,
+        layer: &Layer,
+        rows: usize,
+        split: impl FnOnce(&Split<'_>) -> Result<Option<GpuBytes>, E>,
+    ) -> Result<Option<Self>, E> {
+        let (experts, width, group_size) = (inner.config.experts, inner.config.hidden, inner.config.group_size());
+        let all = (0..experts as u16).map(ExpertId);
+        let Some(turn) = inner.begin(layer.layer, all.clone()) else { return Ok(None) };
+        let Turn { ways, holders, .. } = &turn;
+        let workers = 0..ways.placement().workers().len() as u32;
+        let takers: Vec<u32> = workers.filter(|worker| holders.contains(worker)).collect();
+        let has_lane = |to| inner.views().edge(to).is_some_and(|edge| edge.has_lane());
+        let are_ready = takers.iter().all(|worker| ways.destination(*worker).is_some_and(has_lane));
+        if takers.is_empty() || !are_ready || !pays(rows, layer.top_k, takers.len()) {
+            return Ok(None);
+        }
+        let taker = |holder: &u32| takers.binary_search(holder).map_or(NOBODY, |taker| taker as u32);
+        let owners: Vec<u32> = holders.iter().map(taker).collect();
+        let shape = Split { owners: &owners, takers: takers.len(), room: SLOT_ROWS, top_k: layer.top_k, width };
+        let Some(shares) = split(&shape)? else { return Ok(None) };
+        let shares = shares.cut(std::iter::repeat_n(shape.share_bytes(), takers.len()));
+        let mut sent = Vec::with_capacity(takers.len());
+        for (worker, share) in takers.iter().zip(shares) {
+            let Some(to) = ways.destination(*worker) else { continue };
+            let sequence = inner.core().tracker.number(layer.micro_batch);
+            let header = Header { sequence, ..inner.header(ways.epoch(), layer.layer, layer.micro_batch) };
+            let asked = all.clone().filter(|expert| holders[usize::from(expert.0)] == *worker);
+            let frame = AheadFrame::new(header, &shape, share, group_size, asked).within(layer.traceparent.clone());
+            if inner.views().edge(to).is_some_and(|edge| edge.send_ahead(frame.clone())) {
+                sent.push((*worker, to.clone(), frame));
+            }
+        }
+        Ok(Some(Self { inner: inner.clone(), turn: Some(turn), sent }))
+    }
+
+    /// What has left of a worker's parts: the first.
+    fn take(&mut self, worker: u32) -> Option<AheadFrame> {
+        let at = self.sent.iter().position(|(taker, ..)| *taker == worker)?;
+        Some(self.sent.swap_remove(at).2)
+    }
+}
+
+/// The frames of a call's parts, in order, and for whom they are: those that have left have their number, and their rows where they left.
+pub(super) fn frames(
+    mut parts: Vec<Part>,
+    rows: Rows<'_>,
+    header: Header,
+    hidden: usize,
+    mut ahead: Option<&mut Ahead>,
+) -> Result<Vec<(u32, RequestFrame)>, GpuError> {
+    let mut take = |part: &Part| ahead.as_mut().and_then(|ahead| ahead.take(part.worker));
+    let left: Vec<_> = parts.iter().map(&mut take).collect();
+    let mut others: Vec<_> =
+        parts.iter_mut().zip(&left).filter(|(_, left)| left.is_none()).map(|(part, _)| part).collect();
+    let shared = if others.is_empty() { Vec::new() } else { rows.shared(hidden, &mut others)? };
+    let mut shared = shared.into_iter();
+    let frame = |(Part { worker, mut content }, left): (Part, Option<AheadFrame>)| {
+        let frame = match left {
+            None => RequestFrame::new(header, shared.next()?, hidden, content),
+            Some(left) => {
+                let rows = content.rows.len();
+                content.rows = (0..rows as u32).collect();
+                RequestFrame::new(*left.header(), left.activations(rows, hidden), hidden, content).numbered()
+            }
+        };
+        Some((worker, frame))
+    };
+    Ok(parts.into_iter().zip(left).filter_map(frame).collect())
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        let views = self.inner.views();
+        for (_, to, frame) in &self.sent {
+            if let Some(edge) = views.edge(to) {
+                edge.forget(frame.header());
+            }
+        }
+    }
+}
+
+/// Whether that many rows are for most of the workers, so that few slots are sent for nothing, and seldom more for one than a slot
+/// has room for: by what a row's choices would be if all experts were chosen alike.
+fn pays(rows: usize, top_k: usize, workers: usize) -> bool {
+    let elsewhere = 1.0 - 1.0 / workers as f64;
+    let of_row = 1.0 - elsewhere.powi(top_k as i32);
+    let of_any = 1.0 - elsewhere.powi((rows * top_k) as i32);
+    let mean = rows as f64 * of_row;
+    let fits = mean + (mean * (1.0 - of_row)).sqrt() <= SLOT_ROWS as f64;
+    of_any >= ASKED_MIN && fits && rows <= Split::ROWS_MAX && Split::table_bytes(SLOT_ROWS, top_k) <= TABLE_MAX
+}
+
+/// Of the slots that are sent, so many should have rows.
+const ASKED_MIN: f64 = 0.75;
+/// The rest is for a frame's message.
+const TABLE_MAX: usize = SLOT_TABLE_BYTES / 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_pays_is_a_batch_for_most_workers_and_no_more_than_slots_hold() {
+        // 16 workers, top 8: from a few rows up to the batch of which each gets a slot of rows.
+        assert_eq!([1, 2, 3, 4, 32, 64].map(|rows| pays(rows, 8, 16)), [false, false, true, true, true, true]);
+        assert_eq!([96, 128, 512].map(|rows| pays(rows, 8, 16)), [false; 3]);
+        assert_eq!([1, 32, 33, 64].map(|rows| pays(rows, 8, 1)), [true, true, false, false]);
+        assert_eq!([8, 16, 128].map(|rows| pays(rows, 8, 64)), [false, true, true]);
+        assert!(!pays(32, 32, 4));
+    }
+}
