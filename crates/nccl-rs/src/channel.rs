@@ -10,7 +10,8 @@ use crate::error::Error;
 use crate::group::group;
 use crate::library::{Version, version};
 use crate::memory::{DeviceSlice, DeviceSliceMut, Event};
-use crate::shared::{State, pause, rest};
+use crate::rest::{pause, rest};
+use crate::shared::State;
 use crate::unique_id::UniqueId;
 
 mod gpu;
@@ -30,6 +31,9 @@ use gpu::Gpu;
 /// that waits for the whole GPU waits for it: freeing memory, loading a kernel on first use, and what NCCL does as it
 /// closes another channel. Other streams may wait as well, where there are more than `CUDA_DEVICE_MAX_CONNECTIONS`. So
 /// receive when a message is about to come, or end the channels that idle first.
+///
+/// A thread that waits for a message asks for it: 200 us all the time, and then between short sleeps, for whose sake Linux is told
+/// to wake this thread in time (`PR_SET_TIMERSLACK`).
 ///
 /// Dropping it aborts the communicator, which keeps the thread for `close_timeout` at most. What was sent last may then
 /// be lost, unless the other side has said that it came. Memory is freed once the stream is through, on a thread of its

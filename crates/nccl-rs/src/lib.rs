@@ -79,6 +79,7 @@ mod memory;
 mod config;
 mod unique_id;
 
+mod rest;
 mod shared;
 
 mod error;

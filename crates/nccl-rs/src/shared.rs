@@ -18,6 +18,7 @@ use cudarc::nccl::sys::{ncclComm, ncclComm_t};
 use crate::config::Config;
 use crate::error::Error;
 use crate::library::{Api, IN_PROGRESS, SUCCESS};
+use crate::rest::{pause, rest};
 
 /// How a communicator is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -258,13 +259,3 @@ pub fn is_closing() -> bool {
 /// A group is queued in microseconds.
 const SPIN: Duration = Duration::from_micros(100);
 const LONGEST_PAUSE: Duration = Duration::from_millis(5);
-
-/// How long to sleep before asking again: not at all at first, then an eighth of what was waited, so that waiting takes
-/// little more than that longer.
-pub(crate) fn pause(waited: Duration, spin: Duration, longest: Duration) -> Duration {
-    if waited < spin { Duration::ZERO } else { (waited / 8).min(longest) }
-}
-
-pub(crate) fn rest(pause: Duration) {
-    if pause.is_zero() { thread::yield_now() } else { thread::sleep(pause) }
-}

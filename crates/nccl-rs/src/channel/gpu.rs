@@ -14,7 +14,8 @@ use cudarc::driver::{DriverError, result, sys};
 use super::poll;
 use crate::error::Error;
 use crate::memory::{DeviceSlice, DeviceSliceMut, Event, Stream};
-use crate::shared::{Closing, State, rest};
+use crate::rest::rest;
+use crate::shared::{Closing, State};
 
 /// The smallest buffer.
 const SMALLEST: usize = 64 << 10;
