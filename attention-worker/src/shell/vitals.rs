@@ -91,6 +91,8 @@ impl Figures {
     fn dispatch(&self, page: &mut Page) {
         let counts = self.dispatcher.counts();
         page.counter("moesaic_frames_sent_total", "Frames sent to expert workers.", counts.sent);
+        let help = "Of those, frames that left over lanes before it was known which experts they ask.";
+        page.counter("moesaic_frames_ahead_total", help, counts.ahead);
         page.counter("moesaic_frames_resent_total", "Frames sent again after a loss.", counts.resent);
         let help = "Frames sent to a second holder because the first was late.";
         page.counter("moesaic_frames_hedged_total", help, counts.hedged);

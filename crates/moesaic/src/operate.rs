@@ -184,13 +184,14 @@ fn attention(worker: &AttentionStatus) -> String {
     };
     let dispatch = load.dispatch.unwrap_or_default();
     format!(
-        "{head}: {state}, {} running, {} waiting, {} of {} pages free, epoch {}; frames {} sent, {} resent, {} hedged",
+        "{head}: {state}, {} running, {} waiting, {} of {} pages free, epoch {}; frames {} sent, {} ahead, {} resent, {} hedged",
         load.sequences_running,
         load.sequences_waiting,
         load.pages_free,
         load.pages_total,
         load.epoch,
         dispatch.sent,
+        dispatch.ahead,
         dispatch.resent,
         dispatch.hedged,
     )
