@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use moesaic_dispatch::{DispatchError, Dispatcher, Layer, Pending, Route};
+use moesaic_dispatch::{DispatchError, Dispatcher, LayerCall, Pending, Route};
 use moesaic_kernels::Choice;
 use moesaic_kernels::cuda::Split;
 use moesaic_model::Config;
@@ -128,7 +128,7 @@ impl<A: Arithmetic> Decoder<A> {
     ) -> Result<Pending, StepError<A::Failure>> {
         let (stays, top_k) = (self.dispatcher.has_lanes(), self.arithmetic.gate_params().top_k);
         let traceparent = trace.traceparent();
-        let call = Layer { layer: LayerId(layer as u8), micro_batch, top_k, traceparent };
+        let call = LayerCall { layer: LayerId(layer as u8), micro_batch, top_k, traceparent };
         self.profile.time(Time::Gate, || self.arithmetic.gate(layer, &mut b.own)).map_err(StepError::Device)?;
         let ahead = || {
             let split = |split: &Split<'_>| self.arithmetic.split(split, &mut b.own);

@@ -69,7 +69,7 @@ impl DispatchConfig {
 
 /// What is asked of experts: a layer of a micro-batch.
 #[derive(Clone, Debug)]
-pub struct Layer {
+pub struct LayerCall {
     pub layer: LayerId,
     pub micro_batch: u8,
     /// Choices of a row.
@@ -294,25 +294,25 @@ impl Dispatcher {
         top_k: usize,
         routes: &[Route],
     ) -> Result<Pending, DispatchError> {
-        let layer = Layer { layer, micro_batch, top_k, traceparent: None };
-        self.dispatch_layer(&layer, rows, routes, None)
+        let call = LayerCall { layer, micro_batch, top_k, traceparent: None };
+        self.dispatch_layer(&call, rows, routes, None)
     }
 
-    /// Sends a layer's rows off before it is known what they chose, where all workers are reached by lanes: `split` has the GPU split
-    /// them. [`Dispatcher::dispatch_layer`] follows.
+    /// Begins a call, and sends its rows off before it is known what they chose, to workers that are reached by lanes: `split` has the
+    /// GPU split them. [`Dispatcher::dispatch_layer`] follows.
     pub fn send_ahead<E>(
         &self,
-        layer: &Layer,
+        call: &LayerCall,
         rows: usize,
         split: impl FnOnce(&Split<'_>) -> Result<Option<GpuBytes>, E>,
     ) -> Result<Option<Ahead>, E> {
-        Ahead::send(&self.inner, layer, rows, split)
+        Ahead::send(&self.inner, call, rows, split)
     }
 
     /// The same as [`Dispatcher::dispatch`], of rows that may have left ahead.
     pub fn dispatch_layer(
         &self,
-        &Layer { layer, micro_batch, top_k, ref traceparent }: &Layer,
+        &LayerCall { layer, micro_batch, top_k, ref traceparent }: &LayerCall,
         rows: Rows<'_>,
         routes: &[Route],
         mut ahead: Option<Ahead>,
@@ -321,7 +321,7 @@ impl Dispatcher {
         plan::check(&rows, hidden, experts, top_k, routes)?;
         let chosen = || routes.iter().map(|route| route.expert);
         let mut layout = Layout::new(hidden, rows.value_bytes(), self.inner.config.group_size(), top_k);
-        if ahead.is_some() {
+        if ahead.as_ref().is_some_and(|ahead| !ahead.is_empty()) {
             // What has left are the first rows of each worker.
             layout.rows_max = SLOT_ROWS;
         }

@@ -27,7 +27,7 @@ pub mod error;
 mod fake;
 
 pub use combine::CombineOps;
-pub use dispatcher::{Addends, Ahead, DispatchConfig, Dispatcher, Holder, Layer, Pending, Route};
+pub use dispatcher::{Addends, Ahead, DispatchConfig, Dispatcher, Holder, LayerCall, Pending, Route};
 pub use error::{Cause, DispatchError};
 pub use frame::{Activations, AnswerFrame, FrameError, Refusal, RequestFrame, Rows, Shape};
 pub use local::{ExpertHost, Hub, ReplySender};

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use moesaic_kernels::cuda::{GpuBytes, GpuError, NOBODY, Split};
 use moesaic_proto::ExpertId;
 
-use super::{Inner, Layer, Turn};
+use super::{Inner, LayerCall, Turn};
 use crate::frame::{AheadFrame, Header, RequestFrame, Rows};
 use crate::nccl::{SLOT_ROWS, SLOT_TABLE_BYTES};
 use crate::plan::Part;
 use crate::tracker::Destination;
 
-/// A layer call whose rows have left, in part at least. Whoever drops it without a call of [`super::Dispatcher::dispatch_layer`]
-/// wants none of their answers.
+/// A layer call that has begun, and what of its rows has left. Whoever drops it without [`super::Dispatcher::dispatch_layer`] wants
+/// none of their answers.
 pub struct Ahead {
     inner: Arc<Inner>,
     /// Until the call is made.
@@ -23,41 +23,48 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// `split` has the GPU split the rows. `None`: none of them leave ahead, as there are no lanes, or it would not pay.
+    /// `split` has the GPU split the rows, if it has room. Nothing leaves where there are no lanes, or where it would not pay; there is
+    /// no call without a placement.
     pub(super) fn send<E>(
         inner: &Arc<Inner>,
-        layer: &Layer,
+        call: &LayerCall,
         rows: usize,
         split: impl FnOnce(&Split<'_>) -> Result<Option<GpuBytes>, E>,
     ) -> Result<Option<Self>, E> {
         let (experts, width, group_size) = (inner.config.experts, inner.config.hidden, inner.config.group_size());
         let all = (0..experts as u16).map(ExpertId);
-        let Some(turn) = inner.begin(layer.layer, all.clone()) else { return Ok(None) };
-        let Turn { ways, holders, .. } = &turn;
-        let workers = 0..ways.placement().workers().len() as u32;
-        let takers: Vec<u32> = workers.filter(|worker| holders.contains(worker)).collect();
+        let Some(turn) = inner.begin(call.layer, all.clone()) else { return Ok(None) };
+        let (ways, holders) = (turn.ways.clone(), turn.holders.clone());
+        let mut ahead = Self { inner: inner.clone(), turn: Some(turn), sent: Vec::new() };
+        let mut asked = holders.clone();
+        asked.sort_unstable();
+        asked.dedup();
         let has_lane = |to| inner.views().edge(to).is_some_and(|edge| edge.has_lane());
-        let are_ready = takers.iter().all(|worker| ways.destination(*worker).is_some_and(has_lane));
-        if takers.is_empty() || !are_ready || !pays(rows, layer.top_k, takers.len()) {
-            return Ok(None);
+        let takers = asked.iter().copied().filter(|worker| ways.destination(*worker).is_some_and(has_lane));
+        let takers: Vec<u32> = takers.collect();
+        if takers.is_empty() || !pays(rows, call.top_k, asked.len()) {
+            return Ok(Some(ahead));
         }
         let taker = |holder: &u32| takers.binary_search(holder).map_or(NOBODY, |taker| taker as u32);
         let owners: Vec<u32> = holders.iter().map(taker).collect();
-        let shape = Split { owners: &owners, takers: takers.len(), room: SLOT_ROWS, top_k: layer.top_k, width };
-        let Some(shares) = split(&shape)? else { return Ok(None) };
+        let shape = Split { owners: &owners, takers: takers.len(), room: SLOT_ROWS, top_k: call.top_k, width };
+        let Some(shares) = split(&shape)? else { return Ok(Some(ahead)) };
         let shares = shares.cut(std::iter::repeat_n(shape.share_bytes(), takers.len()));
-        let mut sent = Vec::with_capacity(takers.len());
         for (worker, share) in takers.iter().zip(shares) {
             let Some(to) = ways.destination(*worker) else { continue };
-            let sequence = inner.core().tracker.number(layer.micro_batch);
-            let header = Header { sequence, ..inner.header(ways.epoch(), layer.layer, layer.micro_batch) };
-            let asked = all.clone().filter(|expert| holders[usize::from(expert.0)] == *worker);
-            let frame = AheadFrame::new(header, &shape, share, group_size, asked).within(layer.traceparent.clone());
+            let sequence = inner.core().tracker.number(call.micro_batch);
+            let header = Header { sequence, ..inner.header(ways.epoch(), call.layer, call.micro_batch) };
+            let own = all.clone().filter(|expert| holders[usize::from(expert.0)] == *worker);
+            let frame = AheadFrame::new(header, &shape, share, group_size, own).within(call.traceparent.clone());
             if inner.views().edge(to).is_some_and(|edge| edge.send_ahead(frame.clone())) {
-                sent.push((*worker, to.clone(), frame));
+                ahead.sent.push((*worker, to.clone(), frame));
             }
         }
-        Ok(Some(Self { inner: inner.clone(), turn: Some(turn), sent }))
+        Ok(Some(ahead))
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.sent.is_empty()
     }
 
     /// What has left of a worker's parts: the first.
@@ -82,17 +89,16 @@ pub(super) fn frames(
     let shared = if others.is_empty() { Vec::new() } else { rows.shared(hidden, &mut others)? };
     let mut shared = shared.into_iter();
     let frame = |(Part { worker, mut content }, left): (Part, Option<AheadFrame>)| {
-        let frame = match left {
-            None => RequestFrame::new(header, shared.next()?, hidden, content),
-            Some(left) => {
-                let rows = content.rows.len();
-                content.rows = (0..rows as u32).collect();
-                RequestFrame::new(*left.header(), left.activations(rows, hidden), hidden, content).numbered()
-            }
+        let Some(left) = left else {
+            let activations = shared.next().expect("all parts that have not left have rows");
+            return (worker, RequestFrame::new(header, activations, hidden, content));
         };
-        Some((worker, frame))
+        let rows = content.rows.len();
+        content.rows = (0..rows as u32).collect();
+        let activations = left.activations(rows, hidden);
+        (worker, RequestFrame::new(*left.header(), activations, hidden, content).numbered())
     };
-    Ok(parts.into_iter().zip(left).filter_map(frame).collect())
+    Ok(parts.into_iter().zip(left).map(frame).collect())
 }
 
 impl Drop for Ahead {
