@@ -20,6 +20,8 @@ pub trait Arithmetic {
     type Buffers;
     /// Of the device: after one it computes nothing more.
     type Failure: std::error::Error + Send + Sync + 'static;
+    /// Whether a device does what is queued here, beside the processor.
+    const QUEUES: bool;
 
     fn config(&self) -> &Config;
     fn gate_params(&self) -> &GateParams;
@@ -32,7 +34,7 @@ pub trait Arithmetic {
     fn attend(&self, layer: usize, parts: &[Part], b: &mut Self::Buffers) -> Result<(), Self::Failure>;
     /// x = norm(h)
     fn norm(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;
-    /// Has the device choose the experts that each row of x goes to, if it computes beside the processor.
+    /// Has the device choose the experts that each row of x goes to, if there is one.
     fn gate(&self, _layer: usize, _b: &mut Self::Buffers) -> Result<(), Self::Failure> {
         Ok(())
     }
@@ -40,15 +42,17 @@ pub trait Arithmetic {
     fn split(&self, _split: &Split<'_>, _b: &mut Self::Buffers) -> Result<Option<GpuBytes>, Self::Failure> {
         Ok(None)
     }
-    /// Appends the experts that each row of x goes to, after [`Arithmetic::gate`]. `stays`: x need not leave the device that computes.
-    fn choose(
-        &self,
-        layer: usize,
-        stays: bool,
-        b: &mut Self::Buffers,
-        choices: &mut Vec<Choice>,
-    ) -> Result<(), Self::Failure>;
-    /// x, for experts; after [`Arithmetic::choose`], which has said whether it stays.
+    /// Has it send them here, and x, unless that `stays`.
+    fn fetch(&self, _stays: bool, _b: &mut Self::Buffers) -> Result<(), Self::Failure> {
+        Ok(())
+    }
+    /// Whether what was fetched has come.
+    fn has_come(&self, _b: &Self::Buffers) -> Result<bool, Self::Failure> {
+        Ok(true)
+    }
+    /// Appends the experts that each row of x goes to, once they have come.
+    fn choose(&self, layer: usize, b: &mut Self::Buffers, choices: &mut Vec<Choice>) -> Result<(), Self::Failure>;
+    /// x, for experts; after [`Arithmetic::choose`], where it was said whether it stays.
     fn rows<'a>(&'a self, stays: bool, b: &'a mut Self::Buffers) -> Rows<'a>;
     /// ffn(x), or shared(x) if there is any.
     fn dense(&self, layer: usize, b: &mut Self::Buffers) -> Result<(), Self::Failure>;

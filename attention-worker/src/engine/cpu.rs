@@ -165,6 +165,7 @@ impl Cpu {
 impl Arithmetic for Cpu {
     type Buffers = Buffers;
     type Failure = Infallible;
+    const QUEUES: bool = false;
 
     fn config(&self) -> &Config {
         self.weights.config()
@@ -200,7 +201,7 @@ impl Arithmetic for Cpu {
         Ok(())
     }
 
-    fn choose(&self, layer: usize, _: bool, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), Infallible> {
+    fn choose(&self, layer: usize, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), Infallible> {
         if let Mlp::Moe { gate, bias, .. } = &self.weights.layers[layer].mlp {
             self.linear(gate, &b.x, &mut b.gate);
             for logits in b.gate.chunks_exact(gate.out_features()) {

@@ -8,10 +8,10 @@ use std::time::Instant;
 
 use moesaic_dispatch::{DispatchError, Dispatcher, LayerCall, Pending, Route};
 use moesaic_kernels::Choice;
-use moesaic_kernels::cuda::Split;
 use moesaic_model::Config;
 use moesaic_node::trace::{Kind, Span as Trace};
 use moesaic_proto::{ExpertId, LayerId};
+use tokio::task::yield_now;
 
 use super::arithmetic::{Arithmetic, Asked, Experts, Reading};
 use super::expert_counts::ExpertCounts;
@@ -84,32 +84,38 @@ impl<A: Arithmetic> Decoder<A> {
         b: &mut Buffers<A::Buffers>,
         trace: &Trace,
     ) -> Result<(), StepError<A::Failure>> {
-        let (a, profile) = (&self.arithmetic, &self.profile);
         let rows = parts.iter().map(|part| part.tokens.len()).sum();
-        profile.time(Time::Rest, || a.embed(parts, &mut b.own)).map_err(StepError::Device)?;
+        self.part(Time::Rest, |a| a.embed(parts, &mut b.own))?;
         for layer in 0..self.config().num_hidden_layers {
             let mut trace = trace.child(Kind::Internal, "layer");
             trace.set("moesaic.layer", layer as i64);
-            profile.time(Time::Attention, || a.attend(layer, parts, &mut b.own)).map_err(StepError::Device)?;
-            profile.time(Time::Rest, || a.norm(layer, &mut b.own)).map_err(StepError::Device)?;
+            self.part(Time::Attention, |a| a.attend(layer, parts, &mut b.own))?;
+            self.part(Time::Rest, |a| a.norm(layer, &mut b.own))?;
             trace.event("attended");
-            let away = match self.config().is_moe(layer) {
-                true => Some(self.send(micro_batch, layer, rows, b, &trace).inspect_err(|error| trace.fail(error))?),
-                false => None,
-            };
-            profile.time(Time::Dense, || a.dense(layer, &mut b.own)).map_err(StepError::Device)?;
             let mut experts = None;
-            if let Some(away) = away {
+            if self.config().is_moe(layer) {
+                let away = self.send(micro_batch, layer, rows, b, &trace).await;
+                let away = away.inspect_err(|error| trace.fail(error))?;
+                if !A::QUEUES {
+                    self.part(Time::Dense, |a| a.dense(layer, &mut b.own))?;
+                }
                 let start = Instant::now();
                 let addends = away.addends().await;
                 let addends = addends.inspect_err(|error| trace.fail(error)).map_err(StepError::Experts)?;
-                profile.add(Time::Wait, start.elapsed());
+                self.profile.add(Time::Wait, start.elapsed());
                 experts = Some(Experts { addends, room: &mut b.sums });
+            } else {
+                self.part(Time::Dense, |a| a.dense(layer, &mut b.own))?;
             }
-            profile.time(Time::Rest, || a.add(layer, experts, &mut b.own)).map_err(StepError::Device)?;
+            self.part(Time::Rest, |a| a.add(layer, experts, &mut b.own))?;
         }
-        profile.count_step(rows);
+        self.profile.count_step(rows);
         Ok(())
+    }
+
+    /// Does a part of a step.
+    fn part<R>(&self, part: Time, work: impl FnOnce(&A) -> Result<R, A::Failure>) -> Result<R, StepError<A::Failure>> {
+        self.profile.time(part, || work(&self.arithmetic)).map_err(StepError::Device)
     }
 
     /// Reads some rows of the micro-batch that `b` was last used for.
@@ -117,8 +123,8 @@ impl<A: Arithmetic> Decoder<A> {
         self.profile.time(Time::Head, || self.arithmetic.read(asked, &mut b.own))
     }
 
-    /// Chooses experts, and sends them their rows.
-    fn send(
+    /// Chooses experts, and sends them their rows. Where a device does what is queued, shared experts are queued in between.
+    async fn send(
         &self,
         micro_batch: u8,
         layer: usize,
@@ -129,13 +135,23 @@ impl<A: Arithmetic> Decoder<A> {
         let (stays, top_k) = (self.dispatcher.has_lanes(), self.arithmetic.gate_params().top_k);
         let traceparent = trace.traceparent();
         let call = LayerCall { layer: LayerId(layer as u8), micro_batch, top_k, traceparent };
-        self.profile.time(Time::Gate, || self.arithmetic.gate(layer, &mut b.own)).map_err(StepError::Device)?;
-        let ahead = || {
-            let split = |split: &Split<'_>| self.arithmetic.split(split, &mut b.own);
-            if stays { self.dispatcher.send_ahead(&call, rows, split) } else { Ok(None) }
-        };
-        let ahead = self.profile.time(Time::Dispatch, ahead).map_err(StepError::Device)?;
-        self.profile.time(Time::Gate, || self.choose(layer, stays, b)).map_err(StepError::Device)?;
+        self.part(Time::Gate, |a| a.gate(layer, &mut b.own))?;
+        let mut ahead = None;
+        if stays {
+            let split = |a: &A| self.dispatcher.send_ahead(&call, rows, |split| a.split(split, &mut b.own));
+            ahead = self.part(Time::Dispatch, split)?;
+        }
+        self.part(Time::Gate, |a| a.fetch(stays, &mut b.own))?;
+        if A::QUEUES {
+            // The device has something to do while the choices come, and rows are sent off.
+            self.part(Time::Dense, |a| a.dense(layer, &mut b.own))?;
+        }
+        let start = Instant::now();
+        while !self.arithmetic.has_come(&b.own).map_err(StepError::Device)? {
+            yield_now().await;
+        }
+        self.choose(layer, b).map_err(StepError::Device)?;
+        self.profile.add(Time::Gate, start.elapsed());
         let len = rows * self.config().hidden_size;
         b.sums.reserve_exact(len.saturating_sub(b.sums.len()));
         b.sums.resize(len, 0.0);
@@ -147,9 +163,9 @@ impl<A: Arithmetic> Decoder<A> {
     }
 
     /// The experts that each row goes to.
-    fn choose(&self, layer: usize, stays: bool, b: &mut Buffers<A::Buffers>) -> Result<(), A::Failure> {
+    fn choose(&self, layer: usize, b: &mut Buffers<A::Buffers>) -> Result<(), A::Failure> {
         b.choices.clear();
-        self.arithmetic.choose(layer, stays, &mut b.own, &mut b.choices)?;
+        self.arithmetic.choose(layer, &mut b.own, &mut b.choices)?;
         b.routes.clear();
         b.routes.extend(b.choices.iter().map(|c| Route { expert: ExpertId(c.expert), weight: c.weight }));
         b.chosen.clear();

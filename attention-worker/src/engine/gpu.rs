@@ -1,5 +1,5 @@
-//! The layers on a GPU, in bf16: everything is queued, and waited for where a layer's experts have been chosen and where tokens are
-//! drawn. All tokens attend in the absorbed form.
+//! The layers on a GPU, in bf16: everything is queued, and waited for where tokens are drawn. Where a layer's experts are chosen the
+//! processor asks until they have come; other micro-batches are queued meanwhile. All tokens attend in the absorbed form.
 
 mod weights;
 
@@ -7,8 +7,8 @@ use std::cell::RefCell;
 
 use moesaic_dispatch::{Addends, Rows, Values};
 use moesaic_kernels::cuda::{
-    self, Append, Attend, Buffer, Device, Drawn, GpuBytes, GpuError, Normed, Pages, Parcel, Part as Place, Returned,
-    Rotate, Routed, Split as Shares, Strides, View,
+    self, Append, Attend, Buffer, Device, Drawn, GpuBytes, GpuError, Mark, Normed, Pages, Parcel, Part as Place,
+    Returned, Rotate, Routed, Split as Shares, Strides, View,
 };
 use moesaic_kernels::{Choice, Edit, GateParams, PAGE_TOKENS, bf16};
 use moesaic_model::{Checkpoint, Config, ModelError};
@@ -81,6 +81,8 @@ pub struct Buffers {
     /// Which rows go to which workers.
     picks: Option<Parcel>,
     owners: Option<Parcel>,
+    /// Behind the choices, on their way here.
+    fetched: Option<Mark>,
     /// What experts have answered on the GPU, and how it is added up, until that is through.
     answers: Vec<GpuBytes>,
     addends: Option<Parcel>,
@@ -255,16 +257,6 @@ impl Gpu {
         Ok(sums)
     }
 
-    /// ffn(x), or shared(x) if there is any.
-    fn queue_dense(&self, layer: usize, b: &Buffers) -> Result<(), GpuError> {
-        let (ffn, y) = match &self.weights.layers[layer].mlp {
-            Mlp::Dense(ffn) => (ffn, &b.y),
-            Mlp::Moe { shared: Some(ffn), .. } => (ffn, &b.shared),
-            Mlp::Moe { shared: None, .. } => return Ok(()),
-        };
-        ffn.queue(&self.device, b.row_count(), b.x.view(), b.wide.view(), y.view())
-    }
-
     fn queries(&self, query: &Query, step: &Step, b: &Buffers) -> Result<(), GpuError> {
         let (device, rows) = (&self.device, step.rows);
         match query {
@@ -290,6 +282,7 @@ impl Gpu {
 impl Arithmetic for Gpu {
     type Buffers = Buffers;
     type Failure = GpuError;
+    const QUEUES: bool = true;
 
     fn config(&self) -> &Config {
         self.weights.config()
@@ -328,6 +321,7 @@ impl Arithmetic for Gpu {
             experts: Parcel::new(device, Parcel::room(&[hidden * 4]))?,
             picks: None,
             owners: None,
+            fetched: None,
             answers: Vec::new(),
             addends: None,
             step: None,
@@ -417,18 +411,27 @@ impl Arithmetic for Gpu {
         GpuError::if_room(shares)
     }
 
-    fn choose(&self, layer: usize, stays: bool, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), GpuError> {
-        let (c, device, rows, of_row) = (self.config(), &self.device, b.row_count(), self.weights.choices_of_row());
-        device.queue_return(b.routed.view(), &mut b.choices, rows * of_row)?;
+    fn fetch(&self, stays: bool, b: &mut Buffers) -> Result<(), GpuError> {
+        let (device, rows) = (&self.device, b.row_count());
+        device.queue_return(b.routed.view(), &mut b.choices, rows * self.weights.choices_of_row())?;
         if !stays {
-            device.queue_return(b.x.view(), &mut b.rows, rows * c.hidden_size)?;
+            device.queue_return(b.x.view(), &mut b.rows, rows * self.config().hidden_size)?;
         }
-        let chosen = device.mark()?;
-        // The GPU has something to do while rows are sent off.
-        self.queue_dense(layer, b)?;
-        chosen.wait()?;
+        b.fetched = Some(device.mark()?);
+        Ok(())
+    }
+
+    fn has_come(&self, b: &Buffers) -> Result<bool, GpuError> {
+        b.fetched.as_ref().map_or(Ok(true), Mark::is_past)
+    }
+
+    fn choose(&self, _: usize, b: &mut Buffers, choices: &mut Vec<Choice>) -> Result<(), GpuError> {
+        if let Some(fetched) = b.fetched.take() {
+            fetched.wait()?;
+        }
         b.answers.clear();
-        choices.extend(b.choices.values()[..rows * of_row].iter().map(|routed| Choice::from(*routed)));
+        let count = b.row_count() * self.weights.choices_of_row();
+        choices.extend(b.choices.values()[..count].iter().map(|routed| Choice::from(*routed)));
         Ok(())
     }
 
@@ -442,8 +445,12 @@ impl Arithmetic for Gpu {
     }
 
     fn dense(&self, layer: usize, b: &mut Buffers) -> Result<(), GpuError> {
-        // Shared experts are queued by then.
-        if self.config().is_moe(layer) { Ok(()) } else { self.queue_dense(layer, b) }
+        let (ffn, y) = match &self.weights.layers[layer].mlp {
+            Mlp::Dense(ffn) => (ffn, &b.y),
+            Mlp::Moe { shared: Some(ffn), .. } => (ffn, &b.shared),
+            Mlp::Moe { shared: None, .. } => return Ok(()),
+        };
+        ffn.queue(&self.device, b.row_count(), b.x.view(), b.wide.view(), y.view())
     }
 
     fn add(&self, layer: usize, experts: Option<Experts<'_>>, b: &mut Buffers) -> Result<(), GpuError> {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 pub enum Part {
     /// Projections, cache and attention.
     Attention,
+    /// Until the experts are chosen: on a GPU, until it has done what was queued before. Other micro-batches are queued meanwhile.
     Gate,
     /// Sending rows to experts. Workers of this process compute them meanwhile.
     Dispatch,

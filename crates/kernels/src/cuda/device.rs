@@ -314,6 +314,14 @@ unsafe impl Gpu for CudaGpu {
         Ok(event as u64)
     }
 
+    unsafe fn is_past(&self, mark: u64) -> Result<bool, GpuError> {
+        // SAFETY: the caller's promise.
+        self.with("computing", || match unsafe { sys::cuEventQuery(mark as sys::CUevent) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => other.result().map(|()| true),
+        })
+    }
+
     unsafe fn wait_for(&self, mark: u64) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
         self.with("computing", || unsafe { result::event::synchronize(mark as sys::CUevent) })

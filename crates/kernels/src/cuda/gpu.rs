@@ -107,7 +107,9 @@ pub unsafe trait Gpu: Send + Sync + fmt::Debug {
     fn finish(&self) -> Result<(), GpuError>;
     /// The end of what is queued, by a number: the driver's event.
     fn mark(&self) -> Result<u64, GpuError>;
-    /// Returns once the GPU has come by a mark.
+    /// Whether the GPU has come by a mark.
+    unsafe fn is_past(&self, mark: u64) -> Result<bool, GpuError>;
+    /// Returns once it has.
     unsafe fn wait_for(&self, mark: u64) -> Result<(), GpuError>;
     unsafe fn forget_mark(&self, mark: u64);
 }

@@ -16,9 +16,14 @@ struct Kept {
 }
 
 impl Mark {
+    pub fn is_past(&self) -> Result<bool, GpuError> {
+        // SAFETY: the number is this GPU's, and not forgotten yet.
+        unsafe { self.0.gpu.is_past(self.0.number) }
+    }
+
     /// Keeps the caller until the GPU has come by.
     pub fn wait(&self) -> Result<(), GpuError> {
-        // SAFETY: the number is this GPU's, and not forgotten yet.
+        // SAFETY: as above.
         unsafe { self.0.gpu.wait_for(self.0.number) }
     }
 

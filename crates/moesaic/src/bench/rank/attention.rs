@@ -92,8 +92,13 @@ impl Rank<'_> {
         let mut b = gpu.buffers()?;
         let mut choices = Vec::new();
         let gates = |b: &mut Buffers, layer: usize, choices: &mut Vec<_>| {
+            if !gpu.config().is_moe(layer) {
+                return Ok(());
+            }
             choices.clear();
-            gpu.choose(layer, true, b, choices)
+            gpu.gate(layer, b)?;
+            gpu.fetch(true, b)?;
+            gpu.choose(layer, b, choices)
         };
         let asked: Vec<Asked> = (0..self.parts.len()).map(asked).collect();
         let head = |b: &mut Buffers| asked.chunks(gpu.logit_rows()).try_for_each(|asked| gpu.read(asked, b).map(drop));
