@@ -126,9 +126,10 @@ pub fn settle() {
     }
 }
 
-/// What a Hello says of it.
+/// What a Hello says of it, and of the slots: lanes are between equals.
 pub fn version_of(fabric: Option<&Arc<dyn Fabric>>) -> String {
-    fabric.map_or_else(String::new, |fabric| fabric.version())
+    let layout = String::from_utf8_lossy(&core::LAYOUT);
+    fabric.map_or_else(String::new, |fabric| format!("{} ({layout})", fabric.version()))
 }
 
 /// Bytes of a slot of rows of so many.

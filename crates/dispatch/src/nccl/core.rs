@@ -72,7 +72,9 @@ pub enum Kind {
     Ahead = 3,
 }
 
-const MAGIC: u32 = u32::from_le_bytes(*b"MSL2");
+/// How slots are laid out; the last byte counts how often that has changed.
+pub const LAYOUT: [u8; 4] = *b"MSL3";
+const MAGIC: u32 = u32::from_le_bytes(LAYOUT);
 
 const ROWS_ALIGNMENT: usize = 256;
 

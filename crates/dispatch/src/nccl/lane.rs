@@ -455,15 +455,13 @@ fn taken_ahead(start: &[u8], load: Load, slot_bytes: usize) -> Result<(v1::Frame
     let message = Bytes::copy_from_slice(&start[Head::LEN..message_end]);
     let frame = v1::Frame::decode(message).map_err(|error| error.to_string())?;
     let top_k = frame.choices.as_ref().ok_or("a slot that was sent ahead says no choices")?.top_k as usize;
-    let table = (top_k <= SLOT_TABLE_BYTES)
-        .then(|| SLOT_TABLE_BYTES.checked_sub(Split::table_bytes(SLOT_ROWS, top_k)))
-        .flatten()
-        .filter(|table| *table >= message_end)
-        .map(|table| &start[table..]);
-    let (count, choices) = table
-        .and_then(|table| Some((table.first_chunk::<4>()?, table.get(Split::CHOICES..)?)))
-        .ok_or_else(|| format!("a slot has no room for a table of {SLOT_ROWS} rows with {top_k} choices each"))?;
-    let count = u32::from_le_bytes(*count) as usize;
+    // Of so many choices none has room.
+    let table_bytes = Split::table_bytes(SLOT_ROWS, top_k.min(SLOT_TABLE_BYTES));
+    let at = SLOT_TABLE_BYTES.checked_sub(table_bytes).filter(|at| *at >= message_end);
+    let at =
+        at.ok_or_else(|| format!("a slot has no room for a table of {SLOT_ROWS} rows with {top_k} choices each"))?;
+    let (count, choices) = start[at..].split_at(Split::CHOICES);
+    let count = count.first_chunk().map_or(0, |count| u32::from_le_bytes(*count)) as usize;
     if count > SLOT_ROWS {
         return Err(format!("a slot that was sent ahead has {count} rows; expected at most {SLOT_ROWS}"));
     }
