@@ -95,7 +95,11 @@ EDGES = Dashboard(
             [
                 Panel(
                     "Frames sent, a second",
-                    [(rate("moesaic_frames_sent_total", by="namespace, pod"), "{{namespace}}/{{pod}}")],
+                    [
+                        (rate("moesaic_frames_sent_total", by="namespace, pod"), "{{namespace}}/{{pod}}"),
+                        (rate("moesaic_frames_ahead_total", by="namespace, pod"), "{{namespace}}/{{pod}}, ahead"),
+                    ],
+                    about="Ahead: over lanes, before it was known which experts were chosen.",
                 ),
                 Panel(
                     "Share sent again or twice",
