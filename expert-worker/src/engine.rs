@@ -181,7 +181,7 @@ impl Engine {
         }
         // What comes meanwhile is computed together.
         if let Err(error) = scratch.finish() {
-            self.refusal(&error);
+            self.lose_gpu(&error);
         }
         self.profile.add(start.elapsed(), terms);
     }
@@ -191,9 +191,13 @@ impl Engine {
         if matches!(error, GpuError::Full { .. }) {
             return Refusal::new(RefusalReason::Busy, error.to_string());
         }
+        self.lose_gpu(error);
+        Refusal::new(RefusalReason::Stopping, format!("the worker's GPU has failed: {error}"))
+    }
+
+    fn lose_gpu(&self, error: &GpuError) {
         tracing::error!(%error, "the GPU has failed: this worker ends");
         self.stop();
-        Refusal::new(RefusalReason::Stopping, format!("the worker's GPU has failed: {error}"))
     }
 }
 

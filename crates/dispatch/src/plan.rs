@@ -101,13 +101,18 @@ pub fn check(x: &Rows<'_>, hidden: usize, experts: usize, top_k: usize, routes: 
     Ok(())
 }
 
+/// A row's choices, ascending by expert, by their logical groups.
+fn by_group<T>(row: &[T], group_size: usize, expert: impl Fn(&T) -> ExpertId) -> impl Iterator<Item = &[T]> {
+    let group_of = move |choice: &T| usize::from(expert(choice).0) / group_size;
+    row.chunk_by(move |a, b| group_of(a) == group_of(b))
+}
+
 /// Splits `routes` ([rows * top_k], each row's experts ascending); `holder` gives each expert its destination.
 pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32) -> Plan {
     let rows = routes.len() / layout.top_k;
     let mut split = Splitter::new(layout, rows, rows);
     for (row, routes) in routes.chunks_exact(layout.top_k).enumerate() {
-        let group_of = |route: &Route| usize::from(route.expert.0) / layout.group_size;
-        for group in routes.chunk_by(|a, b| group_of(a) == group_of(b)) {
+        for group in by_group(routes, layout.group_size, |route| route.expert) {
             let first = holder(group[0].expert);
             if group.iter().all(|route| holder(route.expert) == first) {
                 split.ask_sum(row, first, group);
@@ -124,8 +129,7 @@ pub fn split(layout: &Layout, routes: &[Route], holder: impl Fn(ExpertId) -> u32
 pub fn part_of(terms: &[Term], top_k: usize, group_size: usize, is_asked: impl Fn(ExpertId) -> bool) -> Content {
     let mut part = Part { worker: 0, content: Content::default() };
     for (row, terms) in terms.chunks_exact(top_k).enumerate() {
-        let group_of = |term: &Term| usize::from(term.expert().0) / group_size;
-        for group in terms.chunk_by(|a, b| group_of(a) == group_of(b)) {
+        for group in by_group(terms, group_size, |term| term.expert()) {
             if group.iter().all(|term| is_asked(term.expert())) {
                 let output = Output::sum(part.row(row), group.len() as u16);
                 part.ask(output, group.iter().copied());

@@ -1,7 +1,8 @@
 //! A GPU for tests: the kernels of `crates/kernels/cuda`, compiled for the processor, with a block's threads as fibers
 //! that take turns in an order that a seed draws. It shows whether they compute what they should: indices, the order of sums,
 //! waits that are missing, reads of what was never written. What is queued happens as late as it may: when it is waited for, or,
-//! one thing after the other, when it is asked about. It says nothing of a GPU's speed, of its rounding inside the matrix instruction, or of its memory's order.
+//! one thing after the other, when it is asked about. It says nothing of a GPU's speed, of its rounding inside the matrix
+//! instruction, or of its memory's order.
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};

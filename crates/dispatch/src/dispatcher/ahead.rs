@@ -31,11 +31,23 @@ impl Ahead {
         rows: usize,
         split: impl FnOnce(&Split<'_>) -> Result<Option<GpuBytes>, E>,
     ) -> Result<Option<Self>, E> {
-        let (experts, width, group_size) = (inner.config.experts, inner.config.hidden, inner.config.group_size());
-        let all = (0..experts as u16).map(ExpertId);
-        let Some(turn) = inner.begin(call.layer, all.clone()) else { return Ok(None) };
-        let (ways, holders) = (turn.ways.clone(), turn.holders.clone());
-        let mut ahead = Self { inner: inner.clone(), turn: Some(turn), sent: Vec::new() };
+        let experts = 0..inner.config.experts as u16;
+        let Some(turn) = inner.begin(call.layer, experts.map(ExpertId)) else { return Ok(None) };
+        // Whatever comes of it, this is the call's turn.
+        let mut ahead = Self { inner: inner.clone(), turn: None, sent: Vec::new() };
+        ahead.send_shares(&turn, call, rows, split)?;
+        ahead.turn = Some(turn);
+        Ok(Some(ahead))
+    }
+
+    fn send_shares<E>(
+        &mut self,
+        Turn { ways, holders, .. }: &Turn,
+        call: &LayerCall,
+        rows: usize,
+        split: impl FnOnce(&Split<'_>) -> Result<Option<GpuBytes>, E>,
+    ) -> Result<(), E> {
+        let inner = &self.inner;
         let mut asked = holders.clone();
         asked.sort_unstable();
         asked.dedup();
@@ -43,24 +55,25 @@ impl Ahead {
         let takers = asked.iter().copied().filter(|worker| ways.destination(*worker).is_some_and(has_lane));
         let takers: Vec<u32> = takers.collect();
         if takers.is_empty() || !pays(rows, call.top_k, asked.len()) {
-            return Ok(Some(ahead));
+            return Ok(());
         }
         let taker = |holder: &u32| takers.binary_search(holder).map_or(NOBODY, |taker| taker as u32);
         let owners: Vec<u32> = holders.iter().map(taker).collect();
-        let shape = Split { owners: &owners, takers: takers.len(), room: SLOT_ROWS, top_k: call.top_k, width };
-        let Some(shares) = split(&shape)? else { return Ok(Some(ahead)) };
-        let shares = shares.cut(std::iter::repeat_n(shape.share_bytes(), takers.len()));
-        for (worker, share) in takers.iter().zip(shares) {
+        let (count, width) = (takers.len(), inner.config.hidden);
+        let shape = Split { owners: &owners, takers: count, room: SLOT_ROWS, top_k: call.top_k, width };
+        let Some(shares) = split(&shape)? else { return Ok(()) };
+        let shares = shares.cut(std::iter::repeat_n(shape.share_bytes(), count));
+        for ((number, worker), share) in (0..).zip(&takers).zip(shares) {
             let Some(to) = ways.destination(*worker) else { continue };
             let sequence = inner.core().tracker.number(call.micro_batch);
             let header = Header { sequence, ..inner.header(ways.epoch(), call.layer, call.micro_batch) };
-            let own = all.clone().filter(|expert| holders[usize::from(expert.0)] == *worker);
-            let frame = AheadFrame::new(header, &shape, share, group_size, own).within(call.traceparent.clone());
+            let frame = AheadFrame::new(header, &shape, number, share, inner.config.group_size());
+            let frame = frame.within(call.traceparent.clone());
             if inner.views().edge(to).is_some_and(|edge| edge.send_ahead(frame.clone())) {
-                ahead.sent.push((*worker, to.clone(), frame));
+                self.sent.push((*worker, to.clone(), frame));
             }
         }
-        Ok(Some(ahead))
+        Ok(())
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -24,16 +24,11 @@ pub struct AheadFrame {
 }
 
 impl AheadFrame {
-    /// One of `split`'s shares. `asked` are this worker's experts.
-    pub fn new(
-        header: Header,
-        split: &Split<'_>,
-        share: GpuBytes,
-        group_size: usize,
-        asked: impl Iterator<Item = ExpertId>,
-    ) -> Self {
-        let mut experts = vec![0; split.owners.len().div_ceil(8)];
-        asked.for_each(|ExpertId(expert)| experts[usize::from(expert / 8)] |= 1 << (expert % 8));
+    /// The share of one of `split`'s takers, who is asked for the experts that are its own.
+    pub fn new(header: Header, split: &Split<'_>, taker: u32, share: GpuBytes, group_size: usize) -> Self {
+        let bits =
+            |owners: &[u32]| (0..8).zip(owners).fold(0, |bits, (i, owner)| bits | u8::from(*owner == taker) << i);
+        let experts = split.owners.chunks(8).map(bits).collect();
         let (top_k, group_size) = (split.top_k as u32, group_size as u32);
         let choices = Choices { experts, top_k, group_size };
         let table_bytes = Split::table_bytes(split.room, split.top_k);

@@ -138,8 +138,7 @@ pub fn pick_rows<T: Pod>(
     let rows = x.len() / width;
     assert!(picks.iter().all(|row| (*row as usize) < rows), "a row that x does not have");
     let (at, to) = (x.of_len(0), device.buffer::<u8>(picks.len() * row_bytes)?);
-    let sent = Parcel::at_least(parcel.take(), device, Parcel::room(&[picks.len() * size_of::<u64>()]))?;
-    let sent = parcel.insert(sent);
+    let sent = Parcel::in_place(parcel, device, Parcel::room(&[picks.len() * size_of::<u64>()]))?;
     let addresses = sent.put_all(picks.iter().map(|row| at + u64::from(*row) * row_bytes as u64));
     sent.send(device)?;
     // SAFETY: they are rows of x.
@@ -188,8 +187,7 @@ pub fn add_up(
     };
     assert!(ends.is_sorted() && ends.last().is_none_or(|end| *end == addends.len()), "addends of no row");
     let room = Parcel::room(&[addends.len() * size_of::<Found>(), ends.len() * size_of::<u32>()]);
-    let sent = Parcel::at_least(parcel.take(), device, room)?;
-    let sent = parcel.insert(sent);
+    let sent = Parcel::in_place(parcel, device, room)?;
     let addends = sent.put_all(addends.iter().map(found));
     let ends_there = sent.put_all(ends.iter().map(|end| *end as u32));
     sent.send(device)?;

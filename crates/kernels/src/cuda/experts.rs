@@ -150,8 +150,8 @@ pub struct Workspace {
     returned: Option<Returned<f32>>,
     buffers: Buffers,
     replays: Replays,
-    /// Rows of a call that may not be through.
-    in_use: Vec<GpuBytes>,
+    /// Of a call that may not be through, the rows that it reads.
+    unfinished: Option<Vec<GpuBytes>>,
 }
 
 #[derive(Debug, Default)]
@@ -171,8 +171,8 @@ impl Buffers {
 
 impl Workspace {
     pub fn new(device: Device) -> Self {
-        let (buffers, replays) = Default::default();
-        Self { device, sent: None, returned: None, buffers, replays, in_use: Vec::new() }
+        let (buffers, replays) = (Buffers::default(), Replays::default());
+        Self { device, sent: None, returned: None, buffers, replays, unfinished: None }
     }
 
     pub fn device(&self) -> &Device {
@@ -181,17 +181,20 @@ impl Workspace {
 
     /// Waits until the last call is through. The next one does so, too.
     pub fn finish(&mut self) -> Result<(), GpuError> {
-        self.device.finish()?;
-        self.in_use.clear();
+        if self.unfinished.is_some() {
+            self.device.finish()?;
+            self.unfinished = None;
+        }
         Ok(())
     }
 
     /// The first `len` sums of the last call.
     pub fn sums(&mut self, len: usize) -> Result<&[f32], GpuError> {
-        let Self { device, returned, buffers, .. } = self;
+        let Self { device, returned, buffers, unfinished, .. } = self;
         let returned = at_least(returned, |r| r.len() >= len, || device.returned(len.next_power_of_two()))?;
         device.queue_return(buffers.made_sums().view(), returned, len)?;
         device.finish()?;
+        *unfinished = None;
         Ok(&returned.values()[..len])
     }
 }
@@ -256,9 +259,6 @@ impl Experts<'_> {
         // First: where there is no room, nothing is queued.
         let to = workspace.device.buffer(self.sum_count() * size_of::<f32>())?;
         self.queue(workspace)?;
-        if let X::There(pieces) = self.x {
-            workspace.in_use.extend_from_slice(pieces);
-        }
         workspace.device.queue_copy(&to, workspace.buffers.made_sums())?;
         GpuBytes::queued(&workspace.device, to)
     }
@@ -268,9 +268,8 @@ impl Experts<'_> {
     }
 
     fn queue(&self, workspace: &mut Workspace) -> Result<(), GpuError> {
-        if !workspace.in_use.is_empty() {
-            workspace.finish()?;
-        }
+        workspace.finish()?;
+        workspace.unfinished = Some(if let X::There(pieces) = self.x { pieces.to_vec() } else { Vec::new() });
         let Workspace { device, sent, buffers, replays, .. } = workspace;
         let sent = self.send_by(device, sent, buffers)?;
         replays.queue(device, |device| sent.queue(device))
@@ -321,8 +320,7 @@ impl Experts<'_> {
             X::There(_) => x_room * size_of::<u64>(),
         };
         let room = Parcel::room(&lists.chain([x_bytes]).collect::<Vec<_>>());
-        let sent = Parcel::at_least(parcel.take(), device, room)?;
-        let sent = parcel.insert(sent);
+        let sent = Parcel::in_place(parcel, device, room)?;
         let h = room_for(&mut buffers.h, row_room * shape.width, |len| device.buffer(len))?;
         let y = room_for(&mut buffers.y, row_room * shape.out, |len| device.buffer(len))?;
         let sums = room_for(&mut buffers.sums, outputs * shape.out, |len| device.buffer(len))?;

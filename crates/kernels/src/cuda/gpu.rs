@@ -389,6 +389,12 @@ impl Parcel {
         Ok(parcel)
     }
 
+    /// The same where it is kept.
+    pub fn in_place<'k>(kept: &'k mut Option<Self>, device: &Device, bytes: usize) -> Result<&'k mut Self, GpuError> {
+        let parcel = Self::at_least(kept.take(), device, bytes)?;
+        Ok(kept.insert(parcel))
+    }
+
     /// Bytes that parts of these sizes take.
     pub fn room(parts: &[usize]) -> usize {
         parts.iter().map(|part| part.next_multiple_of(PART_ALIGNMENT)).sum()

@@ -53,8 +53,7 @@ pub fn split_rows(
     let Split { owners, takers, room, top_k, width } = *split;
     assert!(rows <= Split::ROWS_MAX && width.is_multiple_of(2), "{rows} rows of {width} are not split");
     let to = device.buffer::<u8>(takers * split.share_bytes())?;
-    let sent = Parcel::at_least(parcel.take(), device, Parcel::room(&[size_of_val(owners)]))?;
-    let sent = parcel.insert(sent);
+    let sent = Parcel::in_place(parcel, device, Parcel::room(&[size_of_val(owners)]))?;
     let owners = sent.put(owners);
     sent.send(device)?;
     let call = SplitRows {
