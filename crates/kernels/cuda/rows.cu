@@ -1,7 +1,7 @@
 // The residual stream: embedding, norms, sums, and the gate. A block has a row, or a warp has.
 #include "rows.h"
 
-constexpr u32 THREADS = 256;
+constexpr u32 THREADS = ROW_THREADS;
 
 struct Embed {
     const u32* tokens;
@@ -16,7 +16,7 @@ KERNEL(embed_rows, 256, 4, Embed) {
     for (u32 row = block(); row < call.rows; row += blocks()) {
         const u16* from = call.table + static_cast<u64>(call.tokens[row]) * call.hidden;
         float* to = call.h + static_cast<u64>(row) * call.hidden;
-        for (u32 i = thread(); i < call.hidden; i += THREADS) to[i] = bf16_value(from[i]);
+        each_of_row(call.hidden, [&](u32 i) { return bf16_value(from[i]); }, [&](u32 i, float x) { to[i] = x; });
     }
 }
 
@@ -40,24 +40,25 @@ KERNEL(norm_rows, 256, 4, Norm) {
         u64 of_h = static_cast<u64>(call.pick ? call.pick[row] : row) * call.hidden, at = static_cast<u64>(row) * call.hidden;
         float* h = call.h + of_h;
         if (call.y) {
-            for (u32 i = thread(); i < call.hidden; i += THREADS) {
+            auto sum = [&](u32 i) {
                 float y = call.y[of_h + i];
-                h[i] = h[i] + (call.shared ? y + call.shared[of_h + i] : y);
-            }
+                return h[i] + (call.shared ? y + call.shared[of_h + i] : y);
+            };
+            each_of_row(call.hidden, sum, [&](u32 i, float x) { h[i] = x; });
             // Each thread reads what it wrote.
         }
         if (!call.weight) continue;
         float factor = norm_factor(h, call.hidden, call.eps);
-        for (u32 i = thread(); i < call.hidden; i += THREADS) {
-            float x = h[i] * factor * call.weight[i];
+        auto store = [&](u32 i, float x) {
             call.x[at + i] = bf16_of(x);
             if (call.exact) call.exact[at + i] = x;
-        }
+        };
+        each_of_row(call.hidden, [&](u32 i) { return h[i] * factor * call.weight[i]; }, store);
     }
 }
 
-/// Rows that read a weight together.
-constexpr u32 GATE_ROWS = 8;
+/// A block has so many experts for so many rows, and a thread so many products of each on their way.
+constexpr u32 GATE_EXPERTS = 4, GATE_ROWS = 8, GATE_AHEAD = 4;
 
 struct Gate {
     /// [rows, hidden]
@@ -69,26 +70,45 @@ struct Gate {
     float* logits;
 };
 
-/// A warp has an expert for GATE_ROWS rows; each lane adds up every 32nd product.
-KERNEL(gate_rows, 256, 4, Gate) {
-    u32 lane = thread() % 32, row_blocks = (call.rows + GATE_ROWS - 1) / GATE_ROWS;
-    for (u32 item = block() * 8 + thread() / 32; item < row_blocks * call.experts; item += blocks() * 8) {
-        u32 expert = item % call.experts, first = item / call.experts * GATE_ROWS;
-        const float* weight = call.weight + static_cast<u64>(expert) * call.hidden;
-        float sum[GATE_ROWS] = {};
-        for (u32 i = lane; i < call.hidden; i += 32) {
-            float w = weight[i];
+/// Each thread adds up every 256th product, then warps their lanes, then one thread all the warps in order.
+KERNEL(gate_rows, 256, 2, Gate) {
+    float(*of_warps)[32] = reinterpret_cast<float(*)[32]>(shared());
+    u32 lane = thread() % 32, warp = thread() / 32;
+    u32 row_blocks = (call.rows + GATE_ROWS - 1) / GATE_ROWS, expert_blocks = (call.experts + GATE_EXPERTS - 1) / GATE_EXPERTS;
+    for (u32 item = block(); item < row_blocks * expert_blocks; item += blocks()) {
+        u32 first_expert = item % expert_blocks * GATE_EXPERTS, first_row = item / expert_blocks * GATE_ROWS;
+        // Where there are fewer, the last is taken more than once.
+        auto row = [&](u32 r) { return first_row + r < call.rows ? first_row + r : call.rows - 1; };
+        auto expert = [&](u32 e) { return first_expert + e < call.experts ? first_expert + e : call.experts - 1; };
+        float sums[GATE_EXPERTS * GATE_ROWS] = {};
+        for (u32 first = thread(); first < call.hidden; first += GATE_AHEAD * THREADS) {
+            float w[GATE_AHEAD][GATE_EXPERTS], x[GATE_AHEAD][GATE_ROWS];
 #pragma unroll
-            for (u32 r = 0; r < GATE_ROWS; r++) {
-                u32 row = first + r < call.rows ? first + r : call.rows - 1;
-                sum[r] = fused(call.x[static_cast<u64>(row) * call.hidden + i], w, sum[r]);
+            for (u32 j = 0; j < GATE_AHEAD; j++) {
+                u32 i = first + j * THREADS;
+                bool is_one = i < call.hidden;
+#pragma unroll
+                for (u32 e = 0; e < GATE_EXPERTS; e++) w[j][e] = is_one ? call.weight[static_cast<u64>(expert(e)) * call.hidden + i] : 0;
+#pragma unroll
+                for (u32 r = 0; r < GATE_ROWS; r++) x[j][r] = is_one ? call.x[static_cast<u64>(row(r)) * call.hidden + i] : 0;
             }
-        }
 #pragma unroll
-        for (u32 r = 0; r < GATE_ROWS; r++) {
-            for (u32 mask = 16; mask > 0; mask /= 2) sum[r] = sum[r] + from_lane(sum[r], mask);
-            if (lane == 0 && first + r < call.rows) call.logits[static_cast<u64>(first + r) * call.experts + expert] = sum[r];
+            for (u32 j = 0; j < GATE_AHEAD; j++)
+#pragma unroll
+                for (u32 e = 0; e < GATE_EXPERTS; e++)
+#pragma unroll
+                    for (u32 r = 0; r < GATE_ROWS; r++) sums[e * GATE_ROWS + r] = fused(x[j][r], w[j][e], sums[e * GATE_ROWS + r]);
         }
+        float sum = sum_for_lane(sums);
+        // Of the item before nobody reads any more.
+        block_sync();
+        of_warps[warp][lane] = sum;
+        block_sync();
+        u32 r = first_row + lane % GATE_ROWS, e = first_expert + lane / GATE_ROWS;
+        if (warp > 0 || r >= call.rows || e >= call.experts) continue;
+        sum = 0;
+        for (u32 i = 0; i < THREADS / 32; i++) sum = sum + of_warps[i][lane];
+        call.logits[static_cast<u64>(r) * call.experts + e] = sum;
     }
 }
 
@@ -288,7 +308,7 @@ KERNEL(gather_rows, 256, 4, Gather) {
     for (u32 row = block(); row < call.count; row += blocks()) {
         const u32* from = call.rows[row];
         u32* to = call.to + static_cast<u64>(row) * call.words;
-        for (u32 i = thread(); i < call.words; i += THREADS) to[i] = from[i];
+        each_of_row(call.words, [&](u32 i) { return from[i]; }, [&](u32 i, u32 x) { to[i] = x; });
     }
 }
 
@@ -334,7 +354,7 @@ KERNEL(split_rows, 256, 4, SplitRows) {
         for (u32 i = thread(); i < call.top_k; i += THREADS) choices[i] = call.choices[from * call.top_k + i];
         const u32* x = call.x + static_cast<u64>(from) * call.words;
         to += call.table + static_cast<u64>(place) * call.words;
-        for (u32 i = thread(); i < call.words; i += THREADS) to[i] = x[i];
+        each_of_row(call.words, [&](u32 i) { return x[i]; }, [&](u32 i, u32 word) { to[i] = word; });
     }
 }
 
@@ -355,23 +375,47 @@ struct AddUpRows {
     float* y;
 };
 
+/// Columns of a row that a thread has.
+constexpr u32 COLUMNS_EACH = 4;
+
 KERNEL(add_up_rows, 256, 4, AddUpRows) {
-    for (u32 row = block(); row < call.rows; row += blocks()) {
+    u32 pieces = (call.width + COLUMNS_EACH * THREADS - 1) / (COLUMNS_EACH * THREADS);
+    for (u32 item = block(); item < call.rows * pieces; item += blocks()) {
+        u32 row = item / pieces, column = item % pieces * COLUMNS_EACH * THREADS + thread();
         u32 first = row ? call.ends[row - 1] : 0, end = call.ends[row];
-        for (u32 i = thread(); i < call.width; i += THREADS) {
-            float y = 0;
-            bool is_first = true;
-            for (u32 at = first; at < end; is_first = false) {
-                Addend addend = call.addends[at++];
-                float sum = addend.at[i];
-                if (addend.kind) {
-                    sum = addend.weight * sum;
-                    for (; at < end && call.addends[at].kind == 2; at++) sum = fused(call.addends[at].weight, call.addends[at].at[i], sum);
-                }
-                // Not 0 + sum, which would make a zero positive.
-                y = is_first ? sum : y + sum;
+        // What a row has not is nought.
+        auto of = [&](const Addend& addend, float (&values)[COLUMNS_EACH]) {
+#pragma unroll
+            for (u32 j = 0; j < COLUMNS_EACH; j++) {
+                u32 i = column + j * THREADS;
+                values[j] = i < call.width ? addend.at[i] : 0;
             }
-            call.y[static_cast<u64>(row) * call.width + i] = y;
+        };
+        float y[COLUMNS_EACH] = {};
+        bool is_first = true;
+        for (u32 at = first; at < end; is_first = false) {
+            Addend addend = call.addends[at++];
+            float sum[COLUMNS_EACH];
+            of(addend, sum);
+            if (addend.kind) {
+#pragma unroll
+                for (u32 j = 0; j < COLUMNS_EACH; j++) sum[j] = addend.weight * sum[j];
+                for (; at < end && call.addends[at].kind == 2; at++) {
+                    addend = call.addends[at];
+                    float term[COLUMNS_EACH];
+                    of(addend, term);
+#pragma unroll
+                    for (u32 j = 0; j < COLUMNS_EACH; j++) sum[j] = fused(addend.weight, term[j], sum[j]);
+                }
+            }
+            // Not 0 + sum, which would make a zero positive.
+#pragma unroll
+            for (u32 j = 0; j < COLUMNS_EACH; j++) y[j] = is_first ? sum[j] : y[j] + sum[j];
+        }
+#pragma unroll
+        for (u32 j = 0; j < COLUMNS_EACH; j++) {
+            u32 i = column + j * THREADS;
+            if (i < call.width) call.y[static_cast<u64>(row) * call.width + i] = y[j];
         }
     }
 }

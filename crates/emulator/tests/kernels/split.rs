@@ -36,15 +36,15 @@ proptest! {
         for (taker, share) in shares.cut(std::iter::repeat_n(split.share_bytes(), takers)).enumerate() {
             let own = |row: &usize| of_row(*row).iter().any(|choice| owners[choice.expert as usize] == taker as u32);
             let expected: Vec<usize> = (0..rows).filter(own).take(room).collect();
-            let share = share.read::<u8>().unwrap();
-            let (table, rows_there) = share.split_at(Split::table_bytes(room, top_k));
-            let count = u32::from_le_bytes(table[..4].try_into().unwrap()) as usize;
-            prop_assert_eq!(count, expected.len());
-            let choices_there = &table[Split::CHOICES..][..count * top_k * size_of::<Routed>()];
+            prop_assert_eq!(share.slice(0..4).read::<u32>().unwrap(), [expected.len() as u32]);
+            // What is behind as many says nothing.
+            let part = |start: usize, bytes: usize| share.slice(start..start + bytes);
+            let choices_there = part(Split::CHOICES, expected.len() * top_k * size_of::<Routed>()).read::<Routed>();
             let chosen: Vec<Routed> = expected.iter().flat_map(|row| of_row(*row)).copied().collect();
-            prop_assert_eq!(choices_there, bytemuck::cast_slice::<Routed, u8>(&chosen));
+            prop_assert_eq!(choices_there.unwrap(), chosen);
+            let rows_there = part(Split::table_bytes(room, top_k), expected.len() * width * 2).read::<u16>();
             let taken: Vec<u16> = expected.iter().flat_map(|row| &x[row * width..][..width]).copied().collect();
-            prop_assert_eq!(&rows_there[..count * width * 2], bytemuck::cast_slice::<u16, u8>(&taken));
+            prop_assert_eq!(rows_there.unwrap(), taken);
         }
     }
 }

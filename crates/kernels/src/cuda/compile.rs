@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -126,14 +126,16 @@ fn file_name(source: Source, architecture: &str, options: &[String], (major, min
 fn keep(file: &Path, image: &[u8]) {
     let kept = (|| {
         fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
-        let new = file.with_extension(format!("{}.new", std::process::id()));
+        // Not the process's number, which is the same in all containers.
+        let unique = RandomState::new().build_hasher().finish();
+        let new = file.with_extension(format!("{unique:016x}.new"));
         fs::write(&new, image)?;
         fs::rename(new, file)
     })();
     drop(kept);
 }
 
-fn version() -> Result<(i32, i32), GpuError> {
+pub(super) fn version() -> Result<(i32, i32), GpuError> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: writes two numbers.
     unsafe { sys::nvrtcVersion(&mut major, &mut minor) }

@@ -71,6 +71,7 @@ pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
         let (cache, shared_bytes) = (cache_folder(), shared_bytes(architecture));
         let properties = Properties { name, architecture, multiprocessors, memory_free };
         let mut gpu = CudaGpu {
+            driver: driver_version().map_err(check("the driver's version"))?,
             properties,
             context,
             queue,
@@ -81,7 +82,7 @@ pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
         };
         for (source, kernels) in super::kernels() {
             let image = compile(source, architecture, cache.as_deref())?.image;
-            let module = result::module::load_data(image.as_ptr().cast()).map_err(check("loading the kernels"))?;
+            let module = result::module::load_data(image.as_ptr().cast()).map_err(|error| gpu.not_loaded(error))?;
             for kernel in kernels {
                 gpu.load(module, kernel, kernel.shared_bytes(shared_bytes)).map_err(check("loading a kernel"))?;
             }
@@ -92,6 +93,8 @@ pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
 
 #[derive(Debug)]
 struct CudaGpu {
+    /// The newest CUDA that the driver knows: 12040 is 12.4.
+    driver: i32,
     properties: Properties,
     context: sys::CUcontext,
     queue: sys::CUstream,
@@ -119,7 +122,33 @@ fn driver_failed(what: &'static str, error: DriverError) -> GpuError {
     failed(what, name.unwrap_or_else(|_| format!("{error:?}")))
 }
 
+/// What [`CudaGpu::driver`] says.
+fn driver_version() -> Result<i32, DriverError> {
+    let mut version = 0;
+    // SAFETY: writes a number.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map(|()| version)
+}
+
+/// From then on there is `cuFuncLoad`; drivers before that load a kernel with its module.
+const LOADS_KERNELS: i32 = 12040;
+
 impl CudaGpu {
+    /// A driver knows what compilers of its own major version make, and of those before.
+    fn not_loaded(&self, error: DriverError) -> GpuError {
+        let failed = driver_failed("loading the kernels", error);
+        match (failed, super::compile::version()) {
+            (GpuError::Failed { what, reason }, Ok((major, minor))) if major > self.driver / 1000 => {
+                let (known, known_minor) = (self.driver / 1000, self.driver % 1000 / 10);
+                let reason = format!(
+                    "{reason}: they are NVRTC {major}.{minor}'s, and the driver knows CUDA {known}.{known_minor}; \
+                     install NVRTC {known} alone, or a newer driver"
+                );
+                GpuError::Failed { what, reason }
+            }
+            (other, _) => other,
+        }
+    }
+
     unsafe fn load(&mut self, module: sys::CUmodule, kernel: Kernel, shared_bytes: usize) -> Result<(), DriverError> {
         let name = CString::new(kernel.name).expect("a kernel's name has no zero");
         // SAFETY: the module is loaded, and stays so.
@@ -131,7 +160,9 @@ impl CudaGpu {
             let share = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
             result::function::set_function_attribute(handle, share, 100)?;
             // Now, not at the first launch, which would wait for whatever runs on the GPU.
-            sys::cuFuncLoad(handle).result()?;
+            if self.driver >= LOADS_KERNELS {
+                sys::cuFuncLoad(handle).result()?;
+            }
             self.functions.insert(kernel.name, Function { handle, shared_bytes });
         }
         Ok(())
@@ -150,6 +181,16 @@ impl CudaGpu {
     fn with<T>(&self, what: &'static str, call: impl FnOnce() -> Result<T, DriverError>) -> Result<T, GpuError> {
         // SAFETY: the context is kept to the end of the process.
         unsafe { result::ctx::set_current(self.context) }.and_then(|()| call()).map_err(|e| driver_failed(what, e))
+    }
+
+    /// The same with so many bytes; of none the driver's documents say nothing.
+    fn unless_empty(
+        &self,
+        what: &'static str,
+        bytes: usize,
+        call: impl FnOnce() -> Result<(), DriverError>,
+    ) -> Result<(), GpuError> {
+        if bytes == 0 { Ok(()) } else { self.with(what, call) }
     }
 }
 
@@ -226,17 +267,21 @@ unsafe impl Gpu for CudaGpu {
 
     unsafe fn queue_write(&self, to: Address, from: &[u8]) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
-        self.with("writing to the GPU", || unsafe { result::memcpy_htod_async(to.0, from, self.queue) })
+        self.unless_empty("writing to the GPU", from.len(), || unsafe {
+            result::memcpy_htod_async(to.0, from, self.queue)
+        })
     }
 
     unsafe fn queue_read(&self, from: Address, to: &mut [u8]) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
-        self.with("reading from the GPU", || unsafe { result::memcpy_dtoh_async(to, from.0, self.queue) })
+        self.unless_empty("reading from the GPU", to.len(), || unsafe {
+            result::memcpy_dtoh_async(to, from.0, self.queue)
+        })
     }
 
     unsafe fn queue_fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), GpuError> {
         // SAFETY: the caller's promise.
-        self.with("filling memory", || unsafe { result::memset_d8_async(to.0, byte, bytes, self.queue) })
+        self.unless_empty("filling memory", bytes, || unsafe { result::memset_d8_async(to.0, byte, bytes, self.queue) })
     }
 
     unsafe fn queue_launch(&self, kernel: Kernel, blocks: u32, call: &[u8]) -> Result<(), GpuError> {

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytemuck::Pod;
@@ -120,6 +121,8 @@ pub struct Device {
     gpu: Arc<dyn Gpu>,
     arena: Arc<Arena>,
     pinned: Arc<Pinned>,
+    /// Of the GPU, in quarters of multiprocessors.
+    pub(super) lent: Arc<AtomicU32>,
     /// Where launches are kept instead of being queued.
     kept: Option<Arc<Mutex<Vec<Launch>>>>,
 }
@@ -130,12 +133,13 @@ impl Device {
         let arena_bytes = arena_bytes / ALIGNMENT * ALIGNMENT;
         let start = gpu.allocate(arena_bytes)?;
         let arena = Arena { start, bytes: arena_bytes, free: Mutex::new(Free::of(arena_bytes)) };
-        Ok(Self { arena: Arc::new(arena), pinned: Pinned::new(gpu.clone()), gpu, kept: None })
+        let pinned = Pinned::new(gpu.clone());
+        Ok(Self { arena: Arc::new(arena), pinned, gpu, lent: Arc::default(), kept: None })
     }
 
     /// The same GPU and queue with another arena.
     pub fn with_arena(&self, bytes: usize) -> Result<Self, GpuError> {
-        Self::new(self.gpu.clone(), bytes)
+        Ok(Self { lent: self.lent.clone(), ..Self::new(self.gpu.clone(), bytes)? })
     }
 
     pub fn properties(&self) -> &Properties {
@@ -224,13 +228,13 @@ impl Device {
         unsafe { self.gpu.queue_read(at, &mut to.staging.bytes_mut()[..bytes]) }
     }
 
-    /// Queues a kernel on as many blocks as the GPU holds at a time.
+    /// Queues a kernel on as many blocks as the GPU holds at a time, beside what is lent.
     ///
     /// # Safety
     ///
     /// `call` is the kernel's argument, and every address in it holds what the kernel expects until the queue is through.
     pub(crate) unsafe fn queue_launch<C: Pod>(&self, kernel: Kernel, call: &C) -> Result<(), GpuError> {
-        let blocks = self.properties().multiprocessors * kernel.blocks_each;
+        let blocks = self.own_multiprocessors() * kernel.blocks_each;
         let call = bytemuck::bytes_of(call);
         if let Some(kept) = &self.kept {
             kept.lock().unwrap_or_else(PoisonError::into_inner).push(Launch { kernel, blocks, call: call.to_vec() });

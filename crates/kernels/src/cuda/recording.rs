@@ -58,7 +58,7 @@ impl Device {
 #[derive(Debug, Default)]
 pub(crate) struct Replays(Vec<Recording>);
 
-/// The oldest is forgotten for more.
+/// For more, the one is forgotten that was queued longest ago.
 const REPLAYS_MAX: usize = 64;
 
 impl Replays {
@@ -71,17 +71,18 @@ impl Replays {
     ) -> Result<(), GpuError> {
         let launches = device.launches_of(queue)?;
         let known = self.0.iter().position(|recording| recording.launches == launches);
-        let at = match known {
-            Some(at) => at,
+        let recording = match known {
+            Some(at) => self.0.remove(at),
             None => {
                 if self.0.len() == REPLAYS_MAX {
                     self.0.remove(0);
                 }
-                self.0.push(device.recording_of(launches)?);
-                self.0.len() - 1
+                device.recording_of(launches)?
             }
         };
+        self.0.push(recording);
+        let recording = self.0.last().expect("it was put there");
         // SAFETY: equal launches were queued just now, by who saw to what they work on.
-        unsafe { self.0[at].queue() }
+        unsafe { recording.queue() }
     }
 }

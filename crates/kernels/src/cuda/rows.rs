@@ -231,7 +231,7 @@ struct GateCall {
 
 const EMBED: Kernel = Kernel { name: "embed_rows", threads: 256, blocks_each: 4 };
 const NORM: Kernel = Kernel { name: "norm_rows", threads: 256, blocks_each: 4 };
-const GATE: Kernel = Kernel { name: "gate_rows", threads: 256, blocks_each: 4 };
+const GATE: Kernel = Kernel { name: "gate_rows", threads: 256, blocks_each: 2 };
 const ROUTE: Kernel = Kernel { name: "route_rows", threads: 256, blocks_each: 2 };
 const FILL: Kernel = Kernel { name: "fill_random", threads: 256, blocks_each: 4 };
 pub(super) const KERNELS: [Kernel; 5] = [EMBED, NORM, GATE, ROUTE, FILL];

@@ -233,7 +233,7 @@ pub async fn echo(args: &Args, hidden: usize) -> Result<()> {
 /// Rows of a call, and where their sums go.
 enum Side {
     Here(Vec<bf16>, Vec<f32>),
-    There(Device, Buffer<u16>, Buffer<f32>, [Option<Parcel>; 2]),
+    There(Device, Buffer<u16>, Buffer<f32>, Box<[Option<Parcel>; 2]>),
 }
 
 impl Side {
@@ -241,13 +241,13 @@ impl Side {
         let x = vec![bf16::from_f32(0.5); len];
         let Some(device) = device else { return Ok(Self::Here(x, vec![0.0; len])) };
         let bits: Vec<u16> = x.iter().map(|x| x.to_bits()).collect();
-        Ok(Self::There(device.clone(), device.buffer_of(&bits)?, device.buffer(len)?, [None, None]))
+        Ok(Self::There(device.clone(), device.buffer_of(&bits)?, device.buffer(len)?, Box::default()))
     }
 
     fn rows(&mut self) -> Rows<'_> {
         match self {
             Self::Here(x, _) => Rows::Bf16(x.clone()),
-            Self::There(device, x, _, [list, _]) => Rows::There(device, x.view(), list),
+            Self::There(device, x, _, lists) => Rows::There(device, x.view(), &mut lists[0]),
         }
     }
 
@@ -257,7 +257,7 @@ impl Side {
                 addends.add_up(y);
                 return Ok(());
             }
-            Self::There(device, _, y, [_, list]) => (device, y, list),
+            Self::There(device, _, y, lists) => (device, y, &mut lists[1]),
         };
         let there =
             |answer| if let Values::There(bytes) = answer { Ok(bytes) } else { bail!("an answer came by the host") };
