@@ -24,7 +24,7 @@ use crate::error::{Cause, DispatchError};
 use crate::frame::{AnswerFrame, Header, RequestFrame, Rows};
 use crate::grpc::{Edge, EdgeConfig, EdgeOwner};
 use crate::local::{ExpertHost, Hub, ReplySender};
-use crate::nccl::{Fabric, SLOT_ROWS};
+use crate::nccl::Fabric;
 use crate::plan::{self, Layout, Plan};
 use crate::tracker::{
     Action, Answer, CallId, Counts, Destination, EdgeId, Event, Figures, FrameKey, Rank, Tracker, Ways,
@@ -321,9 +321,9 @@ impl Dispatcher {
         plan::check(&rows, hidden, experts, top_k, routes)?;
         let chosen = || routes.iter().map(|route| route.expert);
         let mut layout = Layout::new(hidden, rows.value_bytes(), self.inner.config.group_size(), top_k);
-        if ahead.as_ref().is_some_and(|ahead| !ahead.is_empty()) {
+        if let Some(ahead) = ahead.as_ref().filter(|ahead| !ahead.is_empty()) {
             // What has left are the first rows of each worker.
-            layout.rows_max = SLOT_ROWS;
+            layout.rows_max = ahead.room;
         }
         let begun = ahead.as_mut().and_then(|ahead| ahead.turn.take());
         let turn = begun.or_else(|| self.inner.begin(layer, chosen()));

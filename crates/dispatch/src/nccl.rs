@@ -6,7 +6,7 @@
 //! what was not answered, and offers a new lane.
 //!
 //! `core` decides what a slot is and which comes next, `lane` is one end, `lanes` what an attention worker does with them, one
-//! after the other; `fabric` is what moves bytes: NCCL, or in tests `fake`.
+//! after the other; `fabric` is what moves bytes: NCCL, or in tests `fake`; `watch` ends lanes whose calls do not return.
 
 pub mod core;
 pub mod fabric;
@@ -14,6 +14,7 @@ pub mod fake;
 mod gpu;
 pub mod lane;
 mod lanes;
+mod watch;
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -39,14 +40,17 @@ pub const BACKOFF_MIN: Duration = Duration::from_secs(1);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(30 * 60);
 /// Frames of a lane that are not answered; more go over the stream.
 pub const LANE_FRAMES_MAX: usize = 64;
-/// Lanes of a process, with those that are being connected: each has threads, and an offer may come at any time.
-pub const LANES_MAX: usize = 512;
+/// Lanes of a process, with those that are being connected: each has threads, and an offer may come at any time. A GPU runs 128
+/// kernels at a time, and a receive that waits is one of them.
+pub const LANES_MAX: usize = 64;
+/// A lane that has not answered for so long, while frames wait for it, never will: that a slot has left does not say that it came.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// NCCL's threads look every half second whether they are to end.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 const SETTLE_POLL: Duration = Duration::from_millis(5);
-/// Rows that a slot has room for. A frame of more takes a second message, of as many bytes as it has; one of fewer is sent as
-/// if it had as many.
-pub const SLOT_ROWS: usize = 32;
+/// Rows that the largest slot has room for. A frame of more takes a second message, of as many bytes as it has. Slots are as large
+/// as the last frames were: one of fewer rows is sent as if it had as many.
+pub const SLOT_ROWS: usize = 64;
 /// Room of a slot before its rows: for its head, and for a frame's message, which has the tables of its outputs and terms.
 pub const SLOT_TABLE_BYTES: usize = 8 << 10;
 
@@ -132,7 +136,7 @@ pub fn version_of(fabric: Option<&Arc<dyn Fabric>>) -> String {
     fabric.map_or_else(String::new, |fabric| format!("{} ({layout})", fabric.version()))
 }
 
-/// Bytes of a slot of rows of so many.
+/// Bytes of the largest slot, of rows of so many.
 pub fn slot_bytes(row_bytes: usize) -> usize {
     (SLOT_ROWS * row_bytes + SLOT_TABLE_BYTES).next_multiple_of(4096)
 }

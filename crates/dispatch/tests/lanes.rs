@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use moesaic_dispatch::nccl::fake::FakeFabric;
-use moesaic_dispatch::nccl::{Fabric, IDLE_AFTER, SEND_TIMEOUT};
+use moesaic_dispatch::nccl::{ANSWER_TIMEOUT, Fabric, IDLE_AFTER, SEND_TIMEOUT};
 use moesaic_dispatch::{DispatchConfig, Dispatcher, Rows};
 use moesaic_proto::v1::{Hello, Role};
 use support::*;
@@ -117,15 +117,18 @@ async fn what_a_failed_lane_carried_is_asked_again_over_the_stream_and_a_new_lan
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lane_on_which_nothing_moves_is_given_up() {
-    let (dispatcher, _hosts, _workers, fabric) = cluster(&[Mood::Answers]).await;
-    fabric.freeze_all();
-    let (x, routes) = micro_batch(4, 1);
-    let start = Instant::now();
-    assert_eq!(call(&dispatcher, &x, &routes).await, Ok(expected(&x, &routes)));
-    let took = start.elapsed();
-    assert!(took < SEND_TIMEOUT + Duration::from_secs(3), "{took:?}");
-    let detail = edge(&dispatcher, 0).detail;
-    assert!(detail.contains("took longer than"), "{detail}");
+    // What is small leaves, and nobody answers; what is large does not leave.
+    for (rows, timeout, words) in [(4, ANSWER_TIMEOUT, "no answer for"), (4000, SEND_TIMEOUT, "took longer than")] {
+        let (dispatcher, _hosts, _workers, fabric) = cluster(&[Mood::Answers]).await;
+        fabric.freeze_all();
+        let (x, routes) = micro_batch(rows, 1);
+        let start = Instant::now();
+        assert_eq!(call(&dispatcher, &x, &routes).await, Ok(expected(&x, &routes)));
+        let took = start.elapsed();
+        assert!(took < timeout + Duration::from_secs(3), "{took:?}");
+        let detail = edge(&dispatcher, 0).detail;
+        assert!(detail.contains(words), "{detail}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

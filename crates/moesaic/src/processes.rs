@@ -72,7 +72,8 @@ fn child(plan: &Plan, role: &str, id: Option<&str>, flags: &impl Serialize) -> R
     let mut command = own_program()?;
     if plan.shares_gpu() {
         // NCCL connects two ranks of one GPU only if it takes them for ranks of different hosts.
-        command.env("NCCL_HOSTID", &name).env("NCCL_SOCKET_IFNAME", "lo").env(GPU_QUEUES.0, GPU_QUEUES.1);
+        command.env("NCCL_HOSTID", &name).env("NCCL_SOCKET_IFNAME", "lo").env("NCCL_IB_DISABLE", "1");
+        command.env(GPU_QUEUES.0, GPU_QUEUES.1);
     }
     command.arg(role).args(arguments(flags)?).arg(roles::STOP_WITH_STDIN);
     if role == "coordinator" { Node::child(name, command) } else { Node::supervised(name, command) }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::communicator::{Communicator, Monitor};
@@ -11,7 +12,7 @@ use crate::group::group;
 use crate::library::{Version, version};
 use crate::memory::{DeviceSlice, DeviceSliceMut, Event};
 use crate::rest::{pause, rest};
-use crate::shared::State;
+use crate::shared::{Closing, State};
 use crate::unique_id::UniqueId;
 
 mod gpu;
@@ -24,21 +25,22 @@ use gpu::Gpu;
 /// message so far, up to the next power of two; smaller ones stay until the channel ends, which makes twice as much at
 /// most, in pinned memory and in the GPU's.
 ///
-/// After an error other than [`Error::Argument`], the communicator is aborted, and the channel answers the same error
-/// from then on.
+/// After an error other than [`Error::Argument`], the communicator is aborted in the background, and the channel answers the
+/// same error from then on.
 ///
 /// While a receive waits, a kernel of NCCL's does so too. It keeps a multiprocessor busy (or more: `max_ctas`), and all
 /// that waits for the whole GPU waits for it: freeing memory, loading a kernel on first use, and what NCCL does as it
 /// closes another channel. Other streams may wait as well, where there are more than `CUDA_DEVICE_MAX_CONNECTIONS`. So
-/// receive when a message is about to come, or end the channels that idle first.
+/// receive when a message is about to come, or end the channels that idle first; and where one channel fails beside others, do
+/// not wait for its end before theirs.
 ///
 /// A thread that waits for a message asks for it: 200 us all the time, and then between short sleeps, for whose sake Linux is told
 /// to wake this thread in time (`PR_SET_TIMERSLACK`).
 ///
-/// Dropping it aborts the communicator, which keeps the thread for `close_timeout` at most. What was sent last may then
-/// be lost, unless the other side has said that it came. Memory is freed once the stream is through, on a thread of its
-/// own, since freeing waits for all that runs on the GPU. Where aborting fails or takes too long, or the stream does
-/// not end, the memory is left behind: a kernel may still write to it.
+/// Dropping it aborts the communicator, in the background too: see [`is_closing`](crate::is_closing). What was sent last may
+/// then be lost, unless the other side has said that it came. Once the stream is through, memory is kept for the channels to come,
+/// since freeing it would wait for all that runs on the GPU. Where aborting fails or takes too long, or the stream does not end, it
+/// is left behind: a kernel may still write to it.
 pub struct Channel {
     rank: usize,
     /// The error, once there is one.
@@ -74,11 +76,28 @@ impl Part<'_> {
     }
 }
 
-/// Whether a channel can be made on GPU `ordinal`: there are a driver, that GPU and NCCL, whose version is answered.
-/// Makes no context on the GPU.
+/// Older ones keep what a group does on its thread's stack: a thread that aborts it would use that when it is gone.
+const OLDEST: Version = Version::new(2, 27, 0);
+/// Settings under which one channel's thread would wait for another channel's message.
+const HARMFUL: [&str; 3] = ["NCCL_COMM_BLOCKING", "NCCL_LAUNCH_ORDER_IMPLICIT", "CUDA_LAUNCH_BLOCKING"];
+
+/// Whether a channel can be made on GPU `ordinal`: there are a driver, that GPU and NCCL 2.27 or newer, whose version is
+/// answered, and the environment does not forbid what channels do. Makes no context on the GPU.
 pub fn available(ordinal: usize) -> Result<Version, Error> {
     gpu::device(ordinal)?;
-    version()
+    let loaded = version()?;
+    if loaded < OLDEST {
+        return Err(Error::Unsupported { function: "a channel", needs: OLDEST, loaded });
+    }
+    check_environment(|name| std::env::var(name).ok()).map(|()| loaded)
+}
+
+fn check_environment(value: impl Fn(&str) -> Option<String>) -> Result<(), Error> {
+    let is_set = |name: &&str| value(name).is_some_and(|value| !matches!(value.trim(), "" | "0"));
+    match HARMFUL.into_iter().find(is_set) {
+        Some(name) => Err(argument(name, "is set: channels would wait for each other's messages; unset it".into())),
+        None => Ok(()),
+    }
 }
 
 impl Channel {
@@ -89,12 +108,16 @@ impl Channel {
     /// Connects as `rank`, on the primary context of GPU `ordinal`, which becomes current on this thread. The other
     /// side is in another process, has another GPU and the other rank, and gives the same `id`.
     ///
+    /// Takes memory for messages of `largest` bytes at once, and for larger ones when they come, which may wait for all that
+    /// runs on the GPU.
+    ///
     /// Blocks until the other side has connected too, or `timeout` is over; then the communicator is aborted. A message
     /// of one byte passes, since NCCL does not connect two ranks before the first. It has `queue_timeout` on top.
     pub fn connect(
         ordinal: usize,
         id: &UniqueId,
         rank: usize,
+        largest: usize,
         config: &Config,
         timeout: Duration,
     ) -> Result<Self, Error> {
@@ -105,8 +128,10 @@ impl Channel {
         available(ordinal)?;
         let end = End::of(id)?;
         let context = gpu::open(ordinal)?;
+        // Before there is a receive of this channel's to wait for.
+        let mut gpu = Gpu::new(context)?;
+        gpu.room(largest)?;
         let communicator = Communicator::connect(id, rank, 2, config, timeout)?;
-        let gpu = Gpu::new(context)?;
         let mut channel = Self::over(communicator, gpu, config, end);
         let left = timeout.saturating_sub(start.elapsed());
         match rank {
@@ -193,10 +218,13 @@ impl Channel {
             unsafe {
                 let values = DeviceSliceMut::<u8>::from_raw(address, len);
                 group(|group| group.receive(communicator, values, Self::SENDER, gpu.stream()))?;
-                gpu.queue_read(0..beginning.len())?;
             }
             wait("receiving", communicator, gpu, start, timeout)?;
             *received = len;
+            // Not behind the receive: copies of others to the processor might have to wait for one that waits.
+            // SAFETY: the message has as many bytes, and the stream is through.
+            unsafe { gpu.queue_read(0..beginning.len())? };
+            wait("taking", communicator, gpu, Instant::now(), Some(TAKE_TIMEOUT))?;
             // SAFETY: as many bytes are read from the GPU, and the stream is through.
             unsafe { gpu.take(0, beginning) };
             Ok(())
@@ -257,12 +285,18 @@ impl Channel {
 
     fn end(&mut self, error: &Error) {
         let Ok(Open { communicator, gpu, .. }) = std::mem::replace(&mut self.open, Err(error.clone())) else { return };
-        match communicator.abort() {
-            // NCCL has nothing queued any more, so that the stream ends.
-            Ok(()) => gpu.release(self.close_timeout),
-            // The GPU's part is left behind. So is the communicator: dropping it would wait once more.
-            Err(_) => std::mem::forget((communicator, gpu)),
-        }
+        let (closing, timeout) = (Closing::begin(), self.close_timeout);
+        let end = move || {
+            let _closing = closing;
+            match communicator.abort() {
+                // NCCL has nothing queued any more, so that the stream ends.
+                Ok(()) => gpu.release(timeout),
+                // The GPU's part is left behind. So is the communicator: dropping it would wait once more.
+                Err(_) => std::mem::forget((communicator, gpu)),
+            }
+        };
+        // Where this fails, the closure is dropped, and with it the communicator; a `Gpu` has no destructor.
+        let _ = thread::Builder::new().name("nccl-end".into()).spawn(end);
     }
 }
 
@@ -345,6 +379,8 @@ fn poll(
     }
 }
 
+/// To copy what has come, with nothing before it.
+const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A message passes within some 100 µs where the other side is ready, so that a sleep, which takes 50 µs more than was
 /// asked for, would be most of it.
 const SPIN: Duration = Duration::from_micros(200);

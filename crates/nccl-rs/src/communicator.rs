@@ -259,7 +259,8 @@ impl Monitor {
         self.0.state()
     }
 
-    /// As [`Communicator::abort`]. Calls in which the communicator's thread waits return an error.
+    /// As [`Communicator::abort`]. Calls in which the communicator's thread waits return an error. Before NCCL 2.27 that thread has to
+    /// live on until this returns.
     pub fn abort(&self) -> Result<(), Error> {
         self.0.close(Close::Abort)
     }

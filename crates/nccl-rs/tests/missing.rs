@@ -27,7 +27,7 @@ fn ask() {
     // Without a driver, that is what is said first.
     let unavailable = available(0).expect_err("there is no library");
     assert!(unavailable == error || matches!(unavailable, Error::Gpu { .. }), "{unavailable}");
-    let connected = Channel::connect(0, &id, 0, &Config::default(), Duration::from_secs(1));
+    let connected = Channel::connect(0, &id, 0, 1, &Config::default(), Duration::from_secs(1));
     assert_eq!(connected.expect_err("there is no library"), unavailable);
     println!("{unavailable}");
     println!("{error}");

@@ -4,6 +4,8 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -109,8 +111,8 @@ fn near() {
     let ids = [(); 2].map(|()| UniqueId::new().expect("there is a network"));
     println!("\n@ids {} {}", hex(&ids[0]), hex(&ids[1]));
     let start = Instant::now();
-    let mut out = Channel::connect(0, &ids[0], 0, &config(), TIMEOUT).expect("connects");
-    let mut back = Channel::connect(0, &ids[1], 1, &config(), TIMEOUT).expect("connects");
+    let mut out = Channel::connect(0, &ids[0], 0, PARTS, &config(), TIMEOUT).expect("connects");
+    let mut back = Channel::connect(0, &ids[1], 1, PARTS, &config(), TIMEOUT).expect("connects");
     println!("connected in {:?}", start.elapsed());
 
     for (seed, size) in SIZES.into_iter().enumerate() {
@@ -139,6 +141,11 @@ fn near() {
         Ok(()) => println!("NCCL has noticed"),
         Err(_) => println!("NCCL has not noticed: aborting answers {:?}", monitor.abort()),
     });
+    time_calls("while none waits");
+    let times = thread::spawn(|| {
+        thread::sleep(Duration::from_millis(300));
+        time_calls("while a receive waits");
+    });
     println!("@waits");
     let start = Instant::now();
     let error = back.receive(&mut [0; 8], None).expect_err("the other side is killed");
@@ -147,21 +154,83 @@ fn near() {
     assert!(matches!(error, Error::Nccl { .. } | Error::Aborted { .. }), "{error}");
     // The watchdog may have gone off.
     let _ = ended.send(());
+    times.join().expect("the driver answers once the receive has ended");
     watchdog.join().expect("the watchdog does not panic");
 
     assert_eq!(back.receive(&mut [0; 8], None), Err(error));
     let start = Instant::now();
     drop((out, back));
     println!("dropped in {:?}", start.elapsed());
-    assert!(start.elapsed() < 2 * config().close_timeout + Duration::from_secs(1));
+    // Whoever leaves earlier takes the library away from under NCCL.
+    while nccl_rs::is_closing() && start.elapsed() < 2 * config().close_timeout {
+        thread::sleep(Duration::from_millis(1));
+    }
+    println!("closed in {:?}", start.elapsed());
+    assert!(!nccl_rs::is_closing());
     println!("@ended");
+}
+
+/// Says how long calls to the driver take, and what others make meanwhile: what waits for all that runs on the GPU waits for a receive
+/// that waits. No more is said of it, since nothing is promised.
+fn time_calls(when: &str) {
+    let (stop, longest) = (AtomicBool::new(false), Mutex::new(Duration::ZERO));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            open_here();
+            // SAFETY: the memory is this thread's.
+            unsafe {
+                let (at, stream) =
+                    (result::malloc_sync(1 << 20), result::stream::create(result::stream::StreamKind::NonBlocking));
+                let (at, stream) = (at.expect("there is memory"), stream.expect("makes a stream"));
+                while !stop.load(Ordering::Relaxed) {
+                    let start = Instant::now();
+                    result::memset_d8_async(at, 1, 1 << 20, stream).expect("queues");
+                    result::stream::synchronize(stream).expect("fills");
+                    let took = start.elapsed();
+                    let mut longest = longest.lock().expect("nobody panics");
+                    *longest = took.max(*longest);
+                }
+            }
+        });
+        open_here();
+        thread::sleep(Duration::from_millis(50));
+        let timed = |what: &str, call: &mut dyn FnMut()| {
+            *longest.lock().expect("nobody panics") = Duration::ZERO;
+            let start = Instant::now();
+            call();
+            let took = start.elapsed();
+            thread::sleep(Duration::from_millis(5));
+            println!(
+                "{when}, {what} takes {took:?}, and queued work beside it {:?}",
+                longest.lock().expect("nobody panics")
+            );
+        };
+        // SAFETY: memory is freed once.
+        unsafe {
+            let (mut device, mut host) = (0, std::ptr::null_mut());
+            timed("cuMemAlloc", &mut || device = result::malloc_sync(1 << 20).expect("there is memory"));
+            timed("cuMemHostAlloc", &mut || host = result::malloc_host(1 << 20, 0).expect("there is memory"));
+            timed("cuMemFreeHost", &mut || result::free_host(host).expect("frees"));
+            timed("cuMemFree", &mut || result::free_sync(device).expect("frees"));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+/// The channels' context, on this thread.
+fn open_here() {
+    let device = result::device::get(0).expect("there is a GPU");
+    // SAFETY: the device is one, and the context is not given back.
+    let context = unsafe { result::primary_ctx::retain(device) }.expect("channels have opened it");
+    // SAFETY: the context is kept to the end of the process.
+    unsafe { result::ctx::set_current(context) }.expect("it can be current");
 }
 
 fn far() {
     let ids = std::env::var("NCCL_RS_IDS").expect("the other side made them");
     let (first, second) = ids.split_once(' ').expect("there are two");
-    let mut incoming = Channel::connect(0, &from_hex(first), 1, &config(), TIMEOUT).expect("connects");
-    let mut out = Channel::connect(0, &from_hex(second), 0, &config(), TIMEOUT).expect("connects");
+    let mut incoming = Channel::connect(0, &from_hex(first), 1, PARTS, &config(), TIMEOUT).expect("connects");
+    let mut out = Channel::connect(0, &from_hex(second), 0, PARTS, &config(), TIMEOUT).expect("connects");
     for size in SIZES {
         turn_back(&mut incoming, &mut out, size);
     }

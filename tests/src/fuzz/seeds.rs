@@ -46,7 +46,7 @@ fn frames() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let request = |x: Activations| RequestFrame::new(header(0), x, SHAPE.hidden, content()).encode(SHAPE.hidden);
     let (f32_frame, bf16_frame) = (request(values.to_vec().into()), request(bf16.into()));
     // Its terms are the choices of both rows, of which experts 1 and 4 are asked.
-    let choices = v1::Choices { experts: vec![0b1_0010], top_k: 2, group_size: 4 };
+    let choices = v1::Choices { experts: vec![0b1_0010], top_k: 2, group_size: 4, room: 3 };
     let choices_frame = v1::Frame { outputs: Bytes::new(), choices: Some(choices), ..bf16_frame.clone() };
     let answer = |result| AnswerFrame::new(header(0), result).encode();
     let (rows, refusal) =

@@ -11,6 +11,8 @@ use super::messages::Message;
 use super::net::{Context, StreamId};
 
 const IDLE_AFTER: Duration = Duration::from_millis(200);
+/// Rows are a byte here.
+const SLOT_BYTES: usize = 16 << 10;
 
 /// See the module.
 pub struct Lane {
@@ -45,8 +47,8 @@ impl Lane {
             generation,
             stream,
             beside,
-            outgoing: Outgoing::new(generation),
-            incoming: Incoming::new(generation, 1),
+            outgoing: Outgoing::new(generation, SLOT_BYTES),
+            incoming: Incoming::new(generation, SLOT_BYTES, 1),
             waiting: VecDeque::new(),
             sent: context.now,
         }
@@ -58,7 +60,7 @@ impl Lane {
         self.depart(context, departure, load);
     }
 
-    fn depart(&mut self, context: &mut Context<'_>, Departure { head, wakes }: Departure, load: Load) {
+    fn depart(&mut self, context: &mut Context<'_>, Departure { head, wakes, .. }: Departure, load: Load) {
         if wakes {
             let (generation, sequence) = (self.generation, head.sequence);
             context.send(self.beside, Message::LaneWake { generation, sequence });

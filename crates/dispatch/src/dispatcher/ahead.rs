@@ -18,6 +18,8 @@ pub struct Ahead {
     inner: Arc<Inner>,
     /// Until the call is made.
     pub(super) turn: Option<Turn>,
+    /// Rows that each of them has room for.
+    pub(super) room: usize,
     /// Where frames have gone of which it is not known yet what they ask.
     sent: Vec<(u32, Destination, AheadFrame)>,
 }
@@ -34,7 +36,7 @@ impl Ahead {
         let experts = 0..inner.config.experts as u16;
         let Some(turn) = inner.begin(call.layer, experts.map(ExpertId)) else { return Ok(None) };
         // Whatever comes of it, this is the call's turn.
-        let mut ahead = Self { inner: inner.clone(), turn: None, sent: Vec::new() };
+        let mut ahead = Self { inner: inner.clone(), turn: None, room: 0, sent: Vec::new() };
         ahead.send_shares(&turn, call, rows, split)?;
         ahead.turn = Some(turn);
         Ok(Some(ahead))
@@ -54,13 +56,13 @@ impl Ahead {
         let has_lane = |to| inner.views().edge(to).is_some_and(|edge| edge.has_lane());
         let takers = asked.iter().copied().filter(|worker| ways.destination(*worker).is_some_and(has_lane));
         let takers: Vec<u32> = takers.collect();
-        if takers.is_empty() || !pays(rows, call.top_k, asked.len()) {
-            return Ok(());
-        }
+        let room = room(rows, call.top_k, asked.len()).filter(|_| !takers.is_empty());
+        let Some(room) = room else { return Ok(()) };
         let taker = |holder: &u32| takers.binary_search(holder).map_or(NOBODY, |taker| taker as u32);
         let owners: Vec<u32> = holders.iter().map(taker).collect();
+        self.room = room;
         let (count, width) = (takers.len(), inner.config.hidden);
-        let shape = Split { owners: &owners, takers: count, room: SLOT_ROWS, top_k: call.top_k, width };
+        let shape = Split { owners: &owners, takers: count, room, top_k: call.top_k, width };
         let Some(shares) = split(&shape)? else { return Ok(()) };
         let shares = shares.cut(std::iter::repeat_n(shape.share_bytes(), count));
         for ((number, worker), share) in (0..).zip(&takers).zip(shares) {
@@ -125,21 +127,25 @@ impl Drop for Ahead {
     }
 }
 
-/// Whether that many rows are for most of the workers, so that few slots are sent for nothing, and seldom more for one than a slot
-/// has room for: by what a row's choices would be if all experts were chosen alike.
-fn pays(rows: usize, top_k: usize, workers: usize) -> bool {
+/// For how many rows a share needs room, so that seldom more of that many rows are for one worker: by what a row's choices would be
+/// if all experts were chosen alike. None where it does not pay, since few workers get any, or a slot has no such room.
+fn room(rows: usize, top_k: usize, workers: usize) -> Option<usize> {
     let elsewhere = 1.0 - 1.0 / workers as f64;
     let of_row = 1.0 - elsewhere.powi(top_k as i32);
     let of_any = 1.0 - elsewhere.powi((rows * top_k) as i32);
     let mean = rows as f64 * of_row;
-    let fits = mean + (mean * (1.0 - of_row)).sqrt() <= SLOT_ROWS as f64;
-    of_any >= ASKED_MIN && fits && rows <= Split::ROWS_MAX && Split::table_bytes(SLOT_ROWS, top_k) <= TABLE_MAX
+    let spread = (mean * (1.0 - of_row)).sqrt();
+    let room = ((mean + SPREADS * spread).ceil() as usize).min(rows);
+    let fits = room <= SLOT_ROWS && rows <= Split::ROWS_MAX && Split::table_bytes(room, top_k) <= TABLE_MAX;
+    (of_any >= ASKED_MIN && fits).then_some(room)
 }
 
 /// Of the slots that are sent, so many should have rows.
 const ASKED_MIN: f64 = 0.75;
+/// Standard deviations: of 44 shares, one has more rows.
+const SPREADS: f64 = 2.0;
 /// The rest is for a frame's message.
-const TABLE_MAX: usize = SLOT_TABLE_BYTES / 2;
+const TABLE_MAX: usize = SLOT_TABLE_BYTES * 3 / 4;
 
 #[cfg(test)]
 mod tests {
@@ -148,10 +154,10 @@ mod tests {
     #[test]
     fn what_pays_is_a_batch_for_most_workers_and_no_more_than_slots_hold() {
         // 16 workers, top 8: from a few rows up to the batch of which each gets a slot of rows.
-        assert_eq!([1, 2, 3, 4, 32, 64].map(|rows| pays(rows, 8, 16)), [false, false, true, true, true, true]);
-        assert_eq!([96, 128, 512].map(|rows| pays(rows, 8, 16)), [false; 3]);
-        assert_eq!([1, 32, 33, 64].map(|rows| pays(rows, 8, 1)), [true, true, false, false]);
-        assert_eq!([8, 16, 128].map(|rows| pays(rows, 8, 64)), [false, true, true]);
-        assert!(!pays(32, 32, 4));
+        let table = [None, None, Some(3), Some(4), Some(19), Some(34), Some(63), None];
+        assert_eq!([1, 2, 3, 4, 32, 64, 128, 132].map(|rows| room(rows, 8, 16)), table);
+        assert_eq!([1, 64, 65].map(|rows| room(rows, 8, 1)), [Some(1), Some(64), None]);
+        assert_eq!([8, 16, 64, 256, 257].map(|rows| room(rows, 8, 64)), [None, Some(5), Some(13), Some(41), None]);
+        assert_eq!([16, 24].map(|rows| room(rows, 32, 4)), [Some(16), None]);
     }
 }

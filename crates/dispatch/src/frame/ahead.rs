@@ -30,7 +30,7 @@ impl AheadFrame {
             |owners: &[u32]| (0..8).zip(owners).fold(0, |bits, (i, owner)| bits | u8::from(*owner == taker) << i);
         let experts = split.owners.chunks(8).map(bits).collect();
         let (top_k, group_size) = (split.top_k as u32, group_size as u32);
-        let choices = Choices { experts, top_k, group_size };
+        let choices = Choices { experts, top_k, group_size, room: split.room as u32 };
         let table_bytes = Split::table_bytes(split.room, split.top_k);
         Self { header, choices, share, table_bytes, traceparent: None }
     }

@@ -359,7 +359,7 @@ proptest! {
             place.copy_from_slice(&[flags as u8, 0, 1, 0, 0, 0]);
         }
         let refusal = refusal.map(|(reason, detail)| v1::Refusal { reason, detail });
-        let choices = choices.map(|(experts, top_k, group_size)| v1::Choices { experts: experts.to_vec(), top_k, group_size });
+        let choices = choices.map(|(experts, top_k, group_size)| v1::Choices { experts: experts.to_vec(), top_k, group_size, room: 0 });
         check_hostile(v1::Frame { header: header.into(), rows, outputs, terms, refusal, traceparent, choices });
     }
 

@@ -2,9 +2,10 @@
 //!
 //! Each direction is a row of slots, numbered from 0 on. The receiving side waits for the next slot all the time, so that it
 //! costs nothing to begin one; a sender that falls idle *parks*: it sends a slot that says so, and says over the stream
-//! which slot comes, before it sends that one.
+//! which slot comes, before it sends that one. A slot's size has to be known before it comes: the slot before it says it, by
+//! what the frames before took.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use super::{LANE_FRAMES_MAX, SLOT_TABLE_BYTES};
 use crate::frame::{AnswerFrame, Header};
@@ -13,7 +14,9 @@ use crate::tracker::FrameKey;
 /// The beginning of a slot; all numbers are little-endian.
 ///
 /// ```text
-/// magic u32, generation u32, sequence u32, kind u32, message u32, rows u32     the last two: bytes of a frame's message and rows
+/// magic u32, generation u32, sequence u32, kind u32
+/// message u32, rows u32     bytes of a frame's message and rows
+/// next u32                  bytes of the slot that follows
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
@@ -21,6 +24,7 @@ pub struct Head {
     pub sequence: u32,
     pub kind: Kind,
     pub load: Load,
+    pub next: u32,
 }
 
 /// Bytes of what a slot brings, in it or behind it.
@@ -48,13 +52,14 @@ impl Load {
         self.message as usize + self.rows as usize
     }
 
-    /// Of a slot of so many bytes. Rows begin where a GPU reads them at full speed.
-    pub fn place(self, slot_bytes: usize) -> Place {
+    /// In a slot of so many bytes, or behind it. Rows begin where a GPU reads them at full speed; those that were sent ahead begin
+    /// at the same byte in any case, since a table is before them.
+    pub fn place(self, kind: Kind, slot_bytes: usize) -> Place {
         let (message, rows) = (self.message as usize, self.rows as usize);
         if Head::LEN + message <= SLOT_TABLE_BYTES && SLOT_TABLE_BYTES + rows <= slot_bytes {
             return Place { message: Head::LEN, rows: SLOT_TABLE_BYTES, behind: None };
         }
-        let start = message.next_multiple_of(ROWS_ALIGNMENT);
+        let start = if kind == Kind::Ahead { SLOT_TABLE_BYTES } else { message.next_multiple_of(ROWS_ALIGNMENT) };
         Place { message: 0, rows: start, behind: Some(start + rows) }
     }
 }
@@ -67,13 +72,13 @@ pub enum Kind {
     Warm = 1,
     /// Nothing, and nothing comes behind it until it is said over the stream.
     Park = 2,
-    /// A frame whose sender does not know what its rows chose. They are in the slot, as if it were full, and a table before them
-    /// says how many there are.
+    /// A frame whose sender does not know what its rows chose. It has room for some, and a table before them says how many there
+    /// are.
     Ahead = 3,
 }
 
 /// How slots are laid out; the last byte counts how often that has changed.
-pub const LAYOUT: [u8; 4] = *b"MSL3";
+pub const LAYOUT: [u8; 4] = *b"MSL4";
 const MAGIC: u32 = u32::from_le_bytes(LAYOUT);
 
 const ROWS_ALIGNMENT: usize = 256;
@@ -91,15 +96,17 @@ pub enum Fault {
     Sequence { given: u32, expected: u32 },
     #[error("a load of {given} bytes; expected at most {limit}")]
     Load { given: usize, limit: usize },
+    #[error("a slot of {given} bytes is to follow; expected {SLOT_TABLE_BYTES} to {limit}")]
+    Next { given: usize, limit: usize },
 }
 
 impl Head {
-    pub const LEN: usize = 24;
+    pub const LEN: usize = 28;
 
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
         let Load { message, rows } = self.load;
-        let words = [MAGIC, self.generation, self.sequence, self.kind as u32, message, rows];
+        let words = [MAGIC, self.generation, self.sequence, self.kind as u32, message, rows, self.next];
         for (to, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(words) {
             *to = word.to_le_bytes();
         }
@@ -111,7 +118,7 @@ impl Head {
         for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
             *word = u32::from_le_bytes(*bytes);
         }
-        let [magic, generation, sequence, kind, message, rows] = words;
+        let [magic, generation, sequence, kind, message, rows, next] = words;
         let kind = match (magic, kind) {
             (MAGIC, 0) => Kind::Frame,
             (MAGIC, 1) => Kind::Warm,
@@ -120,7 +127,7 @@ impl Head {
             (MAGIC, other) => return Err(Fault::Kind(other)),
             (other, _) => return Err(Fault::Magic(other)),
         };
-        Ok(Self { generation, sequence, kind, load: Load { message, rows } })
+        Ok(Self { generation, sequence, kind, load: Load { message, rows }, next })
     }
 }
 
@@ -130,26 +137,31 @@ pub struct Outgoing {
     generation: u32,
     next: u32,
     is_parked: bool,
+    sizes: Sizes,
 }
 
 /// A slot that is to be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Departure {
     pub head: Head,
+    pub slot_bytes: usize,
     /// The other side has to be told first.
     pub wakes: bool,
 }
 
 impl Outgoing {
-    pub fn new(generation: u32) -> Self {
-        Self { generation, next: 0, is_parked: false }
+    /// `slot_bytes`: of the first slot, and of the largest.
+    pub fn new(generation: u32, slot_bytes: usize) -> Self {
+        let sizes = Sizes { largest: slot_bytes, next: slot_bytes, late: VecDeque::new() };
+        Self { generation, next: 0, is_parked: false, sizes }
     }
 
     pub fn send(&mut self, kind: Kind, load: Load) -> Departure {
-        let (sequence, wakes) = (self.next, self.is_parked);
+        let (sequence, wakes, slot_bytes) = (self.next, self.is_parked, self.sizes.next);
         self.next = self.next.wrapping_add(1);
         self.is_parked = kind == Kind::Park;
-        Departure { head: Head { generation: self.generation, sequence, kind, load }, wakes }
+        let next = self.sizes.after(load) as u32;
+        Departure { head: Head { generation: self.generation, sequence, kind, load, next }, slot_bytes, wakes }
     }
 
     /// There has been nothing to send for a while: what is to be sent now, if anything.
@@ -158,11 +170,41 @@ impl Outgoing {
     }
 }
 
+/// How large slots are: as the largest of the last frames needs it. What has no room in the largest slot comes behind one anyway.
+#[derive(Debug)]
+struct Sizes {
+    largest: usize,
+    next: usize,
+    /// What the last frames needed, in bytes.
+    late: VecDeque<usize>,
+}
+
+impl Sizes {
+    /// Frames of a step, of which a model has one for each layer.
+    const LATE: usize = 64;
+    const STEP: usize = 4096;
+
+    /// Of the slot that follows, when one with this load leaves.
+    fn after(&mut self, load: Load) -> usize {
+        let needed = (SLOT_TABLE_BYTES + load.rows as usize).next_multiple_of(Self::STEP);
+        if load.rows > 0 && needed <= self.largest {
+            if self.late.len() == Self::LATE {
+                self.late.pop_front();
+            }
+            self.late.push_back(needed);
+            self.next = self.late.iter().copied().fold(needed, usize::max);
+        }
+        self.next
+    }
+}
+
 /// The receiving side.
 #[derive(Debug)]
 pub struct Incoming {
     generation: u32,
     load_max: usize,
+    largest: usize,
+    slot_bytes: usize,
     next: u32,
     is_parked: bool,
     /// The last slot that was announced over the stream, which may overtake the slots before it.
@@ -170,8 +212,15 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    pub fn new(generation: u32, load_max: usize) -> Self {
-        Self { generation, load_max, next: 0, is_parked: false, woken: None }
+    /// `slot_bytes`: of the first slot, and of the largest.
+    pub fn new(generation: u32, slot_bytes: usize, load_max: usize) -> Self {
+        let (next, is_parked, woken) = (0, false, None);
+        Self { generation, load_max, largest: slot_bytes, slot_bytes, next, is_parked, woken }
+    }
+
+    /// Of the next slot.
+    pub fn slot_bytes(&self) -> usize {
+        self.slot_bytes
     }
 
     /// Whether the next slot is to be waited for: what comes before an announced one is on its way, too.
@@ -200,6 +249,11 @@ impl Incoming {
         if given > limit {
             return Err(Fault::Load { given, limit });
         }
+        let (given, limit) = (head.next as usize, self.largest);
+        if !(SLOT_TABLE_BYTES..=limit).contains(&given) {
+            return Err(Fault::Next { given, limit });
+        }
+        self.slot_bytes = given;
         self.next = self.next.wrapping_add(1);
         self.is_parked = head.kind == Kind::Park;
         Ok(head)
@@ -248,6 +302,11 @@ impl<F> Carrier<F> {
 
     pub fn is_up(&self) -> bool {
         self.is_up
+    }
+
+    /// Whether no frame of its waits for an answer.
+    pub fn is_idle(&self) -> bool {
+        self.carried.is_empty() && self.ahead.is_empty()
     }
 
     /// Whether one more frame may take the lane.

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use moesaic_kernels::cuda::{Buffer, Device, GpuBytes};
 
+use super::LANES_MAX;
+
 /// Of a communicator: who has the same id is connected.
 pub type Id = [u8; 128];
 
@@ -34,8 +36,20 @@ pub trait Fabric: Send + Sync + 'static {
         None
     }
 
-    /// Connects the side that sends with the one that receives. Blocks until both are there, or `timeout` is over.
-    fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String>;
+    /// How many lanes' ends a process may have.
+    fn lanes_max(&self) -> usize {
+        LANES_MAX
+    }
+
+    /// Connects the side that sends with the one that receives, for messages of `largest` bytes as a rule. Blocks until both are
+    /// there, or `timeout` is over.
+    fn connect(
+        &self,
+        id: &Id,
+        direction: Direction,
+        largest: usize,
+        timeout: Duration,
+    ) -> Result<Box<dyn Channel>, String>;
 }
 
 /// One end of a communicator of two ranks, used in its direction alone. What one side sends has to be received by the other
@@ -60,6 +74,6 @@ pub trait Channel: Send {
 
 /// What other threads may do with a channel.
 pub trait Breaker: Send + Sync {
-    /// Ends what waits on this side of the channel, with an error. Others hear nothing of it.
-    fn abort(&self);
+    /// Ends what waits on this side of the channel, with an error. Others hear nothing of it. Whether it has ended in time.
+    fn abort(&self) -> bool;
 }

@@ -1,8 +1,8 @@
-//! A fabric in memory, for tests, which is as unhelpful as NCCL: a message needs its receive, sizes have to agree, whoever is
-//! left alone waits for ever, and a side that aborts tells nobody.
+//! A fabric in memory, for tests, which is as unhelpful as NCCL: sizes have to agree, whoever is left alone waits for ever, a side
+//! that aborts tells nobody, and that a message has left does not say that it comes.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -47,10 +47,12 @@ struct Meeting {
     /// Why the network failed, as both sides see it.
     failed: Option<String>,
     is_frozen: bool,
-    /// What is being sent, and how much was received.
-    offered: Option<Vec<u8>>,
-    taken: u64,
+    /// What is on its way.
+    sent: VecDeque<Vec<u8>>,
 }
+
+/// Who sends is through when no more than that has not been received.
+const BUFFERED: usize = 128 << 10;
 
 impl FakeFabric {
     /// The same fabric, for a worker whose rows lie on a GPU.
@@ -105,7 +107,7 @@ impl Fabric for FakeFabric {
         self.device.as_ref()
     }
 
-    fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String> {
+    fn connect(&self, id: &Id, direction: Direction, _: usize, timeout: Duration) -> Result<Box<dyn Channel>, String> {
         let pair = lock(&self.state.pairs).entry(*id).or_default().clone();
         let rank = direction as usize;
         lock(&pair.meeting).joined[rank] = true;
@@ -150,9 +152,7 @@ impl End {
             if let Some(reason) = &meeting.failed {
                 return Err(reason.clone());
             }
-            if !meeting.is_frozen
-                && let Some(found) = look(&mut meeting)
-            {
+            if let Some(found) = look(&mut meeting) {
                 self.pair.change.notify_all();
                 return found;
             }
@@ -178,27 +178,21 @@ impl Channel for End {
             };
             bytes[*at..][..part.len()].copy_from_slice(&part);
         }
-        let taken = lock(&self.pair.meeting).taken;
-        let mut bytes = Some(bytes);
-        self.wait("sending", Some(timeout), |meeting| {
-            if let Some(bytes) = bytes.take() {
-                meeting.offered = Some(bytes);
-                self.pair.change.notify_all();
-            }
-            (meeting.taken > taken).then_some(Ok(()))
-        })
+        lock(&self.pair.meeting).sent.push_back(bytes);
+        self.pair.change.notify_all();
+        let has_left = |meeting: &mut Meeting| meeting.sent.iter().map(Vec::len).sum::<usize>() <= BUFFERED;
+        self.wait("sending", Some(timeout), |meeting| has_left(meeting).then_some(Ok(())))
     }
 
     fn receive(&mut self, len: usize, beginning: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
         self.check(Direction::Receive)?;
         self.received = self.wait("receiving", timeout, |meeting| {
-            let offered = meeting.offered.take()?;
+            let offered = if meeting.is_frozen { None } else { meeting.sent.pop_front() }?;
             if offered.len() != len {
                 let reason = format!("{} bytes were sent and {len} received", offered.len());
                 meeting.failed = Some(reason.clone());
                 return Some(Err(reason));
             }
-            meeting.taken += 1;
             self.fabric.state.messages.fetch_add(1, Ordering::Relaxed);
             Some(Ok(offered))
         })?;
@@ -234,8 +228,9 @@ struct FakeBreaker {
 }
 
 impl Breaker for FakeBreaker {
-    fn abort(&self) {
+    fn abort(&self) -> bool {
         lock(&self.pair.meeting).aborted[self.rank] = true;
         self.pair.change.notify_all();
+        true
     }
 }

@@ -8,6 +8,7 @@ use moesaic_kernels::cuda::{Buffer, Device};
 use nccl_rs::{Config, DeviceSlice, DeviceSliceMut, Error, Event, Monitor, Part, UniqueId, Version};
 
 use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
+use super::{LANES_MAX, OPEN_TIMEOUT};
 
 /// Of one GPU.
 pub(super) struct NcclFabric {
@@ -19,16 +20,29 @@ pub(super) struct NcclFabric {
 impl NcclFabric {
     /// By the GPU's number, as the driver counts. Rows lie on `device`, which is that GPU.
     pub fn open(gpu: usize, device: Option<Device>) -> Result<Self, Error> {
-        Ok(Self { gpu, device, version: nccl_rs::available(gpu)? })
+        let version = nccl_rs::available(gpu)?;
+        let queues = std::env::var(QUEUES).ok().and_then(|queues| queues.parse().ok());
+        if queues.is_none_or(|queues: u32| queues < QUEUES_MAX) {
+            tracing::warn!("{QUEUES} should be {QUEUES_MAX}, as it is not: what is computed may wait for messages");
+        }
+        Ok(Self { gpu, device, version })
     }
 }
+
+/// A GPU's hardware queues: what shares one with a receive that waits has to wait, too. The driver reads it as it starts.
+const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+const QUEUES_MAX: u32 = 32;
+
+/// On whatever machine.
+const LANES_MIN: usize = 4;
 
 /// To copy from a message on the GPU, with nothing before it.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A receive that waits keeps a multiprocessor busy: one, not more.
 fn config() -> Config {
-    Config { max_ctas: Some(1), close_timeout: Duration::from_secs(2), ..Config::default() }
+    let close_timeout = Duration::from_secs(2);
+    Config { max_ctas: Some(1), queue_timeout: OPEN_TIMEOUT, close_timeout, ..Config::default() }
 }
 
 fn words(error: Error) -> String {
@@ -48,13 +62,25 @@ impl Fabric for NcclFabric {
         self.device.as_ref()
     }
 
-    fn connect(&self, id: &Id, direction: Direction, timeout: Duration) -> Result<Box<dyn Channel>, String> {
+    fn lanes_max(&self) -> usize {
+        // Where messages take a network, a thread of NCCL's asks for those of each receive all the time.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        (cores / 2).clamp(LANES_MIN, LANES_MAX)
+    }
+
+    fn connect(
+        &self,
+        id: &Id,
+        direction: Direction,
+        largest: usize,
+        timeout: Duration,
+    ) -> Result<Box<dyn Channel>, String> {
         let id = UniqueId::from_bytes(*id);
         let rank = match direction {
             Direction::Send => nccl_rs::Channel::SENDER,
             Direction::Receive => nccl_rs::Channel::RECEIVER,
         };
-        let channel = nccl_rs::Channel::connect(self.gpu, &id, rank, &config(), timeout).map_err(words)?;
+        let channel = nccl_rs::Channel::connect(self.gpu, &id, rank, largest, &config(), timeout).map_err(words)?;
         Ok(Box::new(channel))
     }
 }
@@ -95,9 +121,11 @@ impl Channel for nccl_rs::Channel {
 }
 
 impl Breaker for Monitor {
-    fn abort(&self) {
-        if let Err(error) = self.abort() {
+    fn abort(&self) -> bool {
+        let aborted = self.abort();
+        if let Err(error) = &aborted {
             tracing::warn!(%error, "a communicator is still being aborted");
         }
+        aborted.is_ok()
     }
 }

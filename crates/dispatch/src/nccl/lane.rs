@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use half::bf16;
-use moesaic_kernels::cuda::{Device, GpuBytes, Split};
+use moesaic_kernels::cuda::{Device, GpuBytes, QUARTERS, Split};
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1;
 use prost::Message as _;
 
-use super::core::{Departure, Head, Incoming, Kind, Load, Outgoing};
+use super::core::{Departure, Incoming, Kind, Load, Outgoing};
 use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
+use super::watch::{self, Watched};
 use super::*;
 use crate::frame::{AheadFrame, AnswerFrame, RequestFrame, Term};
 use crate::payload::Payload;
@@ -31,7 +32,7 @@ pub enum End {
 pub struct Offer {
     pub requests: Id,
     pub answers: Id,
-    /// Bytes of a slot.
+    /// Bytes of the first slot, and of the largest.
     pub request_slot: usize,
     pub answer_slot: usize,
 }
@@ -187,9 +188,14 @@ impl Lane {
         end: End,
         owner: Arc<dyn LaneOwner>,
     ) -> Result<Self, NotOpened> {
-        let place = Counted::take(&LANES, LANES_MAX).ok_or(NotOpened::Many)?;
+        let lanes_max = fabric.lanes_max();
+        let place = Counted::take(&LANES, lanes_max).ok_or(NotOpened::Many(lanes_max))?;
         let (sender, messages) = sync_channel(2 * LANE_FRAMES_MAX);
-        let incoming = Mutex::new(Incoming::new(generation, FRAME_BYTES_MAX));
+        let (out_slot, in_slot) = match end {
+            End::Attention => (offer.request_slot, offer.answer_slot),
+            End::Expert => (offer.answer_slot, offer.request_slot),
+        };
+        let incoming = Mutex::new(Incoming::new(generation, in_slot, FRAME_BYTES_MAX));
         let state = Arc::new(State { generation, owner, incoming, news: Condvar::new(), end: Mutex::default() });
         let sender = Sender { messages: sender, state: Arc::downgrade(&state) };
         let lane = Self { sender: sender.clone(), state: state.clone() };
@@ -200,21 +206,21 @@ impl Lane {
                 let deadline = Instant::now() + OPEN_TIMEOUT;
                 let connect = |id: &Id, direction| {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    let channel = fabric.connect(id, direction, left)?;
+                    let largest = if direction == Direction::Send { out_slot } else { in_slot };
+                    let connect = || fabric.connect(id, direction, largest, left);
+                    let channel = Watched::connect(left, state.late(), connect)?;
                     state.register(channel.breaker());
                     Ok::<_, String>(channel)
                 };
                 // Both ends open them in the same order.
-                let (out, out_slot, mut inbound, in_slot) = match end {
+                let (out, mut inbound) = match end {
                     End::Attention => {
                         let requests = connect(&offer.requests, Direction::Send)?;
-                        let answers = connect(&offer.answers, Direction::Receive)?;
-                        (requests, offer.request_slot, answers, offer.answer_slot)
+                        (requests, connect(&offer.answers, Direction::Receive)?)
                     }
                     End::Expert => {
                         let requests = connect(&offer.requests, Direction::Receive)?;
-                        let answers = connect(&offer.answers, Direction::Send)?;
-                        (answers, offer.answer_slot, requests, offer.request_slot)
+                        (connect(&offer.answers, Direction::Send)?, requests)
                     }
                 };
                 let sending = state.clone();
@@ -223,7 +229,7 @@ impl Lane {
                 if end == End::Attention {
                     sender.send(Message::Warm);
                 }
-                state.keep_receiving(&mut *inbound, in_slot, end, fabric.device(), &sender)
+                state.keep_receiving(&mut inbound, end, fabric.device(), &sender)
             };
             if let Err(reason) = run() {
                 ended.fail(&reason);
@@ -256,11 +262,14 @@ impl Drop for Lane {
 /// Why a lane was not begun.
 #[derive(Debug, thiserror::Error)]
 pub enum NotOpened {
-    #[error("{LANES_MAX} lanes are open or being connected")]
-    Many,
+    #[error("{0} lanes are open or being connected")]
+    Many(usize),
     #[error("starting a thread: {0}")]
     Thread(#[from] std::io::Error),
 }
+
+/// Of a GPU: a multiprocessor for the receive that waits, and one for what four lanes send.
+const LENT: u32 = QUARTERS + 1;
 
 /// Lanes of this process, and threads of lanes: those that are there or about to be.
 static LANES: AtomicUsize = AtomicUsize::new(0);
@@ -311,9 +320,20 @@ impl State {
         if ending.is_over {
             // Not with the lock: it may take a while.
             drop(ending);
-            return breaker.abort();
+            breaker.abort();
+            return;
         }
         ending.breakers.push(breaker);
+    }
+
+    /// What is done when calls do not return, whether of this lane or of others.
+    fn late(self: &Arc<Self>) -> impl Fn() + Send + Sync + 'static {
+        let state = Arc::downgrade(self);
+        move || {
+            if let Some(state) = state.upgrade() {
+                state.fail("calls to the GPU's driver do not return");
+            }
+        }
     }
 
     fn fail(&self, reason: &str) {
@@ -331,10 +351,17 @@ impl State {
             }
             std::mem::take(&mut ending.breakers)
         };
-        // Aborting may take a while.
-        let abort = move || breakers.iter().for_each(|breaker| breaker.abort());
-        if let Err(error) = spawn("lane-abort", abort) {
-            tracing::error!(%error, "a lane could not be aborted: no thread");
+        // Aborting may take a while: NCCL frees memory, for which it waits until nothing runs on the GPU, and so until the
+        // other is aborted, too.
+        for breaker in breakers {
+            let abort = move || {
+                if !breaker.abort() {
+                    watch::end_others();
+                }
+            };
+            if let Err(error) = spawn("lane-abort", abort) {
+                tracing::error!(%error, "a lane could not be aborted: no thread");
+            }
         }
         // With the lock, so that who looks and then waits hears it.
         drop(self.incoming());
@@ -344,13 +371,13 @@ impl State {
 
     fn keep_sending(
         &self,
-        mut channel: Box<dyn Channel>,
+        mut channel: Watched,
         slot_bytes: usize,
         messages: &Receiver<Message>,
     ) -> Result<(), String> {
-        let mut outgoing = Outgoing::new(self.generation);
+        let mut outgoing = Outgoing::new(self.generation, slot_bytes);
         while !self.ending().is_over {
-            let (Departure { head, wakes }, frame) = match messages.recv_timeout(IDLE_AFTER) {
+            let (Departure { head, slot_bytes, wakes }, frame) = match messages.recv_timeout(IDLE_AFTER) {
                 Ok(message) => match message.split() {
                     Some(frame) => (outgoing.send(frame.kind, frame.load()), Some(frame)),
                     None => (outgoing.send(Kind::Warm, Load::default()), None),
@@ -361,7 +388,7 @@ impl State {
                 },
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             };
-            let (head_bytes, place) = (head.encode(), head.load.place(slot_bytes));
+            let (head_bytes, place) = (head.encode(), head.load.place(head.kind, slot_bytes));
             let mut slot = vec![(0, Source::Here(&head_bytes))];
             let mut behind = Vec::new();
             if let Some(Sent { message, rows, table_bytes, .. }) = &frame {
@@ -384,14 +411,17 @@ impl State {
     fn keep_receiving(
         &self,
         channel: &mut dyn Channel,
-        slot_bytes: usize,
         end: End,
         device: Option<&Device>,
         sender: &Sender,
     ) -> Result<(), String> {
         let mut start = [0; SLOT_TABLE_BYTES];
         let mut timeout = Some(OPEN_TIMEOUT);
-        while self.wait_for_slot() {
+        let mut lent = None;
+        while self.wait_for_slot(|| lent = None) {
+            // What waits keeps a multiprocessor busy until it parks.
+            lent = lent.take().or_else(|| device.map(|device| device.lend(LENT)));
+            let slot_bytes = self.incoming().slot_bytes();
             channel.receive(slot_bytes, &mut start, timeout.take())?;
             let (head, rest) = start.split_first_chunk().ok_or("a slot without room for its head")?;
             let head = self.incoming().receive(head).map_err(|fault| fault.to_string())?;
@@ -404,7 +434,7 @@ impl State {
                     self.owner.up();
                 }
                 Kind::Frame => {
-                    let (Load { message, rows }, place) = (head.load, head.load.place(slot_bytes));
+                    let (Load { message, rows }, place) = (head.load, head.load.place(head.kind, slot_bytes));
                     let message = match place.behind {
                         None => rest[..message as usize].to_vec(),
                         Some(bytes) => {
@@ -418,7 +448,11 @@ impl State {
                     self.owner.frame(frame, rows, sender);
                 }
                 Kind::Ahead => {
-                    let (frame, bytes) = taken_ahead(&start, head.load, slot_bytes)?;
+                    let place = head.load.place(head.kind, slot_bytes);
+                    if let Some(bytes) = place.behind {
+                        channel.receive(bytes, &mut start, Some(SEND_TIMEOUT))?;
+                    }
+                    let (frame, bytes) = taken_ahead(&start, place.message, head.load)?;
                     if bytes > 0 {
                         let rows = take_rows(channel, SLOT_TABLE_BYTES, bytes, device)?;
                         self.owner.frame(frame, rows, sender);
@@ -429,8 +463,8 @@ impl State {
         Ok(())
     }
 
-    /// False when the lane has ended.
-    fn wait_for_slot(&self) -> bool {
+    /// False when the lane has ended. `parks` is called if the next slot is not due yet.
+    fn wait_for_slot(&self, mut parks: impl FnMut()) -> bool {
         let mut incoming = self.incoming();
         loop {
             if self.ending().is_over {
@@ -439,34 +473,35 @@ impl State {
             if incoming.is_awaited() {
                 return true;
             }
+            parks();
             let waited = self.news.wait_timeout(incoming, Duration::from_secs(60));
             incoming = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
 
-/// The frame of a slot that was sent ahead, with its rows' choices as terms, and how many bytes of rows it has: none, where no row
-/// chose an expert of this worker.
-fn taken_ahead(start: &[u8], load: Load, slot_bytes: usize) -> Result<(v1::Frame, usize), String> {
-    let (message_end, rows) = (Head::LEN + load.message as usize, load.rows as usize);
-    if load.place(slot_bytes).behind.is_some() || !rows.is_multiple_of(SLOT_ROWS) {
-        return Err(format!("a slot that was sent ahead has a load of {load:?}, which is not that of a full one"));
+/// The frame that was sent ahead, with its rows' choices as terms, and how many bytes of rows it has: none, where no row chose an
+/// expert of this worker. `start` is what comes before the rows, with the frame's message at byte `at`.
+fn taken_ahead(start: &[u8], at: usize, load: Load) -> Result<(v1::Frame, usize), String> {
+    let (message_end, rows) = (at + load.message as usize, load.rows as usize);
+    let message = start.get(at..message_end).ok_or("a frame that was sent ahead has no room for its message")?;
+    let frame = v1::Frame::decode(Bytes::copy_from_slice(message)).map_err(|error| error.to_string())?;
+    let choices = frame.choices.as_ref().ok_or("a frame that was sent ahead says no choices")?;
+    let (top_k, room) = (choices.top_k as usize, choices.room as usize);
+    if room == 0 || !rows.is_multiple_of(room) {
+        return Err(format!("a frame that was sent ahead has room for {room} rows, in {rows} bytes"));
     }
-    let message = Bytes::copy_from_slice(&start[Head::LEN..message_end]);
-    let frame = v1::Frame::decode(message).map_err(|error| error.to_string())?;
-    let top_k = frame.choices.as_ref().ok_or("a slot that was sent ahead says no choices")?.top_k as usize;
-    // Of so many choices none has room.
-    let table_bytes = Split::table_bytes(SLOT_ROWS, top_k.min(SLOT_TABLE_BYTES));
+    // Of so many none has room.
+    let table_bytes = Split::table_bytes(room.min(SLOT_TABLE_BYTES), top_k.min(SLOT_TABLE_BYTES));
     let at = SLOT_TABLE_BYTES.checked_sub(table_bytes).filter(|at| *at >= message_end);
-    let at =
-        at.ok_or_else(|| format!("a slot has no room for a table of {SLOT_ROWS} rows with {top_k} choices each"))?;
+    let at = at.ok_or_else(|| format!("a slot has no room for a table of {room} rows with {top_k} choices each"))?;
     let (count, choices) = start[at..].split_at(Split::CHOICES);
     let count = count.first_chunk().map_or(0, |count| u32::from_le_bytes(*count)) as usize;
-    if count > SLOT_ROWS {
-        return Err(format!("a slot that was sent ahead has {count} rows; expected at most {SLOT_ROWS}"));
+    if count > room {
+        return Err(format!("a frame that was sent ahead has {count} rows; expected at most {room}"));
     }
     let terms = Bytes::copy_from_slice(&choices[..count * top_k * size_of::<Term>()]);
-    Ok((v1::Frame { terms, ..frame }, rows / SLOT_ROWS * count))
+    Ok((v1::Frame { terms, ..frame }, rows / room * count))
 }
 
 /// Rows as parts of a message, one after the other from byte `at` on.

@@ -1,6 +1,7 @@
 //! The attention worker's end of an edge's lanes, one after the other: which frames they carry, and what becomes of those when
 //! a lane fails.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -27,15 +28,30 @@ pub struct Lanes {
 struct Current {
     lane: Option<Lane>,
     carrier: Carrier<RequestFrame>,
+    /// When the last answer came, or the first frame left since none waits.
+    heard: Instant,
     /// For people: why there is none.
     state: String,
 }
 
 impl Current {
-    fn send(&self, message: Message) -> bool {
+    fn send(&mut self, message: Message) -> bool {
+        if self.carrier.is_idle() {
+            self.heard = Instant::now();
+        }
         let lane = self.lane.as_ref().filter(|_| self.carrier.has_room());
         lane.is_some_and(|lane| lane.sender().send(message))
     }
+
+    fn answered(&mut self, answer: AnswerFrame) -> Option<AnswerFrame> {
+        self.heard = Instant::now();
+        self.carrier.answered(answer)
+    }
+}
+
+/// Some share of one, another for each who asks.
+fn share() -> f64 {
+    RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
 }
 
 /// Passes an answer on; called on a lane's thread.
@@ -43,7 +59,8 @@ type Deliver = Arc<dyn Fn(AnswerFrame) + Send + Sync>;
 
 impl Lanes {
     pub fn new(fabric: Arc<dyn Fabric>, hidden: usize) -> Arc<Self> {
-        let current = Current { lane: None, carrier: Carrier::default(), state: "not offered yet".into() };
+        let (carrier, heard, state) = (Carrier::default(), Instant::now(), "not offered yet".into());
+        let current = Current { lane: None, carrier, heard, state };
         Arc::new(Self { fabric, hidden, current: Mutex::new(current), failures: AtomicU64::new(0) })
     }
 
@@ -122,7 +139,8 @@ impl Lanes {
             if was_up {
                 backoff = BACKOFF_MIN;
             }
-            sleep(backoff).await;
+            // Not all lanes of a GPU at a time.
+            sleep(backoff.mul_f64(1.0 + share())).await;
             backoff = (backoff * 2).min(BACKOFF_MAX);
         }
     }
@@ -152,11 +170,19 @@ impl Lanes {
             deliver: deliver.clone(),
             ended: Mutex::new(Some(ended)),
         });
-        match Lane::open(self.fabric.clone(), generation, offer, End::Attention, owner) {
-            Ok(lane) => self.current().lane = Some(lane),
+        let lane = match Lane::open(self.fabric.clone(), generation, offer, End::Attention, owner) {
+            Ok(lane) => lane,
             Err(error) => return self.note(error.to_string()),
-        }
-        let (reason, was_up) = end.await.unwrap_or_else(|_| ("its threads have ended".into(), false));
+        };
+        let sender = lane.sender().clone();
+        self.current().lane = Some(lane);
+        let watch = async {
+            self.silence().await;
+            sender.fail(&format!("no answer for {ANSWER_TIMEOUT:?}"));
+            std::future::pending().await
+        };
+        let ended = tokio::select! { ended = end => ended, () = watch => unreachable!("it fails the lane") };
+        let (reason, was_up) = ended.unwrap_or_else(|_| ("its threads have ended".into(), false));
         let back = self.take_back(generation);
         self.cannot(reason.clone());
         let said = Outbound::Lane(v1::Lane { generation, what: Some(What::Failed(reason)) });
@@ -165,6 +191,17 @@ impl Lanes {
             let _ = stream.send(message).await;
         }
         was_up
+    }
+
+    /// Returns when the lane in hand has not answered for too long.
+    async fn silence(&self) {
+        let is_silent = || {
+            let current = self.current();
+            !current.carrier.is_idle() && current.heard.elapsed() >= ANSWER_TIMEOUT
+        };
+        while !is_silent() {
+            sleep(ANSWER_TIMEOUT / 10).await;
+        }
     }
 
     fn note(&self, reason: String) -> bool {
@@ -215,7 +252,7 @@ impl LaneOwner for Owner {
         match AnswerFrame::join(frame, values) {
             Ok(answer) => {
                 let Some(lanes) = self.lanes.upgrade() else { return };
-                let due = lanes.current().carrier.answered(answer);
+                let due = lanes.current().answered(answer);
                 due.into_iter().for_each(|answer| (self.deliver)(answer));
             }
             Err(error) => lane.fail(&format!("it sent a frame that is wrong: {error}")),

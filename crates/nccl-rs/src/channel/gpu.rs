@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 use std::ptr::null_mut;
-use std::thread;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUresult, CUstream};
@@ -15,7 +15,7 @@ use super::poll;
 use crate::error::Error;
 use crate::memory::{DeviceSlice, DeviceSliceMut, Event, Stream};
 use crate::rest::rest;
-use crate::shared::{Closing, State};
+use crate::shared::State;
 
 /// The smallest buffer.
 const SMALLEST: usize = 64 << 10;
@@ -60,7 +60,7 @@ fn driver(what: &'static str) -> impl Fn(DriverError) -> Error {
 pub(super) struct Gpu {
     context: CUcontext,
     stream: CUstream,
-    /// The last one is in use. The others are too small, and stay, since freeing waits for all that runs on the GPU.
+    /// The last one is in use. The others are too small, and stay.
     buffers: Vec<Buffer>,
 }
 
@@ -73,12 +73,34 @@ struct Buffer {
 
 // SAFETY: the driver's handles and the memory may be used on any thread, with the context current where it has to be.
 unsafe impl Send for Gpu {}
+// SAFETY: as above.
+unsafe impl Send for Buffer {}
+
+impl Buffer {
+    /// Those of channels that have ended, with their contexts. None is freed: that waits for all that runs on the GPU, where other
+    /// channels' receives may wait for messages.
+    fn spare() -> MutexGuard<'static, Vec<(usize, Self)>> {
+        static SPARE: Mutex<Vec<(usize, Buffer)>> = Mutex::new(Vec::new());
+        SPARE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One of just so many bytes: there are few sizes.
+    fn take_spare(context: CUcontext, bytes: usize) -> Option<Self> {
+        let mut spare = Self::spare();
+        let at = spare.iter().position(|(place, buffer)| (*place, buffer.bytes) == (context as usize, bytes))?;
+        Some(spare.swap_remove(at).1)
+    }
+}
 
 impl Gpu {
     /// `context` is one that `open` made.
     pub fn new(context: CUcontext) -> Result<Self, Error> {
         let mut gpu = Self { context, stream: null_mut(), buffers: Vec::new() };
-        gpu.stream = gpu.with("making a stream", || result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        // Messages go before what computes, where both would begin.
+        gpu.stream = gpu.with("making a stream", || {
+            let (_, highest) = result::stream::get_priority_range()?;
+            result::stream::create_with_priority(result::stream::StreamKind::NonBlocking, highest)
+        })?;
         Ok(gpu)
     }
 
@@ -107,14 +129,19 @@ impl Gpu {
         }
         // As long as a slice, so that there is a next power of two.
         let bytes = bytes.next_power_of_two().max(SMALLEST);
+        if let Some(buffer) = Buffer::take_spare(self.context, bytes) {
+            self.buffers.push(buffer);
+            return Ok(self.buffer(bytes).device);
+        }
         // SAFETY: asks for memory, which is written before it is read.
         let device = self.with("taking memory on the GPU", || unsafe { result::malloc_sync(bytes) })?;
-        // Known first without the host's side, so that it is freed where there is none.
-        self.buffers.push(Buffer { host: null_mut(), device, bytes: 0 });
         // SAFETY: as above.
-        let host = self.with("taking pinned memory", || unsafe { result::malloc_host(bytes, 0) })?.cast();
-        self.buffers.pop();
-        self.buffers.push(Buffer { host, device, bytes });
+        let host = self.with("taking pinned memory", || unsafe { result::malloc_host(bytes, 0) });
+        let host = host.inspect_err(|_| {
+            // SAFETY: nobody has used it.
+            let _ = self.with("giving memory back", || unsafe { result::free_sync(device) });
+        });
+        self.buffers.push(Buffer { host: host?.cast(), device, bytes });
         Ok(device)
     }
 
@@ -209,39 +236,16 @@ impl Gpu {
         })
     }
 
-    /// Frees everything once the stream is through, on a thread of its own. What is not through in time, or cannot be
-    /// asked, is left behind, and so is everything where there is no thread. The communicator is aborted.
+    /// Gives the buffers to the channels to come, once the stream is through. What is not through in time, or cannot be asked, is
+    /// left behind. The communicator is aborted.
     pub fn release(self, timeout: Duration) {
-        let closing = Closing::begin();
-        let release = move || {
-            let _closing = closing;
-            let start = Instant::now();
-            if poll(|| self.is_through(), || State::Ready, Some(timeout), || start.elapsed(), rest) == Ok(true) {
-                // SAFETY: the stream is through, and nobody can queue anything more.
-                unsafe { self.free() };
-            }
-        };
-        // Where this fails, the closure is dropped, and a `Gpu` in it has no destructor.
-        let _ = thread::Builder::new().name("nccl-free".into()).spawn(release);
-    }
-
-    /// Waits for all that runs on the GPU.
-    ///
-    /// # Safety
-    ///
-    /// The stream is through.
-    unsafe fn free(self) {
-        // SAFETY: nothing uses them, and they are freed once, since this takes them.
-        let freed = self.with("freeing memory", || unsafe {
-            for buffer in &self.buffers {
-                result::free_sync(buffer.device)?;
-                if !buffer.host.is_null() {
-                    result::free_host(buffer.host.cast())?;
-                }
-            }
-            result::stream::destroy(self.stream)
-        });
-        // Where it fails, the context is lost, and the rest with it.
-        let _ = freed;
+        let start = Instant::now();
+        if poll(|| self.is_through(), || State::Ready, Some(timeout), || start.elapsed(), rest) != Ok(true) {
+            return;
+        }
+        // SAFETY: nobody can queue anything more. Where it fails, the context is lost.
+        let _ = self.with("ending a stream", || unsafe { result::stream::destroy(self.stream) });
+        let place = self.context as usize;
+        Buffer::spare().extend(self.buffers.into_iter().map(|buffer| (place, buffer)));
     }
 }

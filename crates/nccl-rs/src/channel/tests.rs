@@ -128,7 +128,7 @@ fn wrong_arguments_are_refused_and_harmless() {
     assert!(channel.open.is_ok());
     assert_eq!(fake.script().calls, [""; 0]);
 
-    let connected = Channel::connect(0, &id(2), 2, &Config::default(), micros(1));
+    let connected = Channel::connect(0, &id(2), 2, 1, &Config::default(), micros(1));
     assert_eq!(connected.expect_err("there are two").to_string(), "rank: 2 of 2 ranks");
 }
 
@@ -139,7 +139,7 @@ fn the_first_failure_stays_and_aborts_once() {
     let mut channel = channel(fake, 3, &Config::default());
     assert_eq!(channel.work(|_| Ok(())), Ok(()));
     assert_eq!(channel.work(|_| Err(broken())), Err(broken()));
-    assert_eq!(fake.script().calls, ["abort"]);
+    fake.wait_for("abort");
     assert_eq!(channel.work(|_| panic!("it is not open")), Err(broken()));
     assert_eq!(channel.receive(&mut [0], None), Err(broken()));
     assert!(format!("{channel:?}").contains("an illegal address"), "{channel:?}");
@@ -149,16 +149,29 @@ fn the_first_failure_stays_and_aborts_once() {
     assert_eq!(monitor.state(), State::Failed(aborted()));
 }
 
+/// NCCL may wait for another channel's receive until that channel is ended, too.
 #[test]
-fn dropping_waits_for_the_abort_once() {
+fn nobody_waits_for_a_channels_end() {
     let fake = Fake::new(Script { abort_takes: Duration::from_secs(60), ..Script::default() });
-    let config = Config { close_timeout: Duration::from_millis(50), ..Config::default() };
-    let channel = channel(fake, 4, &config);
+    let channel = channel(fake, 4, &Config::default());
     let start = Instant::now();
     drop(channel);
     let took = start.elapsed();
-    assert!(took >= config.close_timeout && took < Duration::from_secs(20), "{took:?}");
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(crate::is_closing());
+    fake.wait_for("abort");
     assert_eq!(fake.count("abort"), 1);
+}
+
+#[test]
+fn settings_that_make_channels_wait_for_each_other_are_refused() {
+    let checked = |name, value: &str| check_environment(|asked| (asked == name).then(|| value.into()));
+    for name in HARMFUL {
+        assert_eq!((checked(name, "0"), checked(name, "")), (Ok(()), Ok(())));
+        let words = format!("{name}: is set: channels would wait for each other's messages; unset it");
+        assert_eq!(checked(name, "1").expect_err("it is set").to_string(), words);
+    }
+    assert_eq!(checked("NCCL_DEBUG", "1"), Ok(()));
 }
 
 #[test]

@@ -26,7 +26,7 @@ fn frame(top_k: u32, group_size: u32, asked: impl Iterator<Item = u16>, terms: &
         header: Bytes::copy_from_slice(&HEADER.encode()),
         rows: Bytes::copy_from_slice(cast_slice(&values)),
         terms: Bytes::copy_from_slice(cast_slice(terms)),
-        choices: Some(Choices { experts, top_k, group_size }),
+        choices: Some(Choices { experts, top_k, group_size, room: 0 }),
         ..Default::default()
     }
 }

@@ -6,6 +6,9 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// Slots have room for 12,288 bytes of rows.
+const LARGEST: usize = SLOT_TABLE_BYTES + 12_288;
+
 /// What happens next.
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -20,14 +23,14 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![(0..5000usize).prop_map(Step::Send), Just(Step::Idle), Just(Step::Stream), Just(Step::Slot)]
+    prop_oneof![(0..20_000usize).prop_map(Step::Send), Just(Step::Idle), Just(Step::Stream), Just(Step::Slot)]
 }
 
 proptest! {
     /// Every frame comes once, in order; and when all has come and the sender is idle, nobody waits.
     #[test]
     fn all_frames_come_in_order_and_an_idle_lane_has_no_receive(steps in prop::collection::vec(step(), 0..200)) {
-        let (mut outgoing, mut incoming) = (Outgoing::new(7), Incoming::new(7, 5000));
+        let (mut outgoing, mut incoming) = (Outgoing::new(7, LARGEST), Incoming::new(7, LARGEST, 20_000));
         let (mut wakes, mut slots) = (VecDeque::new(), VecDeque::new());
         let (mut sent, mut received) = (Vec::new(), Vec::new());
         let rest = [Step::Idle].into_iter().chain(std::iter::repeat_n([Step::Stream, Step::Slot], 500).flatten());
@@ -45,16 +48,17 @@ proptest! {
                     None
                 }
                 Step::Slot => {
-                    if incoming.is_awaited() && let Some(head) = slots.pop_front() {
+                    if incoming.is_awaited() && let Some((slot_bytes, head)) = slots.pop_front() {
+                        prop_assert_eq!(incoming.slot_bytes(), slot_bytes);
                         let head = incoming.receive(&head).unwrap();
                         received.extend((head.kind == Kind::Frame).then_some(head.load.bytes()));
                     }
                     None
                 }
             };
-            if let Some(Departure { head, wakes: is_told }) = departure {
+            if let Some(Departure { head, slot_bytes, wakes: is_told }) = departure {
                 wakes.extend(is_told.then_some(head.sequence));
-                slots.push_back(head.encode());
+                slots.push_back((slot_bytes, head.encode()));
             }
         }
         prop_assert_eq!(received, sent);
@@ -129,18 +133,41 @@ fn what_leaves_ahead_is_carried_once_it_is_claimed() {
 
 #[test]
 fn what_is_not_due_is_a_fault_that_says_what_was() {
+    let next = LARGEST as u32;
     let head =
-        |generation, sequence, kind, rows| Head { generation, sequence, kind, load: Load::new(0, rows) }.encode();
+        |generation, sequence, kind, rows| Head { generation, sequence, kind, load: Load::new(0, rows), next }.encode();
+    let followed_by =
+        |next| Head { generation: 7, sequence: 0, kind: Kind::Frame, load: Load::default(), next }.encode();
     let table = [
         (head(6, 0, Kind::Frame, 1), "a slot of lane 6 came over lane 7"),
         (head(7, 1, Kind::Frame, 1), "slot 1 came where 0 was due"),
         (head(7, 0, Kind::Frame, 101), "a load of 101 bytes; expected at most 100"),
         (head(7, 0, Kind::Park, 1), "a load of 1 bytes; expected at most 0"),
         ([0; Head::LEN], "a slot begins with 0x00000000, which is none"),
+        (followed_by(8191), "a slot of 8191 bytes is to follow; expected 8192 to 20480"),
+        (followed_by(20_481), "a slot of 20481 bytes is to follow; expected 8192 to 20480"),
     ];
     for (bytes, words) in table {
-        assert_eq!(Incoming::new(7, 100).receive(&bytes).unwrap_err().to_string(), words);
+        assert_eq!(Incoming::new(7, LARGEST, 100).receive(&bytes).unwrap_err().to_string(), words);
     }
+}
+
+#[test]
+fn slots_are_as_large_as_the_last_frames_were() {
+    let mut outgoing = Outgoing::new(7, LARGEST);
+    let mut sizes = |rows: usize, count: usize| -> Vec<usize> {
+        let send = |_| outgoing.send(Kind::Frame, Load::new(10, rows)).slot_bytes - SLOT_TABLE_BYTES;
+        (0..count).map(send).collect()
+    };
+    // The first is the largest, and what has no room in that says nothing.
+    assert_eq!(sizes(0, 2), [12_288; 2]);
+    assert_eq!(sizes(12_289, 2), [12_288; 2]);
+    assert_eq!(sizes(5000, 3), [12_288, 8192, 8192]);
+    // Larger ones come behind a slot once.
+    assert_eq!(sizes(12_288, 2), [8192, 12_288]);
+    // Smaller ones are padded until the larger ones are long gone.
+    assert_eq!(sizes(100, 66), [vec![12_288; 64], vec![4096; 2]].concat());
+    assert_eq!(outgoing.idle().unwrap().slot_bytes, SLOT_TABLE_BYTES + 4096);
 }
 
 #[test]
@@ -156,7 +183,11 @@ fn what_has_no_room_in_a_slot_comes_behind_it() {
         ((300, 4097), behind(512, 512 + 4097)),
         ((0, 5000), behind(0, 5000)),
     ];
+    // A table is before rows that were sent ahead.
+    let ahead = Load::new(300, 5000).place(Kind::Ahead, slot);
+    assert_eq!(ahead, behind(SLOT_TABLE_BYTES, SLOT_TABLE_BYTES + 5000));
+    assert_eq!(Load::new(300, 4096).place(Kind::Ahead, slot), in_slot);
     for ((message, rows), place) in table {
-        assert_eq!(Load::new(message, rows).place(slot), place, "{message}, {rows}");
+        assert_eq!(Load::new(message, rows).place(Kind::Frame, slot), place, "{message}, {rows}");
     }
 }
