@@ -18,13 +18,15 @@ fn zip(a: F, b: F, f: impl Fn(f32, f32) -> f32) -> F {
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
+/// What is slow here anyway, sixteen calls where the processor has no such instruction, is a function of its own: else the kernels
+/// have it hundreds of times, which was half of all code and of the time to compile it.
 impl Simd for Portable {
     type F = F;
     type Pairs = [u32; LANES];
     type Quads = [u32; LANES];
     const WIDE: bool = false;
 
-    #[inline(always)]
+    #[inline(never)]
     fn apart<K: Kernel>(self, kernel: K) -> K::Out {
         kernel.run(self)
     }
@@ -56,7 +58,7 @@ impl Simd for Portable {
     fn div(self, a: F, b: F) -> F {
         zip(a, b, |a, b| a / b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn fma(self, a: F, b: F, c: F) -> F {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
@@ -110,7 +112,7 @@ impl Simd for Portable {
     fn quads(self, w: &[u32; LANES]) -> [u32; LANES] {
         *w
     }
-    #[inline(always)]
+    #[inline(never)]
     fn dot_quads(self, x: u32, w: [u32; LANES], acc: F) -> F {
         let x = x.to_le_bytes().map(|x| i32::from(x as i8));
         std::array::from_fn(|i| {
