@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures::future::BoxFuture;
 use moesaic_dispatch::nccl::{self, Fabric};
 use moesaic_dispatch::{Hub, Shape, grpc};
 use moesaic_kernels::Backend;
@@ -53,109 +54,114 @@ pub struct Context {
 }
 
 /// One worker as a process of its own: opens what the config names, then runs.
-pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
-    config.validate()?;
-    anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
-    let traces = Traces::start(config.traces.as_deref(), "moesaic-expert-worker", config.id.as_deref(), 1.0)?;
-    let backend = config.backend()?;
-    let context = Context {
-        fabric: config.fabric(&backend)?,
-        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
-        membership: config.membership().open().await?,
-        hub: None,
-        backend,
-        profile: Arc::default(),
-    };
-    let membership = context.membership.clone();
-    let served = membership.keep_up(Box::pin(run(config, context, stop))).await;
-    traces.finish().await;
-    served
+pub fn start(config: Config, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(async move {
+        config.validate()?;
+        anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
+        let traces = Traces::start(config.traces.as_deref(), "moesaic-expert-worker", config.id.as_deref(), 1.0)?;
+        let backend = config.backend()?;
+        let context = Context {
+            fabric: config.fabric(&backend)?,
+            checkpoint: Arc::new(Checkpoint::open(&config.model)?),
+            membership: config.membership().open().await?,
+            hub: None,
+            backend,
+            profile: Arc::default(),
+        };
+        let membership = context.membership.clone();
+        let served = membership.keep_up(run(config, context, stop)).await;
+        traces.finish().await;
+        served
+    })
 }
 
 /// Serves until `stop`; then waits until others have what it alone had, leaves, answers what it has in hand, all within
 /// the bound, and ends.
-pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
-    config.validate()?;
-    let Context { membership, hub, backend, fabric, checkpoint, profile } = context;
-    let registry = &membership.registry;
-    let id = membership.id(config.id.as_deref(), "experts")?;
-    let (numerics, device) = (backend.numerics(), backend.device());
-    let mut hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), &numerics);
-    hello.nccl = nccl::version_of(fabric.as_ref());
-    let model = checkpoint.config();
-    let shape = Shape { hidden: model.hidden_size, experts: model.n_routed_experts };
-    let (engine, ended) =
-        Engine::start(shape, backend.clone(), config.inbox_frames, profile).context("starting the compute thread")?;
+pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(async move {
+        config.validate()?;
+        let Context { membership, hub, backend, fabric, checkpoint, profile } = context;
+        let registry = &membership.registry;
+        let id = membership.id(config.id.as_deref(), "experts")?;
+        let (numerics, device) = (backend.numerics(), backend.device());
+        let mut hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), &numerics);
+        hello.nccl = nccl::version_of(fabric.as_ref());
+        let model = checkpoint.config();
+        let shape = Shape { hidden: model.hidden_size, experts: model.n_routed_experts };
+        let (engine, ended) = Engine::start(shape, backend.clone(), config.inbox_frames, profile)
+            .context("starting the compute thread")?;
 
-    let bound = server::bind(config.listen)?;
-    let watched = vitals::bind(config.metrics_listen)?;
-    let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
-    let closing = CancellationToken::new();
-    let service = grpc::service(engine.clone(), fabric, hello.clone(), closing.clone());
-    let (routes, reporter) = with_health_and_reflection(Routes::new(service), NAME).await;
-    let serve = bound.serve(routes, membership.tls.clone(), closing.clone(), Duration::from_secs(config.drain_seconds));
-    if let Some(hub) = &hub {
-        hub.insert(id.clone(), engine.clone());
-    }
+        let bound = server::bind(config.listen)?;
+        let watched = vitals::bind(config.metrics_listen)?;
+        let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
+        let closing = CancellationToken::new();
+        let service = grpc::service(engine.clone(), fabric, hello.clone(), closing.clone());
+        let (routes, reporter) = with_health_and_reflection(Routes::new(service), NAME).await;
+        let serve =
+            bound.serve(routes, membership.tls.clone(), closing.clone(), Duration::from_secs(config.drain_seconds));
+        if let Some(hub) = &hub {
+            hub.insert(id.clone(), engine.clone());
+        }
 
-    let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
-    let member = Member { expert_slots: config.expert_slots, ..member };
-    let registration = registry.register(member.clone()).await?;
-    tracing::info!(%id, address, numerics, device, "expert worker serves");
-    let figures = Figures {
-        id: id.clone(),
-        engine: engine.clone(),
-        membership: membership.clone(),
-        has_started: AtomicBool::new(false),
-        stop: stop.clone(),
-    };
-    // Ends with this function.
-    let mut tasks = JoinSet::new();
-    if let Some(listener) = watched {
-        tasks.spawn(vitals::answer(listener, vitals::told(figures)));
-    }
-    let follower = Follower {
-        member,
-        backend,
-        checkpoint,
-        engine: engine.clone(),
-        reporter: reporter.clone(),
-        bytes_per_second: config.load_mib_per_second << 20,
-    };
-    let drain = Duration::from_secs(config.drain_seconds);
-    let live = async {
-        tokio::select! {
-            failed = follower.follow(&**registry, &registration) => return failed,
-            () = stop.cancelled() => {}
+        let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
+        let member = Member { expert_slots: config.expert_slots, ..member };
+        let registration = registry.register(member.clone()).await?;
+        tracing::info!(%id, address, numerics, device, "expert worker serves");
+        let figures = Figures {
+            id: id.clone(),
+            engine: engine.clone(),
+            membership: membership.clone(),
+            has_started: AtomicBool::new(false),
+            stop: stop.clone(),
+        };
+        // Ends with this function.
+        let mut tasks = JoinSet::new();
+        if let Some(listener) = watched {
+            tasks.spawn(vitals::answer(listener, vitals::told(figures)));
         }
-        let handed_over = timeout(drain, follower.hand_over(&**registry, &registration)).await;
-        if handed_over.is_err() {
-            tracing::warn!(seconds = drain.as_secs(), "nobody else has loaded what this worker alone holds");
+        let follower = Follower {
+            member,
+            backend,
+            checkpoint,
+            engine: engine.clone(),
+            reporter: reporter.clone(),
+            bytes_per_second: config.load_mib_per_second << 20,
+        };
+        let drain = Duration::from_secs(config.drain_seconds);
+        let live = async {
+            tokio::select! {
+                failed = follower.follow(&**registry, &registration) => return failed,
+                () = stop.cancelled() => {}
+            }
+            let handed_over = timeout(drain, follower.hand_over(&**registry, &registration)).await;
+            if handed_over.is_err() {
+                tracing::warn!(seconds = drain.as_secs(), "nobody else has loaded what this worker alone holds");
+            }
+            set_serving(&reporter, NAME, false).await;
+            // Before anything is refused, so that attention workers send no more.
+            registration.leave().await;
+            closing.cancel();
+            engine.stop();
+            Ok(())
+        };
+        let panicked = async {
+            let _ = ended.await;
+            // After a stop it has ended because it was told to.
+            if closing.is_cancelled() {
+                std::future::pending().await
+            }
+        };
+        let result = tokio::select! {
+            lived = async { tokio::try_join!(async { Ok(serve.await?) }, live) } => lived.map(drop),
+            () = panicked => Err(anyhow::anyhow!("the compute thread has ended by itself: see above")),
+        };
+        if let Some(hub) = &hub {
+            hub.remove(&id);
         }
-        set_serving(&reporter, NAME, false).await;
-        // Before anything is refused, so that attention workers send no more.
-        registration.leave().await;
-        closing.cancel();
         engine.stop();
-        Ok(())
-    };
-    let panicked = async {
-        let _ = ended.await;
-        // After a stop it has ended because it was told to.
-        if closing.is_cancelled() {
-            std::future::pending().await
-        }
-    };
-    let result = tokio::select! {
-        lived = async { tokio::try_join!(async { Ok(serve.await?) }, live) } => lived.map(drop),
-        () = panicked => Err(anyhow::anyhow!("the compute thread has ended by itself: see above")),
-    };
-    if let Some(hub) = &hub {
-        hub.remove(&id);
-    }
-    engine.stop();
-    tracing::info!(%id, "expert worker stopped");
-    result
+        tracing::info!(%id, "expert worker stopped");
+        result
+    })
 }
 
 /// Keeps the worker's experts as the placement says.

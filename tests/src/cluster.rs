@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use moesaic_attention_worker as attention_worker;
 use moesaic_coordinator as coordinator;
 use moesaic_dispatch::Hub;
@@ -102,84 +103,86 @@ pub struct Cluster {
 
 impl Cluster {
     /// Returns when a token could be produced.
-    pub async fn start(options: &Options) -> Self {
-        let registry = registry::open("embedded", "test").await.unwrap();
-        let checkpoint = Arc::new(Checkpoint::open(&options.model).unwrap());
-        let hub = (options.transport == Transport::Local).then(Hub::default);
-        let pool = Pool::new(options.threads);
-        let backend = |gpu: &Option<Device>| match gpu {
-            Some(device) => Backend::Gpu(device.clone()),
-            None => Backend::Cpu(options.dtype.parse::<DtypeChoice>().unwrap().numerics(), pool.clone()),
-        };
-        let (attention, experts) = (backend(&options.attention_gpu), backend(&options.experts_gpu));
-        // A worker's rows lie where it computes.
-        let fabric = |gpu: &Option<Device>| -> Option<Arc<dyn Fabric>> {
-            let fabric = options.fabric.clone()?;
-            Some(Arc::new(gpu.clone().map_or(fabric.clone(), |gpu| fabric.on(gpu))))
-        };
-        let (attention_fabric, experts_fabric) = (fabric(&options.attention_gpu), fabric(&options.experts_gpu));
-        let expert_numerics = (attention.numerics() != experts.numerics()).then(|| experts.numerics());
-        let stop = CancellationToken::new();
-        let mut nodes = Vec::new();
-        for i in 0..options.expert_workers {
-            let config = expert_worker::Config {
-                id: Some(format!("e{i}")),
+    pub fn start(options: &Options) -> BoxFuture<'_, Self> {
+        Box::pin(async move {
+            let registry = registry::open("embedded", "test").await.unwrap();
+            let checkpoint = Arc::new(Checkpoint::open(&options.model).unwrap());
+            let hub = (options.transport == Transport::Local).then(Hub::default);
+            let pool = Pool::new(options.threads);
+            let backend = |gpu: &Option<Device>| match gpu {
+                Some(device) => Backend::Gpu(device.clone()),
+                None => Backend::Cpu(options.dtype.parse::<DtypeChoice>().unwrap().numerics(), pool.clone()),
+            };
+            let (attention, experts) = (backend(&options.attention_gpu), backend(&options.experts_gpu));
+            // A worker's rows lie where it computes.
+            let fabric = |gpu: &Option<Device>| -> Option<Arc<dyn Fabric>> {
+                let fabric = options.fabric.clone()?;
+                Some(Arc::new(gpu.clone().map_or(fabric.clone(), |gpu| fabric.on(gpu))))
+            };
+            let (attention_fabric, experts_fabric) = (fabric(&options.attention_gpu), fabric(&options.experts_gpu));
+            let expert_numerics = (attention.numerics() != experts.numerics()).then(|| experts.numerics());
+            let stop = CancellationToken::new();
+            let mut nodes = Vec::new();
+            for i in 0..options.expert_workers {
+                let config = expert_worker::Config {
+                    id: Some(format!("e{i}")),
+                    cluster: "test".into(),
+                    dtype: options.dtype.into(),
+                    ..Default::default()
+                };
+                let context = expert_worker::Context {
+                    membership: registry.clone().into(),
+                    hub: hub.clone(),
+                    backend: experts.clone(),
+                    fabric: experts_fabric.clone(),
+                    checkpoint: checkpoint.clone(),
+                    profile: Arc::default(),
+                };
+                nodes.push(tokio::spawn(expert_worker::run(config, context, stop.clone())));
+            }
+            for i in 0..options.attention_workers {
+                let config = attention_worker::Config {
+                    id: Some(format!("a{i}")),
+                    cluster: "test".into(),
+                    dtype: options.dtype.into(),
+                    chunk: options.chunk,
+                    token_budget: options.token_budget,
+                    micro_batches: options.micro_batches,
+                    // Few and small requests fill several.
+                    micro_batch_rows: 1,
+                    cache_tokens: Some(options.cache_tokens),
+                    expert_numerics: expert_numerics.clone(),
+                    ..Default::default()
+                };
+                let context = attention_worker::Context {
+                    membership: registry.clone().into(),
+                    hub: hub.clone(),
+                    backend: attention.clone(),
+                    fabric: attention_fabric.clone(),
+                    checkpoint: checkpoint.clone(),
+                    profile: Arc::default(),
+                };
+                nodes.push(tokio::spawn(attention_worker::run(config, context, stop.clone())));
+            }
+            let config = coordinator::Config {
+                model: options.model.clone(),
+                id: Some("c0".into()),
                 cluster: "test".into(),
-                dtype: options.dtype.into(),
+                listen: ([127, 0, 0, 1], 0).into(),
+                expert_workers: options.expert_workers,
+                replicas: options.replicas,
+                sequences_max: options.sequences_max,
                 ..Default::default()
             };
-            let context = expert_worker::Context {
-                membership: registry.clone().into(),
-                hub: hub.clone(),
-                backend: experts.clone(),
-                fabric: experts_fabric.clone(),
-                checkpoint: checkpoint.clone(),
-                profile: Arc::default(),
-            };
-            nodes.push(tokio::spawn(expert_worker::run(config, context, stop.clone())));
-        }
-        for i in 0..options.attention_workers {
-            let config = attention_worker::Config {
-                id: Some(format!("a{i}")),
-                cluster: "test".into(),
-                dtype: options.dtype.into(),
-                chunk: options.chunk,
-                token_budget: options.token_budget,
-                micro_batches: options.micro_batches,
-                // Few and small requests fill several.
-                micro_batch_rows: 1,
-                cache_tokens: Some(options.cache_tokens),
-                expert_numerics: expert_numerics.clone(),
-                ..Default::default()
-            };
-            let context = attention_worker::Context {
-                membership: registry.clone().into(),
-                hub: hub.clone(),
-                backend: attention.clone(),
-                fabric: attention_fabric.clone(),
-                checkpoint: checkpoint.clone(),
-                profile: Arc::default(),
-            };
-            nodes.push(tokio::spawn(attention_worker::run(config, context, stop.clone())));
-        }
-        let config = coordinator::Config {
-            model: options.model.clone(),
-            id: Some("c0".into()),
-            cluster: "test".into(),
-            listen: ([127, 0, 0, 1], 0).into(),
-            expert_workers: options.expert_workers,
-            replicas: options.replicas,
-            sequences_max: options.sequences_max,
-            ..Default::default()
-        };
-        let context = coordinator::Context { membership: registry.clone().into() };
-        let coordinator = coordinator::Coordinator::bind(config, context).unwrap();
-        let url = format!("http://{}", coordinator.address());
-        nodes.push(tokio::spawn(coordinator.serve(stop.clone())));
-        let client = InferenceClient::connect(url.clone()).await.unwrap();
-        let cluster = Self { client, url, registry, stop, nodes };
-        cluster.until_ready(options.attention_workers).await;
-        cluster
+            let context = coordinator::Context { membership: registry.clone().into() };
+            let coordinator = coordinator::Coordinator::bind(config, context).unwrap();
+            let url = format!("http://{}", coordinator.address());
+            nodes.push(tokio::spawn(coordinator.serve(stop.clone())));
+            let client = InferenceClient::connect(url.clone()).await.unwrap();
+            let cluster = Self { client, url, registry, stop, nodes };
+            cluster.until_ready(options.attention_workers).await;
+            cluster
+        })
     }
 
     async fn until_ready(&self, attention_workers: usize) {
@@ -197,39 +200,47 @@ impl Cluster {
     }
 
     /// What each attention worker says of its room.
-    pub async fn loads(&self) -> Vec<LoadResponse> {
-        let view = self.registry.view().borrow().clone();
-        let mut loads = Vec::new();
-        for member in view.of_role(Role::AttentionWorker) {
-            let mut client = AttentionWorkerClient::connect(format!("http://{}", member.address)).await.unwrap();
-            loads.push(client.load(LoadRequest {}).await.unwrap().into_inner());
-        }
-        loads
+    pub fn loads(&self) -> BoxFuture<'_, Vec<LoadResponse>> {
+        Box::pin(async move {
+            let view = self.registry.view().borrow().clone();
+            let mut loads = Vec::new();
+            for member in view.of_role(Role::AttentionWorker) {
+                let mut client = AttentionWorkerClient::connect(format!("http://{}", member.address)).await.unwrap();
+                loads.push(client.load(LoadRequest {}).await.unwrap().into_inner());
+            }
+            loads
+        })
     }
 
-    pub async fn generate(&self, request: GenerateRequest) -> Result<Answer, Status> {
-        Answer::read(self.client.clone().generate(request).await?.into_inner()).await
+    pub fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Answer, Status>> {
+        Box::pin(async move { Answer::read(self.client.clone().generate(request).await?.into_inner()).await })
     }
 
     /// One after the other.
-    pub async fn alone(&self, requests: &[GenerateRequest]) -> Vec<Answer> {
-        let mut answers = Vec::new();
-        for request in requests {
-            answers.push(self.generate(request.clone()).await.unwrap());
-        }
-        answers
+    pub fn alone<'a>(&'a self, requests: &'a [GenerateRequest]) -> BoxFuture<'a, Vec<Answer>> {
+        Box::pin(async move {
+            let mut answers = Vec::new();
+            for request in requests {
+                answers.push(self.generate(request.clone()).await.unwrap());
+            }
+            answers
+        })
     }
 
-    pub async fn at_once(&self, requests: &[GenerateRequest]) -> Vec<Answer> {
-        let answers = requests.iter().map(|request| self.generate(request.clone()));
-        futures::future::join_all(answers).await.into_iter().map(Result::unwrap).collect()
+    pub fn at_once<'a>(&'a self, requests: &'a [GenerateRequest]) -> BoxFuture<'a, Vec<Answer>> {
+        Box::pin(async move {
+            let answers = requests.iter().map(|request| self.generate(request.clone()));
+            futures::future::join_all(answers).await.into_iter().map(Result::unwrap).collect()
+        })
     }
 
     /// Every node must end by itself and well.
-    pub async fn stop(self) {
-        self.stop.cancel();
-        for node in self.nodes {
-            tokio::time::timeout(PATIENCE, node).await.expect("a node stops").unwrap().unwrap();
-        }
+    pub fn stop(self) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            self.stop.cancel();
+            for node in self.nodes {
+                tokio::time::timeout(PATIENCE, node).await.expect("a node stops").unwrap().unwrap();
+            }
+        })
     }
 }

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use futures::future::BoxFuture;
 use moesaic_proto::v1::inference_client::InferenceClient;
 use tonic::transport::Channel;
 
@@ -37,8 +38,8 @@ impl Up {
         &self.url
     }
 
-    pub async fn client(&self) -> InferenceClient<Channel> {
-        InferenceClient::connect(self.url.clone()).await.unwrap()
+    pub fn client(&self) -> BoxFuture<'_, InferenceClient<Channel>> {
+        Box::pin(async move { InferenceClient::connect(self.url.clone()).await.unwrap() })
     }
 
     /// What `moesaic status --edges` says.

@@ -1,5 +1,6 @@
 //! Requests, and answers in a form that can be compared to the last bit.
 
+use futures::future::BoxFuture;
 use moesaic_proto::v1::generate_request::Prompt;
 use moesaic_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, SamplingParams, TokenIds, TokenInfo};
 use tonic::{Status, Streaming};
@@ -37,23 +38,25 @@ impl Token {
 
 impl Answer {
     /// Each position must come once and in order, and a finish at the end.
-    pub async fn read(mut stream: Streaming<GenerateResponse>) -> Result<Self, Status> {
-        let mut answer = Self::default();
-        let mut finished = false;
-        while let Some(part) = stream.message().await? {
-            assert!(!finished, "nothing comes after the finish");
-            assert!(part.tokens.is_empty() || part.position as usize == answer.tokens.len(), "{part:?}");
-            answer.prompt.extend(part.prompt.into_iter().map(Token::from));
-            answer.tokens.extend(part.tokens.into_iter().map(Token::from));
-            answer.text.push_str(&part.text);
-            if let Some(finish) = part.finish {
-                finished = true;
-                assert_eq!(finish.completion_tokens as usize, answer.tokens.len());
-                (answer.reason, answer.matched_stop) = (finish.reason, finish.matched_stop);
+    pub fn read(mut stream: Streaming<GenerateResponse>) -> BoxFuture<'static, Result<Self, Status>> {
+        Box::pin(async move {
+            let mut answer = Self::default();
+            let mut finished = false;
+            while let Some(part) = stream.message().await? {
+                assert!(!finished, "nothing comes after the finish");
+                assert!(part.tokens.is_empty() || part.position as usize == answer.tokens.len(), "{part:?}");
+                answer.prompt.extend(part.prompt.into_iter().map(Token::from));
+                answer.tokens.extend(part.tokens.into_iter().map(Token::from));
+                answer.text.push_str(&part.text);
+                if let Some(finish) = part.finish {
+                    finished = true;
+                    assert_eq!(finish.completion_tokens as usize, answer.tokens.len());
+                    (answer.reason, answer.matched_stop) = (finish.reason, finish.matched_stop);
+                }
             }
-        }
-        assert!(finished, "an answer has a finish");
-        Ok(answer)
+            assert!(finished, "an answer has a finish");
+            Ok(answer)
+        })
     }
 
     pub fn ids(&self) -> Vec<u32> {

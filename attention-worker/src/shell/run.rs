@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use moesaic_dispatch::nccl::{self, Fabric};
 use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
 use moesaic_kernels::{Backend, Dtype, Numerics, add, combine_first, combine_next};
@@ -59,102 +60,108 @@ pub struct Context {
 }
 
 /// One worker as a process of its own: opens what the config names, then runs.
-pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
-    config.validate()?;
-    anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
-    let traces = Traces::start(config.traces.as_deref(), "moesaic-attention-worker", config.id.as_deref(), 1.0)?;
-    let backend = config.backend()?;
-    let context = Context {
-        fabric: config.fabric(&backend)?,
-        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
-        membership: config.membership().open().await?,
-        hub: None,
-        backend,
-        profile: Arc::default(),
-    };
-    let membership = context.membership.clone();
-    let served = membership.keep_up(Box::pin(run(config, context, stop))).await;
-    traces.finish().await;
-    served
+pub fn start(config: Config, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(async move {
+        config.validate()?;
+        anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
+        let traces = Traces::start(config.traces.as_deref(), "moesaic-attention-worker", config.id.as_deref(), 1.0)?;
+        let backend = config.backend()?;
+        let context = Context {
+            fabric: config.fabric(&backend)?,
+            checkpoint: Arc::new(Checkpoint::open(&config.model)?),
+            membership: config.membership().open().await?,
+            hub: None,
+            backend,
+            profile: Arc::default(),
+        };
+        let membership = context.membership.clone();
+        let served = membership.keep_up(run(config, context, stop)).await;
+        traces.finish().await;
+        served
+    })
 }
 
 /// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.
-pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
-    config.validate()?;
-    let Context { membership, hub, backend, fabric, checkpoint, profile } = context;
-    let registry = &membership.registry;
-    // Dropped, and so ended, with this function.
-    let mut tasks = JoinSet::new();
-    let (tell, told) = watch::channel(None);
-    if let Some(listener) = vitals::bind(config.metrics_listen)? {
-        tasks.spawn(vitals::answer(listener, told));
-    }
-    let id = membership.id(config.id.as_deref(), "attention")?;
-    let (numerics, device) = (backend.numerics(), backend.device());
-    let hello = Hello { nccl: nccl::version_of(fabric.as_ref()), ..own_hello(&config, &checkpoint, &numerics, &id) };
-    let dispatch = dispatch_config(&config, &checkpoint, hello.clone(), membership.connector(), fabric);
-    let dispatcher = Dispatcher::new(dispatch, hub);
-    let counted = profile.clone();
-    let (engine, ended) = start_engine(&config, &checkpoint, backend.clone(), dispatcher.clone(), profile).await?;
-    let ended = ended.shared();
-
-    let bound = server::bind(config.listen)?;
-    let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
-    let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
-    let figures = Arc::new(Figures {
-        engine: engine.observer().clone(),
-        dispatcher: dispatcher.clone(),
-        checkpoint: checkpoint.clone(),
-        backend,
-        profile: counted.clone(),
-        requests: requests.clone(),
-        is_registered: AtomicBool::new(false),
-        stop: stop.clone(),
-    });
-    tell.send_replace(Some(figures.clone() as Arc<dyn Vitals>));
-    let service = Service {
-        hello: hello.clone(),
-        checkpoint: checkpoint.clone(),
-        engine,
-        dispatcher: dispatcher.clone(),
-        waiting_max: config.waiting_max,
-        profile: counted,
-        stop: stop.clone(),
-        requests: requests.clone(),
-    };
-    let (routes, reporter) = with_health_and_reflection(Routes::new(service.server()), NAME).await;
-    let serve = bound.serve(routes, membership.tls.clone(), stop.clone(), Duration::from_secs(config.drain_seconds));
-
-    tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
-    tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
-    tasks.spawn(sweep(requests));
-    let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
-    let registration = registry.register(member).await?;
-    figures.is_registered.store(true, Ordering::Relaxed);
-    tracing::info!(%id, address, numerics, device, "attention worker serves");
-    let leave = async {
-        stop.cancelled().await;
-        // First of all, so that coordinators send no more.
-        registration.leave().await;
-        Ok(())
-    };
-    let panicked = async {
-        let _ = ended.clone().await;
-        // After a stop it has ended because nobody holds it any more.
-        if stop.is_cancelled() {
-            std::future::pending().await
+pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(async move {
+        config.validate()?;
+        let Context { membership, hub, backend, fabric, checkpoint, profile } = context;
+        let registry = &membership.registry;
+        // Dropped, and so ended, with this function.
+        let mut tasks = JoinSet::new();
+        let (tell, told) = watch::channel(None);
+        if let Some(listener) = vitals::bind(config.metrics_listen)? {
+            tasks.spawn(vitals::answer(listener, told));
         }
-    };
-    tokio::select! {
-        served = async { tokio::try_join!(serve, leave) } => drop(served?),
-        () = panicked => anyhow::bail!("the engine thread has ended by itself: see above"),
-    }
-    // With the service gone nobody holds the engine; experts are needed until it has put down what it computes.
-    if tokio::time::timeout(ENGINE_END, ended).await.is_err() {
-        tracing::warn!("the engine thread is still at work");
-    }
-    tracing::info!(%id, "attention worker stopped");
-    Ok(())
+        let id = membership.id(config.id.as_deref(), "attention")?;
+        let (numerics, device) = (backend.numerics(), backend.device());
+        let hello =
+            Hello { nccl: nccl::version_of(fabric.as_ref()), ..own_hello(&config, &checkpoint, &numerics, &id) };
+        let dispatch = dispatch_config(&config, &checkpoint, hello.clone(), membership.connector(), fabric);
+        let dispatcher = Dispatcher::new(dispatch, hub);
+        let counted = profile.clone();
+        let (engine, ended) = start_engine(&config, &checkpoint, backend.clone(), dispatcher.clone(), profile).await?;
+        let ended = ended.shared();
+
+        let bound = server::bind(config.listen)?;
+        let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
+        let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
+        let figures = Arc::new(Figures {
+            engine: engine.observer().clone(),
+            dispatcher: dispatcher.clone(),
+            checkpoint: checkpoint.clone(),
+            backend,
+            profile: counted.clone(),
+            requests: requests.clone(),
+            is_registered: AtomicBool::new(false),
+            stop: stop.clone(),
+        });
+        tell.send_replace(Some(figures.clone() as Arc<dyn Vitals>));
+        let service = Service {
+            hello: hello.clone(),
+            checkpoint: checkpoint.clone(),
+            engine,
+            dispatcher: dispatcher.clone(),
+            waiting_max: config.waiting_max,
+            profile: counted,
+            stop: stop.clone(),
+            requests: requests.clone(),
+        };
+        let (routes, reporter) = with_health_and_reflection(Routes::new(service.server()), NAME).await;
+        let serve =
+            bound.serve(routes, membership.tls.clone(), stop.clone(), Duration::from_secs(config.drain_seconds));
+
+        tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
+        tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
+        tasks.spawn(sweep(requests));
+        let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
+        let registration = registry.register(member).await?;
+        figures.is_registered.store(true, Ordering::Relaxed);
+        tracing::info!(%id, address, numerics, device, "attention worker serves");
+        let leave = async {
+            stop.cancelled().await;
+            // First of all, so that coordinators send no more.
+            registration.leave().await;
+            Ok(())
+        };
+        let panicked = async {
+            let _ = ended.clone().await;
+            // After a stop it has ended because nobody holds it any more.
+            if stop.is_cancelled() {
+                std::future::pending().await
+            }
+        };
+        tokio::select! {
+            served = async { tokio::try_join!(serve, leave) } => drop(served?),
+            () = panicked => anyhow::bail!("the engine thread has ended by itself: see above"),
+        }
+        // With the service gone nobody holds the engine; experts are needed until it has put down what it computes.
+        if tokio::time::timeout(ENGINE_END, ended).await.is_err() {
+            tracing::warn!("the engine thread is still at work");
+        }
+        tracing::info!(%id, "attention worker stopped");
+        Ok(())
+    })
 }
 
 fn own_hello(config: &Config, checkpoint: &Checkpoint, numerics: &str, id: &WorkerId) -> Hello {

@@ -8,6 +8,7 @@ use ::http::header;
 use anyhow::Context as _;
 use axum::Router;
 use axum::extract::Request;
+use futures::future::BoxFuture;
 use moesaic_node::config::check_address;
 use moesaic_node::http::{Limits, serve};
 use moesaic_node::server::{set_serving, with_health_and_reflection};
@@ -53,19 +54,21 @@ pub struct Coordinator {
 }
 
 /// One coordinator as a process of its own: opens what the config names, then runs.
-pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
-    config.validate()?;
-    let id = config.id.as_deref();
-    let traces = Traces::start(config.traces.as_deref(), "moesaic-coordinator", id, config.trace_ratio)?;
-    let membership = config.membership().open().await?;
-    let served = membership.keep_up(Box::pin(run(config, Context { membership: membership.clone() }, stop))).await;
-    traces.finish().await;
-    served
+pub fn start(config: Config, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(async move {
+        config.validate()?;
+        let id = config.id.as_deref();
+        let traces = Traces::start(config.traces.as_deref(), "moesaic-coordinator", id, config.trace_ratio)?;
+        let membership = config.membership().open().await?;
+        let served = membership.keep_up(run(config, Context { membership: membership.clone() }, stop)).await;
+        traces.finish().await;
+        served
+    })
 }
 
 /// Serves until `stop`, then lets running requests finish within the bound.
-pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
-    Coordinator::bind(config, context)?.serve(stop).await
+pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(async move { Coordinator::bind(config, context)?.serve(stop).await })
 }
 
 impl Coordinator {
@@ -100,69 +103,71 @@ impl Coordinator {
         &self.service.model.name
     }
 
-    pub async fn serve(mut self, stop: CancellationToken) -> anyhow::Result<()> {
-        let (workers, registry) = (&self.service.workers, &self.membership.registry);
-        let leading = Arc::new(Leading::new(workers.clone(), registry.clone(), self.policy()));
-        let operators = admin::Operators {
-            id: self.id.clone(),
-            service: self.service.clone(),
-            leading: leading.clone(),
-            registry: registry.clone(),
-            connector: self.membership.connector(),
-        };
-        let routes = tonic::service::Routes::new(grpc::server(self.service.clone()));
-        let routes = routes.add_service(admin::server(operators.clone()));
-        let (routes, reporter) = with_health_and_reflection(routes, grpc::NAME).await;
-        // Dropped, and so ended, with this function.
-        let mut tasks = JoinSet::new();
-        if let Some(listener) = self.watched.take() {
-            let front = Front {
+    pub fn serve(mut self, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
+        Box::pin(async move {
+            let (workers, registry) = (&self.service.workers, &self.membership.registry);
+            let leading = Arc::new(Leading::new(workers.clone(), registry.clone(), self.policy()));
+            let operators = admin::Operators {
                 id: self.id.clone(),
                 service: self.service.clone(),
                 leading: leading.clone(),
                 registry: registry.clone(),
-                stop: stop.clone(),
+                connector: self.membership.connector(),
             };
-            tasks.spawn(vitals::answer(listener, vitals::told(front)));
-        }
-        tasks.spawn(workers.clone().follow());
-        tasks.spawn(report_health(workers.clone(), reporter, stop.clone()));
-        let campaign = registry.campaign(self.id.clone());
-        tasks.spawn(leading.clone().run(campaign.term.clone()));
-        tasks.spawn(leading.measure());
-        let registration = self.register().await?;
+            let routes = tonic::service::Routes::new(grpc::server(self.service.clone()));
+            let routes = routes.add_service(admin::server(operators.clone()));
+            let (routes, reporter) = with_health_and_reflection(routes, grpc::NAME).await;
+            // Dropped, and so ended, with this function.
+            let mut tasks = JoinSet::new();
+            if let Some(listener) = self.watched.take() {
+                let front = Front {
+                    id: self.id.clone(),
+                    service: self.service.clone(),
+                    leading: leading.clone(),
+                    registry: registry.clone(),
+                    stop: stop.clone(),
+                };
+                tasks.spawn(vitals::answer(listener, vitals::told(front)));
+            }
+            tasks.spawn(workers.clone().follow());
+            tasks.spawn(report_health(workers.clone(), reporter, stop.clone()));
+            let campaign = registry.campaign(self.id.clone());
+            tasks.spawn(leading.clone().run(campaign.term.clone()));
+            tasks.spawn(leading.measure());
+            let registration = self.register().await?;
 
-        let limits = Limits {
-            connections_max: self.config.connections_max,
-            drain: Duration::from_secs(self.config.drain_seconds),
-        };
-        let (keeper, tls) = (self.keeper.clone(), self.membership.tls.clone());
-        let board = Dashboard::new(operators.clone(), self.config.sequences_max, keeper.is_some(), stop.clone());
-        let board = Arc::new(board);
-        tasks.spawn(board.clone().run());
-        let (service, body_bytes_max) = (self.service.clone(), self.config.body_bytes_max);
-        let http = http::router(service, body_bytes_max, dashboard::router(board), keeper.clone(), stop.clone());
-        let grpc = routes.prepare().into_axum_router();
-        let grpc = match keeper {
-            Some(keeper) => {
-                tasks.spawn(keeper.clone().follow());
-                keeper.guard_grpc(grpc)
-            }
-            None => grpc,
-        };
-        tracing::info!(address = %self.address, model = self.service.model.name, "serving gRPC and HTTP");
-        let resign = async {
-            stop.cancelled().await;
-            self.service.stop();
-            campaign.resign().await;
-            if let Some(registration) = registration {
-                registration.leave().await;
-            }
-        };
-        let serve = serve(self.listener, doors(http, grpc), tls, limits, stop.clone());
-        tokio::join!(serve, resign);
-        tracing::info!("stopped");
-        Ok(())
+            let limits = Limits {
+                connections_max: self.config.connections_max,
+                drain: Duration::from_secs(self.config.drain_seconds),
+            };
+            let (keeper, tls) = (self.keeper.clone(), self.membership.tls.clone());
+            let board = Dashboard::new(operators.clone(), self.config.sequences_max, keeper.is_some(), stop.clone());
+            let board = Arc::new(board);
+            tasks.spawn(board.clone().run());
+            let (service, body_bytes_max) = (self.service.clone(), self.config.body_bytes_max);
+            let http = http::router(service, body_bytes_max, dashboard::router(board), keeper.clone(), stop.clone());
+            let grpc = routes.prepare().into_axum_router();
+            let grpc = match keeper {
+                Some(keeper) => {
+                    tasks.spawn(keeper.clone().follow());
+                    keeper.guard_grpc(grpc)
+                }
+                None => grpc,
+            };
+            tracing::info!(address = %self.address, model = self.service.model.name, "serving gRPC and HTTP");
+            let resign = async {
+                stop.cancelled().await;
+                self.service.stop();
+                campaign.resign().await;
+                if let Some(registration) = registration {
+                    registration.leave().await;
+                }
+            };
+            let serve = serve(self.listener, doors(http, grpc), tls, limits, stop.clone());
+            tokio::join!(serve, resign);
+            tracing::info!("stopped");
+            Ok(())
+        })
     }
 }
 

@@ -61,11 +61,13 @@ impl Connector {
     }
 
     /// Connects now. `endpoint` is the peer's, with the options of the connection.
-    pub async fn connect(&self, peer: &Peer, endpoint: &Endpoint) -> Result<Channel, Error> {
-        match self.dial_to(peer) {
-            None => endpoint.connect().await,
-            Some(dial) => endpoint.connect_with_connector(tower::service_fn(move |_| dial())).await,
-        }
+    pub fn connect<'a>(&'a self, peer: &'a Peer, endpoint: &'a Endpoint) -> BoxFuture<'a, Result<Channel, Error>> {
+        Box::pin(async move {
+            match self.dial_to(peer) {
+                None => endpoint.connect().await,
+                Some(dial) => endpoint.connect_with_connector(tower::service_fn(move |_| dial())).await,
+            }
+        })
     }
 
     /// Connects at the first call, and again whenever the connection has broken.

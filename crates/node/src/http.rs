@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use futures::future::BoxFuture;
 use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -50,27 +51,35 @@ pub struct Limits {
 
 /// Serves until `stop`; then accepts nothing more, lets running requests finish within the bound, and cuts the rest. A
 /// client's certificate, which it need not have, is noted on its requests as a `Caller`.
-pub async fn serve(listener: TcpListener, router: Router, tls: Option<Tls>, limits: Limits, stop: CancellationToken) {
-    let places = Arc::new(Semaphore::new(limits.connections_max));
-    let graceful = GracefulShutdown::new();
-    let mut connections = JoinSet::new();
-    loop {
-        let (stream, place) = tokio::select! {
-            accepted = accept(&listener, &places) => accepted,
-            Some(_) = connections.join_next() => continue,
-            () = stop.cancelled() => break,
+pub fn serve(
+    listener: TcpListener,
+    router: Router,
+    tls: Option<Tls>,
+    limits: Limits,
+    stop: CancellationToken,
+) -> BoxFuture<'static, ()> {
+    Box::pin(async move {
+        let places = Arc::new(Semaphore::new(limits.connections_max));
+        let graceful = GracefulShutdown::new();
+        let mut connections = JoinSet::new();
+        loop {
+            let (stream, place) = tokio::select! {
+                accepted = accept(&listener, &places) => accepted,
+                Some(_) = connections.join_next() => continue,
+                () = stop.cancelled() => break,
+            };
+            let served = (router.clone(), tls.clone());
+            connections.spawn(connection(stream, place, served, graceful.watcher(), stop.clone()));
+        }
+        drop(listener);
+        let finished = async {
+            graceful.shutdown().await;
+            while connections.join_next().await.is_some() {}
         };
-        let served = (router.clone(), tls.clone());
-        connections.spawn(connection(stream, place, served, graceful.watcher(), stop.clone()));
-    }
-    drop(listener);
-    let finished = async {
-        graceful.shutdown().await;
-        while connections.join_next().await.is_some() {}
-    };
-    if tokio::time::timeout(limits.drain, finished).await.is_err() {
-        tracing::warn!(seconds = limits.drain.as_secs(), "requests were still running when the grace ended");
-    }
+        if tokio::time::timeout(limits.drain, finished).await.is_err() {
+            tracing::warn!(seconds = limits.drain.as_secs(), "requests were still running when the grace ended");
+        }
+    })
 }
 
 async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use moesaic_proto::FILE_DESCRIPTOR_SET;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -72,30 +73,32 @@ impl Bound {
 
     /// Serves until `stop`, then lets running calls finish for at most `grace`. With `tls` a client must show a
     /// certificate, and each call is checked against the table of `access`.
-    pub async fn serve(
+    pub fn serve(
         self,
         routes: Routes,
         tls: Option<Tls>,
         stop: CancellationToken,
         grace: Duration,
-    ) -> Result<(), ServerError> {
-        let routes = if tls.is_some() { guarded(routes) } else { routes };
-        let (ready, connections) = mpsc::channel(1);
-        let server = builder()
-            .add_routes(routes)
-            .serve_with_incoming_shutdown(ReceiverStream::new(connections), stop.clone().cancelled_owned());
-        let patience = async {
-            stop.cancelled().await;
-            tokio::time::sleep(grace).await;
-        };
-        tokio::select! {
-            served = server => served.map_err(|source| ServerError::Serve { address: self.address, source }),
-            () = take_in(self.listener, tls, ready) => unreachable!("accepts until it is dropped"),
-            () = patience => {
-                tracing::warn!(address = %self.address, ?grace, "calls were still running when the grace ended");
-                Ok(())
+    ) -> BoxFuture<'static, Result<(), ServerError>> {
+        Box::pin(async move {
+            let routes = if tls.is_some() { guarded(routes) } else { routes };
+            let (ready, connections) = mpsc::channel(1);
+            let server = builder()
+                .add_routes(routes)
+                .serve_with_incoming_shutdown(ReceiverStream::new(connections), stop.clone().cancelled_owned());
+            let patience = async {
+                stop.cancelled().await;
+                tokio::time::sleep(grace).await;
+            };
+            tokio::select! {
+                served = server => served.map_err(|source| ServerError::Serve { address: self.address, source }),
+                () = take_in(self.listener, tls, ready) => unreachable!("accepts until it is dropped"),
+                () = patience => {
+                    tracing::warn!(address = %self.address, ?grace, "calls were still running when the grace ended");
+                    Ok(())
+                }
             }
-        }
+        })
     }
 }
 
@@ -187,20 +190,22 @@ pub fn builder() -> Server {
 
 /// Adds grpc.health.v1 and reflection (v1 and v1alpha, which many clients still ask for). The reporter's services
 /// start as not serving; the role says when that changes.
-pub async fn with_health_and_reflection(routes: Routes, service: &str) -> (Routes, HealthReporter) {
-    let (reporter, health) = tonic_health::server::health_reporter();
-    set_serving(&reporter, service, false).await;
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-    };
-    let known = "the descriptors are the ones that this binary was built from";
-    let routes = routes
-        .add_service(health)
-        .add_service(reflection().build_v1().expect(known))
-        .add_service(reflection().build_v1alpha().expect(known));
-    (routes, reporter)
+pub fn with_health_and_reflection(routes: Routes, service: &str) -> BoxFuture<'_, (Routes, HealthReporter)> {
+    Box::pin(async move {
+        let (reporter, health) = tonic_health::server::health_reporter();
+        set_serving(&reporter, service, false).await;
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        let known = "the descriptors are the ones that this binary was built from";
+        let routes = routes
+            .add_service(health)
+            .add_service(reflection().build_v1().expect(known))
+            .add_service(reflection().build_v1alpha().expect(known));
+        (routes, reporter)
+    })
 }
 
 /// Sets the health of a service and of the server as a whole (the empty name).

@@ -10,6 +10,7 @@ use axum::Router;
 use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use futures::future::BoxFuture;
 use http::{StatusCode, header};
 use serde::Deserialize;
 use tokio::net::TcpListener;
@@ -66,16 +67,18 @@ struct App {
 }
 
 /// Answers for as long as it is polled: until the end, as a node that drains still says so.
-pub async fn answer(listener: TcpListener, told: Told) {
-    let begun = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-    let router = Router::new()
-        // Served by the same threads as everything else: an answer means that they turn.
-        .route("/livez", get(async || "ok\n"))
-        .route("/startupz", get(started))
-        .route("/readyz", get(ready))
-        .route("/metrics", get(metrics))
-        .with_state(App { told, begun });
-    serve(listener, router, None, LIMITS, CancellationToken::new()).await;
+pub fn answer(listener: TcpListener, told: Told) -> BoxFuture<'static, ()> {
+    Box::pin(async move {
+        let begun = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        let router = Router::new()
+            // Served by the same threads as everything else: an answer means that they turn.
+            .route("/livez", get(async || "ok\n"))
+            .route("/startupz", get(started))
+            .route("/readyz", get(ready))
+            .route("/metrics", get(metrics))
+            .with_state(App { told, begun });
+        serve(listener, router, None, LIMITS, CancellationToken::new()).await;
+    })
 }
 
 impl App {

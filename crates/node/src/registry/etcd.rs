@@ -60,26 +60,29 @@ impl Default for EtcdOptions {
 }
 
 /// Connects, and lists the cluster once, so that a wrong address is an error at start.
-pub async fn etcd(
-    endpoints: &[String],
-    cluster: &str,
+pub fn etcd<'a>(
+    endpoints: &'a [String],
+    cluster: &'a str,
     options: EtcdOptions,
     way: Way,
-) -> Result<Arc<dyn Registry>, RegistryError> {
-    WorkerId::new(cluster).map_err(|_| RegistryError::Cluster { cluster: cluster.to_owned() })?;
-    let unreachable = |source| RegistryError::Connect { endpoints: endpoints.join(","), source };
-    let mut client = way.connect(endpoints).await.map_err(unreachable)?;
-    let prefix = format!("/moesaic/{cluster}/");
+) -> BoxFuture<'a, Result<Arc<dyn Registry>, RegistryError>> {
+    Box::pin(async move {
+        WorkerId::new(cluster).map_err(|_| RegistryError::Cluster { cluster: cluster.to_owned() })?;
+        let unreachable = |source| RegistryError::Connect { endpoints: endpoints.join(","), source };
+        let mut client = way.connect(endpoints).await.map_err(unreachable)?;
+        let prefix = format!("/moesaic/{cluster}/");
 
-    let (listed, revision) = match call(Listing::default().read(&mut client, &prefix)).await {
-        Err(RegistryError::Etcd(source)) => return Err(unreachable(source)),
-        other => other?,
-    };
-    let view = watch::Sender::new(Arc::new(listed.view(true)));
-    let stop = CancellationToken::new();
-    let follow = follow(client.clone(), prefix.clone(), listed, revision, view.clone());
-    tokio::spawn(stop.clone().run_until_cancelled_owned(follow));
-    Ok(Arc::new(Etcd { client, prefix, options, view, _stop: stop.drop_guard() }))
+        let (listed, revision) = match call(Listing::default().read(&mut client, &prefix)).await {
+            Err(RegistryError::Etcd(source)) => return Err(unreachable(source)),
+            other => other?,
+        };
+        let view = watch::Sender::new(Arc::new(listed.view(true)));
+        let stop = CancellationToken::new();
+        let follow = follow(client.clone(), prefix.clone(), listed, revision, view.clone());
+        tokio::spawn(stop.clone().run_until_cancelled_owned(follow));
+        let registry: Arc<dyn Registry> = Arc::new(Etcd { client, prefix, options, view, _stop: stop.drop_guard() });
+        Ok(registry)
+    })
 }
 
 struct Etcd {
