@@ -46,7 +46,7 @@ pub const LANES_MAX: usize = 64;
 /// A lane that has not answered for so long, while frames wait for it, never will: that a slot has left does not say that it came.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// NCCL's threads look every half second whether they are to end.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(6);
 const SETTLE_POLL: Duration = Duration::from_millis(5);
 /// Rows that the largest slot has room for. A frame of more takes a second message, of as many bytes as it has. Slots are as large
 /// as the last frames were: one of fewer rows is sent as if it had as many.

@@ -128,10 +128,16 @@ impl Channel {
         available(ordinal)?;
         let end = End::of(id)?;
         let context = gpu::open(ordinal)?;
-        // Before there is a receive of this channel's to wait for.
         let mut gpu = Gpu::new(context)?;
-        gpu.room(largest)?;
-        let communicator = Communicator::connect(id, rank, 2, config, timeout)?;
+        // Memory first: later, others' receives may wait.
+        let connected = gpu.room(largest).and_then(|_| Communicator::connect(id, rank, 2, config, timeout));
+        let communicator = match connected {
+            Ok(communicator) => communicator,
+            Err(error) => {
+                gpu.release(config.close_timeout);
+                return Err(error);
+            }
+        };
         let mut channel = Self::over(communicator, gpu, config, end);
         let left = timeout.saturating_sub(start.elapsed());
         match rank {

@@ -41,7 +41,8 @@ const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A receive that waits keeps a multiprocessor busy: one, not more.
 fn config() -> Config {
-    let close_timeout = Duration::from_secs(2);
+    // Each thing that is freed may wait for the others' receives.
+    let close_timeout = Duration::from_secs(5);
     Config { max_ctas: Some(1), queue_timeout: OPEN_TIMEOUT, close_timeout, ..Config::default() }
 }
 

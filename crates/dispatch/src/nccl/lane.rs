@@ -208,7 +208,7 @@ impl Lane {
                     let left = deadline.saturating_duration_since(Instant::now());
                     let largest = if direction == Direction::Send { out_slot } else { in_slot };
                     let connect = || fabric.connect(id, direction, largest, left);
-                    let channel = Watched::connect(left, state.late(), connect)?;
+                    let channel = Watched::connect(state.late(), connect)?;
                     state.register(channel.breaker());
                     Ok::<_, String>(channel)
                 };

@@ -13,6 +13,8 @@ use moesaic_kernels::cuda::Buffer;
 use super::fabric::{Breaker, Channel, Source};
 use super::lane::NotOpened;
 
+/// Longer than connecting takes at most, with its first message and with giving up.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 /// For what a channel does without a deadline of its caller's.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A call may take so much longer than it should.
@@ -33,15 +35,14 @@ struct Call {
 }
 
 impl Watched {
-    /// What `connect` makes in that time. `late` is called on another thread, and makes no call to the driver.
+    /// What `connect` makes. `late` is called on another thread, and makes no call to the driver.
     pub fn connect(
-        timeout: Duration,
         late: impl Fn() + Send + Sync + 'static,
         connect: impl FnOnce() -> Result<Box<dyn Channel>, String>,
     ) -> Result<Self, String> {
         let call = Arc::new(Call { deadline: Mutex::new(None), late: Box::new(late) });
         watch(&call).map_err(|error| NotOpened::Thread(error).to_string())?;
-        let channel = call.within(Some(timeout), connect)?;
+        let channel = call.within(Some(CONNECT_TIMEOUT), connect)?;
         Ok(Self { channel, call })
     }
 }
