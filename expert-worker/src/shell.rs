@@ -54,25 +54,23 @@ pub struct Context {
 }
 
 /// One worker as a process of its own: opens what the config names, then runs.
-pub fn start(config: Config, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
-    Box::pin(async move {
-        config.validate()?;
-        anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
-        let traces = Traces::start(config.traces.as_deref(), "moesaic-expert-worker", config.id.as_deref(), 1.0)?;
-        let backend = config.backend()?;
-        let context = Context {
-            fabric: config.fabric(&backend)?,
-            checkpoint: Arc::new(Checkpoint::open(&config.model)?),
-            membership: config.membership().open().await?,
-            hub: None,
-            backend,
-            profile: Arc::default(),
-        };
-        let membership = context.membership.clone();
-        let served = membership.keep_up(run(config, context, stop)).await;
-        traces.finish().await;
-        served
-    })
+pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
+    let traces = Traces::start(config.traces.as_deref(), "moesaic-expert-worker", config.id.as_deref(), 1.0)?;
+    let backend = config.backend()?;
+    let context = Context {
+        fabric: config.fabric(&backend)?,
+        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
+        membership: config.membership().open().await?,
+        hub: None,
+        backend,
+        profile: Arc::default(),
+    };
+    let membership = context.membership.clone();
+    let served = membership.keep_up(run(config, context, stop)).await;
+    traces.finish().await;
+    served
 }
 
 /// Serves until `stop`; then waits until others have what it alone had, leaves, answers what it has in hand, all within

@@ -217,30 +217,24 @@ impl Cluster {
     }
 
     /// One after the other.
-    pub fn alone<'a>(&'a self, requests: &'a [GenerateRequest]) -> BoxFuture<'a, Vec<Answer>> {
-        Box::pin(async move {
-            let mut answers = Vec::new();
-            for request in requests {
-                answers.push(self.generate(request.clone()).await.unwrap());
-            }
-            answers
-        })
+    pub async fn alone(&self, requests: &[GenerateRequest]) -> Vec<Answer> {
+        let mut answers = Vec::new();
+        for request in requests {
+            answers.push(self.generate(request.clone()).await.unwrap());
+        }
+        answers
     }
 
-    pub fn at_once<'a>(&'a self, requests: &'a [GenerateRequest]) -> BoxFuture<'a, Vec<Answer>> {
-        Box::pin(async move {
-            let answers = requests.iter().map(|request| self.generate(request.clone()));
-            futures::future::join_all(answers).await.into_iter().map(Result::unwrap).collect()
-        })
+    pub async fn at_once(&self, requests: &[GenerateRequest]) -> Vec<Answer> {
+        let answers = requests.iter().map(|request| self.generate(request.clone()));
+        futures::future::join_all(answers).await.into_iter().map(Result::unwrap).collect()
     }
 
     /// Every node must end by itself and well.
-    pub fn stop(self) -> BoxFuture<'static, ()> {
-        Box::pin(async move {
-            self.stop.cancel();
-            for node in self.nodes {
-                tokio::time::timeout(PATIENCE, node).await.expect("a node stops").unwrap().unwrap();
-            }
-        })
+    pub async fn stop(self) {
+        self.stop.cancel();
+        for node in self.nodes {
+            tokio::time::timeout(PATIENCE, node).await.expect("a node stops").unwrap().unwrap();
+        }
     }
 }

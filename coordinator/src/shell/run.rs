@@ -54,21 +54,19 @@ pub struct Coordinator {
 }
 
 /// One coordinator as a process of its own: opens what the config names, then runs.
-pub fn start(config: Config, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
-    Box::pin(async move {
-        config.validate()?;
-        let id = config.id.as_deref();
-        let traces = Traces::start(config.traces.as_deref(), "moesaic-coordinator", id, config.trace_ratio)?;
-        let membership = config.membership().open().await?;
-        let served = membership.keep_up(run(config, Context { membership: membership.clone() }, stop)).await;
-        traces.finish().await;
-        served
-    })
+pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    let id = config.id.as_deref();
+    let traces = Traces::start(config.traces.as_deref(), "moesaic-coordinator", id, config.trace_ratio)?;
+    let membership = config.membership().open().await?;
+    let served = membership.keep_up(run(config, Context { membership: membership.clone() }, stop)).await;
+    traces.finish().await;
+    served
 }
 
 /// Serves until `stop`, then lets running requests finish within the bound.
-pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
-    Box::pin(async move { Coordinator::bind(config, context)?.serve(stop).await })
+pub async fn run(config: Config, context: Context, stop: CancellationToken) -> anyhow::Result<()> {
+    Coordinator::bind(config, context)?.serve(stop).await
 }
 
 impl Coordinator {

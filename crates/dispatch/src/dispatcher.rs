@@ -321,9 +321,9 @@ impl Dispatcher {
         plan::check(&rows, hidden, experts, top_k, routes)?;
         let chosen = || routes.iter().map(|route| route.expert);
         let mut layout = Layout::new(hidden, rows.value_bytes(), self.inner.config.group_size(), top_k);
-        if let Some(ahead) = ahead.as_ref().filter(|ahead| !ahead.is_empty()) {
+        if let Some(room) = ahead.as_ref().and_then(Ahead::room) {
             // What has left are the first rows of each worker.
-            layout.rows_max = ahead.room;
+            layout.rows_max = room;
         }
         let begun = ahead.as_mut().and_then(|ahead| ahead.turn.take());
         let turn = begun.or_else(|| self.inner.begin(layer, chosen()));

@@ -45,6 +45,11 @@ pub const LANE_FRAMES_MAX: usize = 64;
 pub const LANES_MAX: usize = 64;
 /// A lane that has not answered for so long, while frames wait for it, never will: that a slot has left does not say that it came.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// To copy from a message on the GPU, with nothing before it.
+const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
+/// The driver reads it as it starts. A GPU has 8 hardware queues if it is not told: a receive that waits holds up what shares its queue.
+pub const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+pub const QUEUES_MAX: u32 = 32;
 /// NCCL's threads look every half second whether they are to end.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(6);
 const SETTLE_POLL: Duration = Duration::from_millis(5);

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
+use moesaic_dispatch::nccl::{QUEUES, QUEUES_MAX};
 use moesaic_node::membership::Settings;
 use moesaic_node::telemetry::FILTER_VARIABLE;
 use moesaic_proto::v1::Role;
@@ -63,9 +64,6 @@ fn own_etcd(plan: &Plan, nodes: &mut Vec<Node>) -> Result<String> {
     Ok(format!("{scheme}://{client}"))
 }
 
-/// A GPU has 8 hardware queues if it is not told: a receive that waits holds up what shares its queue.
-pub const GPU_QUEUES: (&str, &str) = ("CUDA_DEVICE_MAX_CONNECTIONS", "32");
-
 /// A role in a process of its own. Workers that die are started again; without its coordinator `up` has nothing to serve.
 fn child(plan: &Plan, role: &str, id: Option<&str>, flags: &impl Serialize) -> Result<Node> {
     let name = format!("{} {}", role.replace('-', " "), id.unwrap_or_default());
@@ -73,7 +71,7 @@ fn child(plan: &Plan, role: &str, id: Option<&str>, flags: &impl Serialize) -> R
     if plan.shares_gpu() {
         // NCCL connects two ranks of one GPU only if it takes them for ranks of different hosts.
         command.env("NCCL_HOSTID", &name).env("NCCL_SOCKET_IFNAME", "lo").env("NCCL_IB_DISABLE", "1");
-        command.env(GPU_QUEUES.0, GPU_QUEUES.1);
+        command.env(QUEUES, QUEUES_MAX.to_string());
     }
     command.arg(role).args(arguments(flags)?).arg(roles::STOP_WITH_STDIN);
     if role == "coordinator" { Node::child(name, command) } else { Node::supervised(name, command) }

@@ -227,27 +227,15 @@ impl Channel {
             }
             wait("receiving", communicator, gpu, start, timeout)?;
             *received = len;
-            // Not behind the receive: copies of others to the processor might have to wait for one that waits.
-            // SAFETY: the message has as many bytes, and the stream is through.
-            unsafe { gpu.queue_read(0..beginning.len())? };
-            wait("taking", communicator, gpu, Instant::now(), Some(TAKE_TIMEOUT))?;
-            // SAFETY: as many bytes are read from the GPU, and the stream is through.
-            unsafe { gpu.take(0, beginning) };
-            Ok(())
+            // Not queued behind the receive: copies of others to the processor might have to wait for one that waits.
+            take(communicator, gpu, 0, beginning, TAKE_TIMEOUT)
         })
     }
 
     /// Copies from the last message, from byte `at` on.
     pub fn take(&mut self, at: usize, to: &mut [u8], timeout: Duration) -> Result<(), Error> {
         self.check_received(self.received(), at, to.len())?;
-        self.work(|Open { communicator, gpu, .. }| {
-            // SAFETY: the message has as many bytes, and the stream is through.
-            unsafe { gpu.queue_read(at..at + to.len())? };
-            wait("taking", communicator, gpu, Instant::now(), Some(timeout))?;
-            // SAFETY: they are read, and the stream is through again.
-            unsafe { gpu.take(at, to) };
-            Ok(())
-        })
+        self.work(|Open { communicator, gpu, .. }| take(communicator, gpu, at, to, timeout))
     }
 
     /// The same to a place on the GPU. After an error the copy may still be to come: what is there has to stay.
@@ -344,6 +332,16 @@ impl Drop for End {
     fn drop(&mut self) {
         Self::all().retain(|id| *id != self.0);
     }
+}
+
+/// Copies from the last message, which has as many bytes.
+fn take(communicator: &Communicator, gpu: &mut Gpu, at: usize, to: &mut [u8], timeout: Duration) -> Result<(), Error> {
+    // SAFETY: the message has them, and the stream is through.
+    unsafe { gpu.queue_read(at..at + to.len())? };
+    wait("taking", communicator, gpu, Instant::now(), Some(timeout))?;
+    // SAFETY: they are read, and the stream is through again.
+    unsafe { gpu.take(at, to) };
+    Ok(())
 }
 
 /// Waits for the stream.

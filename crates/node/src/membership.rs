@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use futures::future::BoxFuture;
 use moesaic_proto::WorkerId;
 use moesaic_proto::ids::InvalidWorkerId;
 use moesaic_proto::v1::Role;
@@ -41,14 +40,12 @@ pub enum MembershipError {
 }
 
 impl Settings<'_> {
-    pub fn open(&self) -> BoxFuture<'_, Result<Membership, MembershipError>> {
-        Box::pin(async move {
-            let open = |dir| Tls::open(dir, self.cluster, self.role, self.id);
-            let tls = self.tls.map(open).transpose()?;
-            let authorities = self.registry_ca.map(tls::authorities).transpose()?;
-            let registry = registry::open_over(self.registry, self.cluster, tls.clone(), authorities).await?;
-            Ok(Membership { registry, tls })
-        })
+    pub async fn open(&self) -> Result<Membership, MembershipError> {
+        let open = |dir| Tls::open(dir, self.cluster, self.role, self.id);
+        let tls = self.tls.map(open).transpose()?;
+        let authorities = self.registry_ca.map(tls::authorities).transpose()?;
+        let registry = registry::open_over(self.registry, self.cluster, tls.clone(), authorities).await?;
+        Ok(Membership { registry, tls })
     }
 }
 

@@ -18,8 +18,6 @@ pub struct Ahead {
     inner: Arc<Inner>,
     /// Until the call is made.
     pub(super) turn: Option<Turn>,
-    /// Rows that each of them has room for.
-    pub(super) room: usize,
     /// Where frames have gone of which it is not known yet what they ask.
     sent: Vec<(u32, Destination, AheadFrame)>,
 }
@@ -36,7 +34,7 @@ impl Ahead {
         let experts = 0..inner.config.experts as u16;
         let Some(turn) = inner.begin(call.layer, experts.map(ExpertId)) else { return Ok(None) };
         // Whatever comes of it, this is the call's turn.
-        let mut ahead = Self { inner: inner.clone(), turn: None, room: 0, sent: Vec::new() };
+        let mut ahead = Self { inner: inner.clone(), turn: None, sent: Vec::new() };
         ahead.send_shares(&turn, call, rows, split)?;
         ahead.turn = Some(turn);
         Ok(Some(ahead))
@@ -56,11 +54,9 @@ impl Ahead {
         let has_lane = |to| inner.views().edge(to).is_some_and(|edge| edge.has_lane());
         let takers = asked.iter().copied().filter(|worker| ways.destination(*worker).is_some_and(has_lane));
         let takers: Vec<u32> = takers.collect();
-        let room = room(rows, call.top_k, asked.len()).filter(|_| !takers.is_empty());
-        let Some(room) = room else { return Ok(()) };
+        let Some(room) = room(rows, call.top_k, asked.len()).filter(|_| !takers.is_empty()) else { return Ok(()) };
         let taker = |holder: &u32| takers.binary_search(holder).map_or(NOBODY, |taker| taker as u32);
         let owners: Vec<u32> = holders.iter().map(taker).collect();
-        self.room = room;
         let (count, width) = (takers.len(), inner.config.hidden);
         let shape = Split { owners: &owners, takers: count, room, top_k: call.top_k, width };
         let Some(shares) = split(&shape)? else { return Ok(()) };
@@ -78,8 +74,9 @@ impl Ahead {
         Ok(())
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.sent.is_empty()
+    /// Rows of a worker that have left at most, if any have.
+    pub(super) fn room(&self) -> Option<usize> {
+        self.sent.first().map(|(.., frame)| frame.room())
     }
 
     /// What has left of a worker's parts: the first.

@@ -44,6 +44,11 @@ impl AheadFrame {
         &self.header
     }
 
+    /// Rows that the share has room for.
+    pub fn room(&self) -> usize {
+        self.choices.room as usize
+    }
+
     /// Bytes of the share's table.
     pub fn table_bytes(&self) -> usize {
         self.table_bytes

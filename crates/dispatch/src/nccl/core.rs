@@ -152,15 +152,16 @@ pub struct Departure {
 impl Outgoing {
     /// `slot_bytes`: of the first slot, and of the largest.
     pub fn new(generation: u32, slot_bytes: usize) -> Self {
-        let sizes = Sizes { largest: slot_bytes, next: slot_bytes, late: VecDeque::new() };
+        let sizes = Sizes { largest: slot_bytes, late: VecDeque::new() };
         Self { generation, next: 0, is_parked: false, sizes }
     }
 
     pub fn send(&mut self, kind: Kind, load: Load) -> Departure {
-        let (sequence, wakes, slot_bytes) = (self.next, self.is_parked, self.sizes.next);
+        let (sequence, wakes, slot_bytes) = (self.next, self.is_parked, self.sizes.slot_bytes());
         self.next = self.next.wrapping_add(1);
         self.is_parked = kind == Kind::Park;
-        let next = self.sizes.after(load) as u32;
+        self.sizes.leaves(load);
+        let next = self.sizes.slot_bytes() as u32;
         Departure { head: Head { generation: self.generation, sequence, kind, load, next }, slot_bytes, wakes }
     }
 
@@ -174,7 +175,6 @@ impl Outgoing {
 #[derive(Debug)]
 struct Sizes {
     largest: usize,
-    next: usize,
     /// What the last frames needed, in bytes.
     late: VecDeque<usize>,
 }
@@ -184,17 +184,19 @@ impl Sizes {
     const LATE: usize = 64;
     const STEP: usize = 4096;
 
-    /// Of the slot that follows, when one with this load leaves.
-    fn after(&mut self, load: Load) -> usize {
+    /// Of the next slot.
+    fn slot_bytes(&self) -> usize {
+        self.late.iter().copied().max().unwrap_or(self.largest)
+    }
+
+    fn leaves(&mut self, load: Load) {
         let needed = (SLOT_TABLE_BYTES + load.rows as usize).next_multiple_of(Self::STEP);
         if load.rows > 0 && needed <= self.largest {
             if self.late.len() == Self::LATE {
                 self.late.pop_front();
             }
             self.late.push_back(needed);
-            self.next = self.late.iter().copied().fold(needed, usize::max);
         }
-        self.next
     }
 }
 

@@ -8,7 +8,7 @@ use moesaic_kernels::cuda::{Buffer, Device};
 use nccl_rs::{Config, DeviceSlice, DeviceSliceMut, Error, Event, Monitor, Part, UniqueId, Version};
 
 use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
-use super::{LANES_MAX, OPEN_TIMEOUT};
+use super::{LANES_MAX, OPEN_TIMEOUT, QUEUES, QUEUES_MAX, TAKE_TIMEOUT};
 
 /// Of one GPU.
 pub(super) struct NcclFabric {
@@ -29,15 +29,8 @@ impl NcclFabric {
     }
 }
 
-/// A GPU's hardware queues: what shares one with a receive that waits has to wait, too. The driver reads it as it starts.
-const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
-const QUEUES_MAX: u32 = 32;
-
 /// On whatever machine.
 const LANES_MIN: usize = 4;
-
-/// To copy from a message on the GPU, with nothing before it.
-const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A receive that waits keeps a multiprocessor busy: one, not more.
 fn config() -> Config {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use half::bf16;
-use moesaic_kernels::cuda::{Device, GpuBytes, QUARTERS, Split};
+use moesaic_kernels::cuda::{Device, GpuBytes, Lent, QUARTERS, Split};
 use moesaic_proto::limits::FRAME_BYTES_MAX;
 use moesaic_proto::v1;
 use prost::Message as _;
@@ -301,6 +301,13 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()>
     thread::Builder::new().name(name.into()).spawn(run).map(drop)
 }
 
+/// What does not end in time waits for other lanes.
+fn abort(breaker: &dyn Breaker) {
+    if !breaker.abort() {
+        watch::end_all();
+    }
+}
+
 /// Whether lanes of this process still run, or are being ended.
 pub(super) fn are_ending() -> bool {
     THREADS.load(Ordering::Acquire) > 0
@@ -320,8 +327,7 @@ impl State {
         if ending.is_over {
             // Not with the lock: it may take a while.
             drop(ending);
-            breaker.abort();
-            return;
+            return abort(&*breaker);
         }
         ending.breakers.push(breaker);
     }
@@ -354,12 +360,7 @@ impl State {
         // Aborting may take a while: NCCL frees memory, for which it waits until nothing runs on the GPU, and so until the
         // other is aborted, too.
         for breaker in breakers {
-            let abort = move || {
-                if !breaker.abort() {
-                    watch::end_others();
-                }
-            };
-            if let Err(error) = spawn("lane-abort", abort) {
+            if let Err(error) = spawn("lane-abort", move || abort(&*breaker)) {
                 tracing::error!(%error, "a lane could not be aborted: no thread");
             }
         }
@@ -418,13 +419,14 @@ impl State {
         let mut start = [0; SLOT_TABLE_BYTES];
         let mut timeout = Some(OPEN_TIMEOUT);
         let mut lent = None;
-        while self.wait_for_slot(|| lent = None) {
+        while self.wait_for_slot(&mut lent) {
             // What waits keeps a multiprocessor busy until it parks.
             lent = lent.take().or_else(|| device.map(|device| device.lend(LENT)));
             let slot_bytes = self.incoming().slot_bytes();
             channel.receive(slot_bytes, &mut start, timeout.take())?;
             let (head, rest) = start.split_first_chunk().ok_or("a slot without room for its head")?;
             let head = self.incoming().receive(head).map_err(|fault| fault.to_string())?;
+            let (Load { message, rows }, place) = (head.load, head.load.place(head.kind, slot_bytes));
             match head.kind {
                 Kind::Park => {}
                 Kind::Warm => {
@@ -434,7 +436,6 @@ impl State {
                     self.owner.up();
                 }
                 Kind::Frame => {
-                    let (Load { message, rows }, place) = (head.load, head.load.place(head.kind, slot_bytes));
                     let message = match place.behind {
                         None => rest[..message as usize].to_vec(),
                         Some(bytes) => {
@@ -448,7 +449,6 @@ impl State {
                     self.owner.frame(frame, rows, sender);
                 }
                 Kind::Ahead => {
-                    let place = head.load.place(head.kind, slot_bytes);
                     if let Some(bytes) = place.behind {
                         channel.receive(bytes, &mut start, Some(SEND_TIMEOUT))?;
                     }
@@ -463,8 +463,8 @@ impl State {
         Ok(())
     }
 
-    /// False when the lane has ended. `parks` is called if the next slot is not due yet.
-    fn wait_for_slot(&self, mut parks: impl FnMut()) -> bool {
+    /// False when the lane has ended. Nothing stays lent while no slot is due.
+    fn wait_for_slot(&self, lent: &mut Option<Lent>) -> bool {
         let mut incoming = self.incoming();
         loop {
             if self.ending().is_over {
@@ -473,7 +473,7 @@ impl State {
             if incoming.is_awaited() {
                 return true;
             }
-            parks();
+            *lent = None;
             let waited = self.news.wait_timeout(incoming, Duration::from_secs(60));
             incoming = waited.unwrap_or_else(PoisonError::into_inner).0;
         }

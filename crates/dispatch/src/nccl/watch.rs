@@ -10,13 +10,12 @@ use std::time::{Duration, Instant};
 
 use moesaic_kernels::cuda::Buffer;
 
+use super::TAKE_TIMEOUT;
 use super::fabric::{Breaker, Channel, Source};
 use super::lane::NotOpened;
 
 /// Longer than connecting takes at most, with its first message and with giving up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
-/// For what a channel does without a deadline of its caller's.
-const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A call may take so much longer than it should.
 const PATIENCE: Duration = Duration::from_secs(1);
 const EVERY: Duration = Duration::from_millis(250);
@@ -77,57 +76,52 @@ impl Call {
         answer
     }
 
+    fn is_late(&self) -> bool {
+        self.deadline().is_some_and(|deadline| deadline <= Instant::now())
+    }
+
     fn deadline(&self) -> MutexGuard<'_, Option<Instant>> {
         self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-struct Watch {
-    calls: Vec<Weak<Call>>,
-    is_running: bool,
-}
-
-fn watched() -> MutexGuard<'static, Watch> {
-    static ALL: Mutex<Watch> = Mutex::new(Watch { calls: Vec::new(), is_running: false });
+/// Of the process. There is a thread that watches them as long as there are any.
+fn watched() -> MutexGuard<'static, Vec<Weak<Call>>> {
+    static ALL: Mutex<Vec<Weak<Call>>> = Mutex::new(Vec::new());
     ALL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// By a thread of the process, which lives as long as there are channels.
 fn watch(call: &Arc<Call>) -> std::io::Result<()> {
     let mut all = watched();
-    if !all.is_running {
+    if all.is_empty() {
         thread::Builder::new().name("lane-watch".into()).spawn(keep_watching)?;
-        all.is_running = true;
     }
-    all.calls.push(Arc::downgrade(call));
+    all.push(Arc::downgrade(call));
     Ok(())
 }
 
 fn keep_watching() {
+    let has_calls = || {
+        let mut all = watched();
+        all.retain(|call| call.strong_count() > 0);
+        !all.is_empty()
+    };
     loop {
         thread::sleep(EVERY);
-        let mut all = watched();
-        all.calls.retain(|call| call.strong_count() > 0);
-        if all.calls.is_empty() {
-            all.is_running = false;
+        if !has_calls() {
             return;
         }
-        let calls: Vec<_> = all.calls.iter().filter_map(Weak::upgrade).collect();
-        drop(all);
-        let now = Instant::now();
-        if calls.iter().any(|call| call.deadline().is_some_and(|deadline| deadline <= now)) {
-            end_all(calls);
+        if calls().iter().any(|call| call.is_late()) {
+            end_all();
         }
     }
 }
 
-/// A lane has not ended in time: what it waits for has to end, too.
-pub(super) fn end_others() {
-    let calls = watched().calls.iter().filter_map(Weak::upgrade).collect();
-    end_all(calls);
+fn calls() -> Vec<Arc<Call>> {
+    watched().iter().filter_map(Weak::upgrade).collect()
 }
 
-/// A call that is late may wait for any lane, also for one that does nothing.
-fn end_all(calls: Vec<Arc<Call>>) {
-    calls.iter().for_each(|call| (call.late)());
+/// What is late may wait for any lane, also for one that does nothing.
+pub(super) fn end_all() {
+    calls().iter().for_each(|call| (call.late)());
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::compile::{cache_folder, compile, failed, shared_bytes};
+use super::compile::{cache_folder, compile, failed, shared_bytes, version};
 use super::gpu::{Address, Gpu, GpuError, Kernel, Launch, Properties};
 use super::vendor::Product;
 
@@ -71,7 +71,6 @@ pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
         let (cache, shared_bytes) = (cache_folder(), shared_bytes(architecture));
         let properties = Properties { name, architecture, multiprocessors, memory_free };
         let mut gpu = CudaGpu {
-            driver: driver_version().map_err(check("the driver's version"))?,
             properties,
             context,
             queue,
@@ -80,11 +79,13 @@ pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
             next_recording: AtomicU64::new(0),
             product: Mutex::default(),
         };
+        let driver = driver_version().map_err(check("the driver's version"))?;
         for (source, kernels) in super::kernels() {
             let image = compile(source, architecture, cache.as_deref())?.image;
-            let module = result::module::load_data(image.as_ptr().cast()).map_err(|error| gpu.not_loaded(error))?;
+            let module = result::module::load_data(image.as_ptr().cast()).map_err(|e| not_loaded(e, driver))?;
             for kernel in kernels {
-                gpu.load(module, kernel, kernel.shared_bytes(shared_bytes)).map_err(check("loading a kernel"))?;
+                let bytes = kernel.shared_bytes(shared_bytes);
+                gpu.load(module, kernel, bytes, driver).map_err(check("loading a kernel"))?;
             }
         }
         Ok(Arc::new(gpu))
@@ -93,8 +94,6 @@ pub fn open(ordinal: usize) -> Result<Arc<dyn Gpu>, Missing> {
 
 #[derive(Debug)]
 struct CudaGpu {
-    /// The newest CUDA that the driver knows: 12040 is 12.4.
-    driver: i32,
     properties: Properties,
     context: sys::CUcontext,
     queue: sys::CUstream,
@@ -122,7 +121,7 @@ fn driver_failed(what: &'static str, error: DriverError) -> GpuError {
     failed(what, name.unwrap_or_else(|_| format!("{error:?}")))
 }
 
-/// What [`CudaGpu::driver`] says.
+/// The newest CUDA that the driver knows: 12040 is 12.4.
 fn driver_version() -> Result<i32, DriverError> {
     let mut version = 0;
     // SAFETY: writes a number.
@@ -132,24 +131,29 @@ fn driver_version() -> Result<i32, DriverError> {
 /// From then on there is `cuFuncLoad`; drivers before that load a kernel with its module.
 const LOADS_KERNELS: i32 = 12040;
 
-impl CudaGpu {
-    /// A driver knows what compilers of its own major version make, and of those before.
-    fn not_loaded(&self, error: DriverError) -> GpuError {
-        let failed = driver_failed("loading the kernels", error);
-        match (failed, super::compile::version()) {
-            (GpuError::Failed { what, reason }, Ok((major, minor))) if major > self.driver / 1000 => {
-                let (known, known_minor) = (self.driver / 1000, self.driver % 1000 / 10);
-                let reason = format!(
-                    "{reason}: they are NVRTC {major}.{minor}'s, and the driver knows CUDA {known}.{known_minor}; \
-                     install NVRTC {known} alone, or a newer driver"
-                );
-                GpuError::Failed { what, reason }
-            }
-            (other, _) => other,
+/// A driver knows what compilers of its own major version make, and of those before.
+fn not_loaded(error: DriverError, driver: i32) -> GpuError {
+    let (known, known_minor) = (driver / 1000, driver % 1000 / 10);
+    match (driver_failed("loading the kernels", error), version()) {
+        (GpuError::Failed { what, reason }, Ok((major, minor))) if major > known => {
+            let reason = format!(
+                "{reason}: they are NVRTC {major}.{minor}'s, and the driver knows CUDA {known}.{known_minor}; \
+                 install NVRTC {known} alone, or a newer driver"
+            );
+            GpuError::Failed { what, reason }
         }
+        (other, _) => other,
     }
+}
 
-    unsafe fn load(&mut self, module: sys::CUmodule, kernel: Kernel, shared_bytes: usize) -> Result<(), DriverError> {
+impl CudaGpu {
+    unsafe fn load(
+        &mut self,
+        module: sys::CUmodule,
+        kernel: Kernel,
+        shared_bytes: usize,
+        driver: i32,
+    ) -> Result<(), DriverError> {
         let name = CString::new(kernel.name).expect("a kernel's name has no zero");
         // SAFETY: the module is loaded, and stays so.
         unsafe {
@@ -160,7 +164,7 @@ impl CudaGpu {
             let share = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
             result::function::set_function_attribute(handle, share, 100)?;
             // Now, not at the first launch, which would wait for whatever runs on the GPU.
-            if self.driver >= LOADS_KERNELS {
+            if driver >= LOADS_KERNELS {
                 sys::cuFuncLoad(handle).result()?;
             }
             self.functions.insert(kernel.name, Function { handle, shared_bytes });

@@ -80,9 +80,9 @@ impl Replays {
                 device.recording_of(launches)?
             }
         };
-        self.0.push(recording);
-        let recording = self.0.last().expect("it was put there");
         // SAFETY: equal launches were queued just now, by who saw to what they work on.
-        unsafe { recording.queue() }
+        let queued = unsafe { recording.queue() };
+        self.0.push(recording);
+        queued
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use futures::future::try_join_all;
-use moesaic_dispatch::nccl::{self, Fabric, Transport};
+use moesaic_dispatch::nccl::{self, Fabric, QUEUES, QUEUES_MAX, Transport};
 use moesaic_dispatch::{
     Addends, CombineOps, DispatchConfig, Dispatcher, ExpertHost, Holder, Hub, ReplySender, RequestFrame, Route, Rows,
     Shape, Values, grpc,
@@ -28,7 +28,6 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use super::Args;
-use crate::processes::GPU_QUEUES;
 use crate::roles;
 
 /// A row's values, if no model is named: V3's.
@@ -200,7 +199,7 @@ async fn remote(args: &Args, hidden: usize, fabric: Option<Arc<dyn Fabric>>) -> 
     if fabric.is_some() {
         let device = args.device.as_deref().unwrap_or_default();
         // Both ends may be on one GPU: NCCL connects them only if it takes them for different hosts.
-        command.args(["--device", device]).env("NCCL_HOSTID", "echo").env(GPU_QUEUES.0, GPU_QUEUES.1);
+        command.args(["--device", device]).env("NCCL_HOSTID", "echo").env(QUEUES, QUEUES_MAX.to_string());
     }
     let mut peer = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn()?;
     let mut lines = BufReader::new(peer.stdout.take().context("no standard output")?).lines();
