@@ -9,5 +9,5 @@ pub mod core;
 pub mod engine;
 pub mod shell;
 
-pub use config::{Config, Flags};
+pub use config::Config;
 pub use shell::run::{Context, run, start};

@@ -1,22 +1,17 @@
 //! `moesaic-attention-worker`: one attention worker as a process of its own.
 
-use std::path::PathBuf;
-
 use clap::Parser;
-use moesaic_attention_worker::{Config, Flags, start};
-use moesaic_dispatch::nccl;
-use moesaic_node::telemetry::LogFormat;
-use moesaic_node::{config, stop, telemetry};
+use moesaic_attention_worker::{Config, start};
+use moesaic_node::config::Layered;
+use moesaic_node::stop;
+use moesaic_node::telemetry::{self, LogFormat};
 
 /// Owns sequences of a Moesaic cluster: attention, latent cache, batching and sampling.
 #[derive(Parser)]
 #[command(name = "moesaic-attention-worker", version)]
 struct Arguments {
     #[command(flatten)]
-    flags: Flags,
-    /// A TOML file with the same settings; flags and MOESAIC_* variables count more
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    config: Layered<Config>,
     /// text or json
     #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = str::parse::<LogFormat>)]
     log_format: LogFormat,
@@ -24,10 +19,7 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
-    telemetry::init(arguments.log_format, "info")?;
-    let config: Config = config::load(arguments.config.as_deref(), &arguments.flags)?;
-    let served = start(config, stop::on_signals()?).await;
-    tokio::task::spawn_blocking(nccl::settle).await?;
-    served
+    let Arguments { config: Layered(config), log_format } = Arguments::parse();
+    telemetry::init(log_format, "info")?;
+    start(config, stop::on_signals()?).await
 }

@@ -13,5 +13,5 @@ pub mod model;
 pub mod shell;
 pub mod text;
 
-pub use config::{Config, Flags};
+pub use config::Config;
 pub use shell::run::{Context, Coordinator, run, start};

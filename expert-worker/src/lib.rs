@@ -14,5 +14,5 @@ pub mod shard;
 pub mod shell;
 pub mod vitals;
 
-pub use config::{Config, Flags};
+pub use config::Config;
 pub use shell::{Context, run, start};

@@ -7,22 +7,22 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::future::BoxFuture;
-use moesaic_dispatch::nccl::{self, Fabric};
-use moesaic_dispatch::{Hub, Shape, grpc};
+use moesaic_dispatch::nccl;
+use moesaic_dispatch::{Shape, grpc};
 use moesaic_kernels::Backend;
 use moesaic_model::{Checkpoint, ModelError, load};
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::trace::Traces;
-use moesaic_node::{Member, Membership, Registration, Registry, handshake, vitals};
+use moesaic_node::{Member, Registration, Registry, handshake, vitals};
 use moesaic_proto::v1::Role;
 use moesaic_proto::{Epoch, ExpertId, LayerId, Placement};
+use moesaic_worker::WorkerSettings;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 
-use crate::config::{Config, InvalidConfig};
+use crate::config::Config;
 use crate::core::handover::{is_covered, may_leave};
 use crate::engine::{Engine, Profile};
 use crate::experts::{Expert, Loader};
@@ -40,37 +40,14 @@ const RETIRE_INTERVAL: Duration = Duration::from_secs(2);
 /// From a placement that this worker is not needed for to the last rows that were sent under the one before.
 const MOVED_ON: Duration = Duration::from_millis(500);
 
-/// What the worker shares with the process that it runs in.
-pub struct Context {
-    pub membership: Membership,
-    /// Where attention workers of this process find it.
-    pub hub: Option<Hub>,
-    pub backend: Backend,
-    /// From GPU to GPU, if there is such a way.
-    pub fabric: Option<Arc<dyn Fabric>>,
-    pub checkpoint: Arc<Checkpoint>,
-    /// Where the worker counts what it computes.
-    pub profile: Arc<Profile>,
-}
+pub type Context = moesaic_worker::Context<Profile>;
 
 /// One worker as a process of its own: opens what the config names, then runs.
 pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
-    let traces = Traces::start(config.traces.as_deref(), "moesaic-expert-worker", config.id.as_deref(), 1.0)?;
-    let backend = config.backend()?;
-    let context = Context {
-        fabric: config.fabric(&backend)?,
-        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
-        membership: config.membership().open().await?,
-        hub: None,
-        backend,
-        profile: Arc::default(),
-    };
-    let membership = context.membership.clone();
-    let served = membership.keep_up(run(config, context, stop)).await;
-    traces.finish().await;
-    served
+    let worker = config.worker.clone();
+    moesaic_worker::start(&worker, Role::ExpertWorker, "moesaic-expert-worker", |context| run(config, context, stop))
+        .await
 }
 
 /// Serves until `stop`; then waits until others have what it alone had, leaves, answers what it has in hand, all within
@@ -78,32 +55,33 @@ pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()
 pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
     Box::pin(async move {
         config.validate()?;
+        let WorkerSettings { member, listen, node, drain_seconds, .. } = &config.worker;
         let Context { membership, hub, backend, fabric, checkpoint, profile } = context;
         let registry = &membership.registry;
-        let id = membership.id(config.id.as_deref(), "experts")?;
+        let id = membership.id(member.id.as_deref(), "experts")?;
         let (numerics, device) = (backend.numerics(), backend.device());
-        let mut hello = handshake::hello(&config.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), &numerics);
+        let mut hello = handshake::hello(&member.cluster, Role::ExpertWorker, &id, checkpoint.fingerprint(), &numerics);
         hello.nccl = nccl::version_of(fabric.as_ref());
         let model = checkpoint.config();
         let shape = Shape { hidden: model.hidden_size, experts: model.n_routed_experts };
         let (engine, ended) = Engine::start(shape, backend.clone(), config.inbox_frames, profile)
             .context("starting the compute thread")?;
 
-        let bound = server::bind(config.listen)?;
-        let watched = vitals::bind(config.metrics_listen)?;
-        let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
+        let bound = server::bind(*listen)?;
+        let watched = vitals::bind(member.metrics_listen)?;
+        let address = member.advertise.clone().unwrap_or_else(|| bound.address().to_string());
         let closing = CancellationToken::new();
         let service = grpc::service(engine.clone(), fabric, hello.clone(), closing.clone());
         let (routes, reporter) = with_health_and_reflection(Routes::new(service), NAME).await;
-        let serve =
-            bound.serve(routes, membership.tls.clone(), closing.clone(), Duration::from_secs(config.drain_seconds));
+        let drain = Duration::from_secs(*drain_seconds);
+        let serve = bound.serve(routes, membership.tls.clone(), closing.clone(), drain);
         if let Some(hub) = &hub {
             hub.insert(id.clone(), engine.clone());
         }
 
-        let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
-        let member = Member { expert_slots: config.expert_slots, ..member };
-        let registration = registry.register(member.clone()).await?;
+        let known = Member::new(hello, id.clone(), address.clone(), node.as_deref());
+        let known = Member { expert_slots: config.expert_slots, ..known };
+        let registration = registry.register(known.clone()).await?;
         tracing::info!(%id, address, numerics, device, "expert worker serves");
         let figures = Figures {
             id: id.clone(),
@@ -118,14 +96,13 @@ pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFutu
             tasks.spawn(vitals::answer(listener, vitals::told(figures)));
         }
         let follower = Follower {
-            member,
+            member: known,
             backend,
             checkpoint,
             engine: engine.clone(),
             reporter: reporter.clone(),
             bytes_per_second: config.load_mib_per_second << 20,
         };
-        let drain = Duration::from_secs(config.drain_seconds);
         let live = async {
             tokio::select! {
                 failed = follower.follow(&**registry, &registration) => return failed,

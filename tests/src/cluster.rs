@@ -15,11 +15,13 @@ use moesaic_expert_worker as expert_worker;
 use moesaic_kernels::cuda::Device;
 use moesaic_kernels::{Backend, DtypeChoice, Pool};
 use moesaic_model::Checkpoint;
+use moesaic_node::MemberSettings;
 use moesaic_node::{Registry, registry};
 use moesaic_proto::v1::Role;
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
 use moesaic_proto::v1::inference_client::InferenceClient;
 use moesaic_proto::v1::{GenerateRequest, LoadRequest, LoadResponse};
+use moesaic_worker::WorkerSettings;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -121,15 +123,15 @@ impl Cluster {
             };
             let (attention_fabric, experts_fabric) = (fabric(&options.attention_gpu), fabric(&options.experts_gpu));
             let expert_numerics = (attention.numerics() != experts.numerics()).then(|| experts.numerics());
+            let worker = |id| WorkerSettings {
+                member: MemberSettings::named(id, "test"),
+                dtype: options.dtype.into(),
+                ..Default::default()
+            };
             let stop = CancellationToken::new();
             let mut nodes = Vec::new();
             for i in 0..options.expert_workers {
-                let config = expert_worker::Config {
-                    id: Some(format!("e{i}")),
-                    cluster: "test".into(),
-                    dtype: options.dtype.into(),
-                    ..Default::default()
-                };
+                let config = expert_worker::Config { worker: worker(format!("e{i}")), ..Default::default() };
                 let context = expert_worker::Context {
                     membership: registry.clone().into(),
                     hub: hub.clone(),
@@ -142,9 +144,7 @@ impl Cluster {
             }
             for i in 0..options.attention_workers {
                 let config = attention_worker::Config {
-                    id: Some(format!("a{i}")),
-                    cluster: "test".into(),
-                    dtype: options.dtype.into(),
+                    worker: worker(format!("a{i}")),
                     chunk: options.chunk,
                     token_budget: options.token_budget,
                     micro_batches: options.micro_batches,
@@ -165,9 +165,8 @@ impl Cluster {
                 nodes.push(tokio::spawn(attention_worker::run(config, context, stop.clone())));
             }
             let config = coordinator::Config {
-                model: options.model.clone(),
-                id: Some("c0".into()),
-                cluster: "test".into(),
+                model: Some(options.model.clone()),
+                member: MemberSettings::named("c0", "test"),
                 listen: ([127, 0, 0, 1], 0).into(),
                 expert_workers: options.expert_workers,
                 replicas: options.replicas,

@@ -13,9 +13,10 @@ use moesaic_coordinator::core::keys;
 use moesaic_expert_worker as expert_worker;
 use moesaic_kernels::{Backend, Pool};
 use moesaic_model::Checkpoint;
-use moesaic_node::{Identity, Member, Membership, Peer, Registry, Tls, registry};
+use moesaic_node::{Identity, Member, MemberSettings, Membership, Peer, Registry, Tls, registry};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
+use moesaic_worker::WorkerSettings;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -88,35 +89,30 @@ impl Secured {
         let checkpoint = Arc::new(Checkpoint::open(&fixtures::folder("tiny-r1")).unwrap());
         let (pool, stop) = (Pool::new(1), CancellationToken::new());
         let mut nodes = Vec::new();
-        let config = expert_worker::Config { id: Some("e0".into()), cluster: CLUSTER.into(), ..Default::default() };
+        let worker = |id| WorkerSettings { member: MemberSettings::named(id, CLUSTER), ..Default::default() };
+        let config = expert_worker::Config { worker: worker("e0"), ..Default::default() };
         let context = expert_worker::Context {
             membership: membership(Role::ExpertWorker, "e0"),
             hub: None,
-            backend: Backend::Cpu(config.dtype().unwrap().numerics(), pool.clone()),
+            backend: Backend::Cpu(config.worker.dtype().unwrap().numerics(), pool.clone()),
             fabric: None,
             checkpoint: checkpoint.clone(),
             profile: Arc::default(),
         };
         nodes.push(tokio::spawn(expert_worker::run(config, context, stop.clone())));
-        let config = attention_worker::Config {
-            id: Some("a0".into()),
-            cluster: CLUSTER.into(),
-            cache_tokens: Some(4096),
-            ..Default::default()
-        };
+        let config = attention_worker::Config { worker: worker("a0"), cache_tokens: Some(4096), ..Default::default() };
         let context = attention_worker::Context {
             membership: membership(Role::AttentionWorker, "a0"),
             hub: None,
-            backend: Backend::Cpu(config.dtype().unwrap().numerics(), pool),
+            backend: Backend::Cpu(config.worker.dtype().unwrap().numerics(), pool),
             fabric: None,
             checkpoint,
             profile: Arc::default(),
         };
         nodes.push(tokio::spawn(attention_worker::run(config, context, stop.clone())));
         let config = coordinator::Config {
-            model: fixtures::folder("tiny-r1"),
-            id: Some("c0".into()),
-            cluster: CLUSTER.into(),
+            model: Some(fixtures::folder("tiny-r1")),
+            member: MemberSettings::named("c0", CLUSTER),
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             keys: Some(keys_file(dir.path())),
             ..Default::default()

@@ -9,15 +9,15 @@ use anyhow::Context as _;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use moesaic_dispatch::nccl::{self, Fabric};
-use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder, Hub};
+use moesaic_dispatch::{CombineOps, DispatchConfig, Dispatcher, Holder};
 use moesaic_kernels::{Backend, Dtype, Numerics, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::server::{self, set_serving, with_health_and_reflection};
-use moesaic_node::trace::Traces;
 use moesaic_node::vitals::{self, Vitals};
-use moesaic_node::{Connector, Member, Membership, View, handshake};
+use moesaic_node::{Connector, Member, View, handshake};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::{Hello, Role};
+use moesaic_worker::WorkerSettings;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +27,7 @@ use tonic_health::server::HealthReporter;
 use super::requests::Requests;
 use super::service::{NAME, Service};
 use super::vitals::Figures;
-use crate::config::{Config, InvalidConfig};
+use crate::config::Config;
 use crate::core::batcher::Limits;
 use crate::engine::cpu::Cpu;
 use crate::engine::gpu::{self, Gpu};
@@ -46,52 +46,30 @@ const SWEEP_INTERVAL: Duration = Duration::from_millis(500);
 /// A step is over by then.
 const ENGINE_END: Duration = Duration::from_secs(2);
 
-/// What the worker shares with the process that it runs in.
-pub struct Context {
-    pub membership: Membership,
-    /// The expert workers of this process, if any.
-    pub hub: Option<Hub>,
-    pub backend: Backend,
-    /// From GPU to GPU, if there is such a way.
-    pub fabric: Option<Arc<dyn Fabric>>,
-    pub checkpoint: Arc<Checkpoint>,
-    /// Where the worker counts what it does.
-    pub profile: Arc<Profile>,
-}
+pub type Context = moesaic_worker::Context<Profile>;
 
 /// One worker as a process of its own: opens what the config names, then runs.
 pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    anyhow::ensure!(!config.model.as_os_str().is_empty(), InvalidConfig::Model);
-    let traces = Traces::start(config.traces.as_deref(), "moesaic-attention-worker", config.id.as_deref(), 1.0)?;
-    let backend = config.backend()?;
-    let context = Context {
-        fabric: config.fabric(&backend)?,
-        checkpoint: Arc::new(Checkpoint::open(&config.model)?),
-        membership: config.membership().open().await?,
-        hub: None,
-        backend,
-        profile: Arc::default(),
-    };
-    let membership = context.membership.clone();
-    let served = membership.keep_up(run(config, context, stop)).await;
-    traces.finish().await;
-    served
+    let worker = config.worker.clone();
+    let run = |context| run(config, context, stop);
+    moesaic_worker::start(&worker, Role::AttentionWorker, "moesaic-attention-worker", run).await
 }
 
 /// Serves until `stop`; then takes nothing new, lets running sequences finish within the bound, and leaves.
 pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> {
     Box::pin(async move {
         config.validate()?;
+        let WorkerSettings { member, listen, node, drain_seconds, .. } = &config.worker;
         let Context { membership, hub, backend, fabric, checkpoint, profile } = context;
         let registry = &membership.registry;
         // Dropped, and so ended, with this function.
         let mut tasks = JoinSet::new();
         let (tell, told) = watch::channel(None);
-        if let Some(listener) = vitals::bind(config.metrics_listen)? {
+        if let Some(listener) = vitals::bind(member.metrics_listen)? {
             tasks.spawn(vitals::answer(listener, told));
         }
-        let id = membership.id(config.id.as_deref(), "attention")?;
+        let id = membership.id(member.id.as_deref(), "attention")?;
         let (numerics, device) = (backend.numerics(), backend.device());
         let hello =
             Hello { nccl: nccl::version_of(fabric.as_ref()), ..own_hello(&config, &checkpoint, &numerics, &id) };
@@ -101,8 +79,8 @@ pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFutu
         let (engine, ended) = start_engine(&config, &checkpoint, backend.clone(), dispatcher.clone(), profile).await?;
         let ended = ended.shared();
 
-        let bound = server::bind(config.listen)?;
-        let address = config.advertise.clone().unwrap_or_else(|| bound.address().to_string());
+        let bound = server::bind(*listen)?;
+        let address = member.advertise.clone().unwrap_or_else(|| bound.address().to_string());
         let requests = Requests::new(Duration::from_secs(config.orphan_seconds));
         let figures = Arc::new(Figures {
             engine: engine.observer().clone(),
@@ -126,14 +104,14 @@ pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFutu
             requests: requests.clone(),
         };
         let (routes, reporter) = with_health_and_reflection(Routes::new(service.server()), NAME).await;
-        let serve =
-            bound.serve(routes, membership.tls.clone(), stop.clone(), Duration::from_secs(config.drain_seconds));
+        let drain = Duration::from_secs(*drain_seconds);
+        let serve = bound.serve(routes, membership.tls.clone(), stop.clone(), drain);
 
         tasks.spawn(follow(registry.view(), checkpoint.clone(), dispatcher.clone()));
         tasks.spawn(report_health(checkpoint, dispatcher, reporter, stop.clone()));
         tasks.spawn(sweep(requests));
-        let member = Member::new(hello, id.clone(), address.clone(), config.node.as_deref());
-        let registration = registry.register(member).await?;
+        let known = Member::new(hello, id.clone(), address.clone(), node.as_deref());
+        let registration = registry.register(known).await?;
         figures.is_registered.store(true, Ordering::Relaxed);
         tracing::info!(%id, address, numerics, device, "attention worker serves");
         let leave = async {
@@ -164,7 +142,7 @@ pub fn run(config: Config, context: Context, stop: CancellationToken) -> BoxFutu
 
 fn own_hello(config: &Config, checkpoint: &Checkpoint, numerics: &str, id: &WorkerId) -> Hello {
     let (role, fingerprint) = (Role::AttentionWorker, checkpoint.fingerprint());
-    let mut hello = handshake::hello(&config.cluster, role, id, fingerprint, numerics);
+    let mut hello = handshake::hello(&config.worker.member.cluster, role, id, fingerprint, numerics);
     // Tells this worker's frames from others' in logs; streams keep them apart anyhow.
     hello.source = (hello.incarnation & u64::from(u16::MAX)) as u32;
     hello.expert_numerics = config.expert_numerics.clone().unwrap_or_default();

@@ -7,12 +7,13 @@ use moesaic_attention_worker::{Config, Context, run};
 use moesaic_kernels::{Backend, Dtype, Numerics, Pool};
 use moesaic_model::Checkpoint;
 use moesaic_node::registry::embedded;
-use moesaic_node::{Member, Registration, Registry, handshake};
+use moesaic_node::{Member, MemberSettings, Registration, Registry, handshake};
 use moesaic_proto::v1::attention_worker_client::AttentionWorkerClient;
 use moesaic_proto::v1::{
     AbortCallRequest, FinishReason, Hello, LoadRequest, LoadResponse, Role, RunEvent, RunRequest, SamplingParams,
 };
 use moesaic_proto::{Epoch, WorkerId};
+use moesaic_worker::WorkerSettings;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
@@ -46,9 +47,11 @@ impl Worker {
         let registry = embedded();
         let checkpoint = Arc::new(Checkpoint::open(&fixture("v3")).unwrap());
         let config = Config {
-            id: Some("a0".into()),
-            cluster: "test".into(),
-            dtype: "f32".into(),
+            worker: WorkerSettings {
+                member: MemberSettings::named("a0", "test"),
+                dtype: "f32".into(),
+                ..WorkerSettings::default()
+            },
             cache_tokens: Some(cache_tokens),
             waiting_max: 2,
             orphan_seconds: 1,

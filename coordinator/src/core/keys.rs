@@ -7,8 +7,6 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use figment::Figment;
-use figment::providers::{Format, Toml};
 use moesaic_node::access::Scope;
 use serde::Deserialize;
 use subtle::ConstantTimeEq;
@@ -111,8 +109,8 @@ fn hash(key: &str) -> [u8; HASH_BYTES] {
 impl Keys {
     /// Reads a file. Accounts that `before` had keep what they have used.
     pub fn parse(text: &str, before: &Keys) -> Result<Self, InvalidKeys> {
-        let file: Result<File, _> = Figment::from(Toml::string(text)).extract();
-        let entries = file.map_err(|error| InvalidKeys::Toml(error.to_string()))?.keys;
+        let file: Result<File, _> = toml::from_str(text);
+        let entries = file.map_err(|error| InvalidKeys::Toml(error.to_string().trim_end().to_owned()))?.keys;
         if entries.is_empty() {
             return Err(InvalidKeys::Empty);
         }

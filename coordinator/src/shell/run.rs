@@ -13,7 +13,7 @@ use moesaic_node::config::check_address;
 use moesaic_node::http::{Limits, serve};
 use moesaic_node::server::{set_serving, with_health_and_reflection};
 use moesaic_node::trace::Traces;
-use moesaic_node::{Member, Membership, Registration, accept, handshake, vitals};
+use moesaic_node::{Member, MemberSettings, Membership, Registration, accept, handshake, vitals};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::Role;
 use tokio::net::TcpListener;
@@ -56,9 +56,10 @@ pub struct Coordinator {
 /// One coordinator as a process of its own: opens what the config names, then runs.
 pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
-    let id = config.id.as_deref();
-    let traces = Traces::start(config.traces.as_deref(), "moesaic-coordinator", id, config.trace_ratio)?;
-    let membership = config.membership().open().await?;
+    let member = &config.member;
+    let traces =
+        Traces::start(member.traces.as_deref(), "moesaic-coordinator", member.id.as_deref(), config.trace_ratio)?;
+    let membership = member.open(Role::Coordinator).await?;
     let served = membership.keep_up(run(config, Context { membership: membership.clone() }, stop)).await;
     traces.finish().await;
     served
@@ -73,22 +74,23 @@ impl Coordinator {
     /// Reads the checkpoint's folder and takes the port.
     pub fn bind(config: Config, context: Context) -> anyhow::Result<Self> {
         config.validate()?;
-        let model = Model::open(&config.model, config.served_name.as_deref())?;
-        let tokenizer = Tokenizer::open(&config.model)?;
-        let template = ChatTemplate::open(&config.model)?;
+        let folder = config.model()?;
+        let model = Model::open(folder, config.served_name.as_deref())?;
+        let tokenizer = Tokenizer::open(folder)?;
+        let template = ChatTemplate::open(folder)?;
         if template.is_none() {
             tracing::warn!("the model has no chat template: /v1/chat/completions will refuse");
         }
         let membership = context.membership;
         let is_guarded = config.keys.is_some() || membership.tls.is_some();
         let keeper = is_guarded.then(|| Doorkeeper::open(config.keys.as_deref())).transpose()?;
-        let id = membership.id(config.id.as_deref(), "coordinator")?;
+        let id = membership.id(config.member.id.as_deref(), "coordinator")?;
         let (registry, connector) = (&*membership.registry, membership.connector());
-        let workers = Workers::new(&config.cluster, &id, &model, config.expert_workers, registry, connector);
+        let workers = Workers::new(&config.member.cluster, &id, &model, config.expert_workers, registry, connector);
         let service = Service::new(model, tokenizer, template, Arc::new(workers), config.sequences_max);
         let listener = accept::listen(config.listen).with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = listener.local_addr()?;
-        let watched = vitals::bind(config.metrics_listen)?;
+        let watched = vitals::bind(config.member.metrics_listen)?;
         Ok(Self { config, id, membership, service: Arc::new(service), keeper, listener, watched, address })
     }
 
@@ -183,7 +185,7 @@ impl Coordinator {
 
     /// Makes the coordinator known to others, if it has an address that they can reach.
     async fn register(&self) -> anyhow::Result<Option<Registration>> {
-        let Config { advertise, cluster, .. } = &self.config;
+        let MemberSettings { advertise, cluster, .. } = &self.config.member;
         if let Err(error) = check_address(self.address, advertise.as_deref()) {
             tracing::info!(%error, "other coordinators do not know where this one is");
             return Ok(None);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use futures::{Stream, StreamExt, stream};
 use moesaic_coordinator::text::Tokenizer;
 use moesaic_coordinator::{Config, Context, Coordinator};
-use moesaic_node::{Member, Registration, Registry, handshake, registry, server};
+use moesaic_node::{Member, MemberSettings, Registration, Registry, handshake, registry, server};
 use moesaic_proto::WorkerId;
 use moesaic_proto::v1::attention_worker_server::{AttentionWorker, AttentionWorkerServer};
 use moesaic_proto::v1::{
@@ -214,9 +214,9 @@ pub struct Cluster {
 
 pub fn config() -> Config {
     Config {
-        model: model_dir(),
+        model: Some(model_dir()),
         listen: ([127, 0, 0, 1], 0).into(),
-        registry: "embedded".into(),
+        member: MemberSettings { registry: "embedded".into(), ..MemberSettings::default() },
         expert_workers: 2,
         replicas: 1,
         drain_seconds: 2,

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use moesaic_coordinator::Config;
+use moesaic_node::MemberSettings;
 use moesaic_proto::v1::{EdgeState, EdgeStatus, Role};
 use serde_json::Value;
 
@@ -43,8 +44,8 @@ async fn a_scrape_is_small_and_quick() {
     large_model(dir.path());
     let metrics = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let config = Config {
-        model: dir.path().to_owned(),
-        metrics_listen: Some(metrics),
+        model: Some(dir.path().to_owned()),
+        member: MemberSettings { metrics_listen: Some(metrics), ..config().member },
         expert_workers: EXPERT_WORKERS,
         replicas: 2,
         ..config()

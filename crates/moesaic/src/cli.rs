@@ -61,11 +61,11 @@ enum Command {
     /// Make an API key
     Key(key::Args),
     /// Run a coordinator: the front door, gRPC and HTTP
-    Coordinator(roles::RoleArgs<moesaic_coordinator::Flags>),
+    Coordinator(roles::RoleArgs<moesaic_coordinator::Config>),
     /// Run an attention worker: owns sequences and their latent cache
-    AttentionWorker(roles::RoleArgs<moesaic_attention_worker::Flags>),
+    AttentionWorker(roles::RoleArgs<moesaic_attention_worker::Config>),
     /// Run an expert worker: owns a shard of the routed experts
-    ExpertWorker(roles::RoleArgs<moesaic_expert_worker::Flags>),
+    ExpertWorker(roles::RoleArgs<moesaic_expert_worker::Config>),
     /// Print docs/configuration.md
     #[command(hide = true)]
     Reference,
@@ -97,6 +97,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
             || cause.is::<ConfigError>()
             || cause.is::<telemetry::TelemetryError>()
             || cause.is::<moesaic_coordinator::config::InvalidConfig>()
+            || cause.is::<moesaic_worker::InvalidSettings>()
             || cause.is::<moesaic_attention_worker::config::InvalidConfig>()
             || cause.is::<moesaic_expert_worker::config::InvalidConfig>()
     });
@@ -135,9 +136,9 @@ async fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Rebalance(args) => operate::rebalance(args).await?,
         Command::Certs(args) => certs::run(&args)?,
         Command::Key(args) => key::run(&args)?,
-        Command::Coordinator(args) => roles::coordinator(args).await?,
-        Command::AttentionWorker(args) => roles::attention_worker(args).await?,
-        Command::ExpertWorker(args) => roles::expert_worker(args).await?,
+        Command::Coordinator(args) => args.run(moesaic_coordinator::start).await?,
+        Command::AttentionWorker(args) => args.run(moesaic_attention_worker::start).await?,
+        Command::ExpertWorker(args) => args.run(moesaic_expert_worker::start).await?,
         Command::Reference => say(&reference::configuration()),
         Command::Etcd(args) => etcd::run(args).await?,
     }

@@ -10,8 +10,9 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use moesaic_node::membership::Settings;
+use moesaic_node::MemberSettings;
 use moesaic_node::{Membership, stop};
+use moesaic_proto::v1::Role;
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
@@ -105,10 +106,10 @@ pub async fn run(args: Args) -> Result<()> {
 }
 
 /// Opens the registry of an etcd that is about to answer.
-pub async fn wait(settings: &Settings<'_>) -> Result<Membership> {
+pub async fn wait(settings: &MemberSettings) -> Result<Membership> {
     let deadline = Instant::now() + START_MAX;
     loop {
-        match settings.open().await {
+        match settings.open(Role::Operator).await {
             Ok(membership) => return Ok(membership),
             Err(error) if Instant::now() > deadline => return Err(error.into()),
             Err(_) => sleep(START_POLL).await,

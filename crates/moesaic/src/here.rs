@@ -8,6 +8,7 @@ use moesaic_coordinator::Coordinator;
 use moesaic_dispatch::Hub;
 use moesaic_expert_worker::engine::Profile as ExpertProfile;
 use moesaic_node::{Registry, config, registry};
+use moesaic_worker::Context;
 
 use crate::node::Node;
 use crate::plan::Plan;
@@ -38,46 +39,35 @@ pub async fn start_profiled(plan: &Plan, profiles: Profiles, direct: bool) -> Re
     let registry = registry::open(spec, &plan.cluster).await?;
     // First of all, so that a port that is taken is said before anything is loaded.
     let coordinator = Coordinator::bind(
-        config::load(None, &plan.coordinator(spec, plan.args.listen))?,
+        config::load(None, plan.coordinator(spec, plan.args.listen).flags)?,
         moesaic_coordinator::Context { membership: registry.clone().into() },
     )?;
     let address = coordinator.address();
     let shared = Shared { registry: registry.clone(), hub: direct.then(Hub::default), profiles };
     let mut nodes = Vec::new();
     for flags in plan.expert_workers(spec) {
-        nodes.push(expert_worker(plan, &flags, &shared)?);
+        let (name, config) = (flags.title(), config::load(None, flags.flags)?);
+        let context = shared.context(plan, &shared.profiles.experts);
+        nodes.push(Node::spawn(name, |stop| moesaic_expert_worker::run(config, context, stop)));
     }
     for flags in plan.attention_workers(spec) {
-        nodes.push(attention_worker(plan, &flags, &shared)?);
+        let (name, config) = (flags.title(), config::load(None, flags.flags)?);
+        let context = shared.context(plan, &shared.profiles.attention);
+        nodes.push(Node::spawn(name, |stop| moesaic_attention_worker::run(config, context, stop)));
     }
     nodes.push(Node::spawn("coordinator c0", |stop| coordinator.serve(stop)));
     Ok(Cluster { nodes, membership: registry.into(), address })
 }
 
-fn expert_worker(plan: &Plan, flags: &moesaic_expert_worker::Flags, shared: &Shared) -> Result<Node> {
-    let config: moesaic_expert_worker::Config = config::load(None, flags)?;
-    let context = moesaic_expert_worker::Context {
-        membership: shared.registry.clone().into(),
-        hub: shared.hub.clone(),
-        backend: plan.backend.clone(),
-        fabric: None,
-        checkpoint: plan.checkpoint.clone(),
-        profile: shared.profiles.experts.clone(),
-    };
-    let name = format!("expert worker {}", config.id.as_deref().unwrap_or_default());
-    Ok(Node::spawn(name, |stop| moesaic_expert_worker::run(config, context, stop)))
-}
-
-fn attention_worker(plan: &Plan, flags: &moesaic_attention_worker::Flags, shared: &Shared) -> Result<Node> {
-    let config: moesaic_attention_worker::Config = config::load(None, flags)?;
-    let context = moesaic_attention_worker::Context {
-        membership: shared.registry.clone().into(),
-        hub: shared.hub.clone(),
-        backend: plan.backend.clone(),
-        fabric: None,
-        checkpoint: plan.checkpoint.clone(),
-        profile: shared.profiles.attention.clone(),
-    };
-    let name = format!("attention worker {}", config.id.as_deref().unwrap_or_default());
-    Ok(Node::spawn(name, |stop| moesaic_attention_worker::run(config, context, stop)))
+impl Shared {
+    fn context<P>(&self, plan: &Plan, profile: &Arc<P>) -> Context<P> {
+        Context {
+            membership: self.registry.clone().into(),
+            hub: self.hub.clone(),
+            backend: plan.backend.clone(),
+            fabric: None,
+            checkpoint: plan.checkpoint.clone(),
+            profile: profile.clone(),
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! What `up` is going to run: the checkpoint, the numerics and each node's flags; and the lines that say so.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -11,7 +12,8 @@ use moesaic_kernels::cuda::{DeviceChoice, UnknownDevice};
 use moesaic_kernels::{Backend, DtypeChoice, Numerics, Pool, UnknownDtype};
 use moesaic_model::inspect::Parameters;
 use moesaic_model::{Checkpoint, Family};
-use moesaic_node::Tls;
+use moesaic_node::identity::role_name;
+use moesaic_node::{Tls, config};
 use moesaic_proto::v1::Role;
 
 use crate::certs;
@@ -33,6 +35,14 @@ pub struct Plan {
     pub cluster: String,
     /// What the workers of this process compute on, together.
     pub backend: Backend,
+}
+
+/// One node: its settings as flags, for a process of its own, or to be read here.
+pub struct NodeFlags {
+    /// "expert-worker"
+    pub role: &'static str,
+    pub id: String,
+    pub flags: Vec<OsString>,
 }
 
 impl Plan {
@@ -60,76 +70,57 @@ impl Plan {
         self.checkpoint.dir()
     }
 
-    pub fn coordinator(&self, registry: &str, listen: SocketAddr) -> moesaic_coordinator::Flags {
-        moesaic_coordinator::Flags {
-            model: Some(self.model().to_owned()),
-            id: Some("c0".into()),
-            cluster: Some(self.cluster.clone()),
-            listen: Some(listen),
-            registry: Some(registry.to_owned()),
-            traces: self.args.traces.clone(),
-            expert_workers: Some(self.args.expert_workers),
-            replicas: Some(self.args.replicas),
-            tls: self.folder(Role::Coordinator, "c0"),
-            keys: self.args.keys.clone(),
-            allow_anyone: self.args.allow_anyone.then_some(true),
-            ..Default::default()
-        }
+    pub fn coordinator(&self, registry: &str, listen: SocketAddr) -> NodeFlags {
+        let flags = self.node(Role::Coordinator, 0, registry, listen);
+        flags
+            .with("expert_workers", self.args.expert_workers)
+            .with("replicas", self.args.replicas)
+            .with_some("allow_anyone", self.args.allow_anyone.then_some(true))
+            .with_path("keys", self.args.keys.as_deref())
     }
 
-    pub fn attention_workers(&self, registry: &str) -> Vec<moesaic_attention_worker::Flags> {
-        let worker = |i| moesaic_attention_worker::Flags {
-            model: Some(self.model().to_owned()),
-            id: Some(format!("a{i}")),
-            cluster: Some(self.cluster.clone()),
-            listen: Some(ANY_LOOPBACK_PORT),
-            dtype: Some(self.args.dtype.clone()),
-            device: self.of_child(&self.args.device),
-            device_memory: self.args.device_memory.clone(),
-            transport: self.of_child(&self.args.transport),
-            threads: Some(self.threads),
-            registry: Some(registry.to_owned()),
-            traces: self.args.traces.clone(),
-            cache_tokens: self.args.cache_tokens,
-            memory: self.args.memory.clone(),
-            tls: self.folder(Role::AttentionWorker, &format!("a{i}")),
-            ..Default::default()
+    pub fn attention_workers(&self, registry: &str) -> Vec<NodeFlags> {
+        let worker = |number| {
+            let flags = self.worker(Role::AttentionWorker, number, registry);
+            flags.with_some("cache_tokens", self.args.cache_tokens).with_some("memory", self.args.memory.as_ref())
         };
         (0..self.args.attention_workers).map(worker).collect()
     }
 
-    pub fn expert_workers(&self, registry: &str) -> Vec<moesaic_expert_worker::Flags> {
-        let worker = |i| moesaic_expert_worker::Flags {
-            model: Some(self.model().to_owned()),
-            id: Some(format!("e{i}")),
-            cluster: Some(self.cluster.clone()),
-            listen: Some(ANY_LOOPBACK_PORT),
-            dtype: Some(self.args.dtype.clone()),
-            device: self.of_child(&self.args.device),
-            device_memory: self.args.device_memory.clone(),
-            transport: self.of_child(&self.args.transport),
-            threads: Some(self.threads),
-            registry: Some(registry.to_owned()),
-            traces: self.args.traces.clone(),
-            tls: self.folder(Role::ExpertWorker, &format!("e{i}")),
-            ..Default::default()
-        };
-        (0..self.args.expert_workers).map(worker).collect()
+    pub fn expert_workers(&self, registry: &str) -> Vec<NodeFlags> {
+        (0..self.args.expert_workers).map(|number| self.worker(Role::ExpertWorker, number, registry)).collect()
+    }
+
+    fn worker(&self, role: Role, number: usize, registry: &str) -> NodeFlags {
+        let flags = self
+            .node(role, number, registry, ANY_LOOPBACK_PORT)
+            .with("dtype", &self.args.dtype)
+            .with("threads", self.threads)
+            .with_some("device_memory", self.args.device_memory.as_ref());
+        match self.args.processes {
+            true => flags.with("device", &self.args.device).with("transport", &self.args.transport),
+            // Workers of this process are given their device, and call each other.
+            false => flags,
+        }
+    }
+
+    fn node(&self, role: Role, number: usize, registry: &str, listen: SocketAddr) -> NodeFlags {
+        let name = role_name(role);
+        let id = format!("{}{number}", &name[..1]);
+        let certificate = self.args.tls.as_ref().map(|dir| certs::folder(dir, role, &id));
+        NodeFlags { role: name, id: id.clone(), flags: Vec::new() }
+            .with("id", id)
+            .with("cluster", &self.cluster)
+            .with("listen", listen)
+            .with("registry", registry)
+            .with_some("traces", self.args.traces.as_ref())
+            .with_path("model", Some(self.model()))
+            .with_path("tls", certificate.as_deref())
     }
 
     /// Whether worker processes compute on one GPU.
     pub fn shares_gpu(&self) -> bool {
         self.args.processes && self.args.device != "cpu"
-    }
-
-    /// Workers of this process are given their device, and call each other.
-    fn of_child(&self, flag: &str) -> Option<String> {
-        self.args.processes.then(|| flag.to_owned())
-    }
-
-    /// A node's certificate.
-    fn folder(&self, role: Role, id: &str) -> Option<PathBuf> {
-        self.args.tls.as_ref().map(|dir| certs::folder(dir, role, id))
     }
 
     /// What computes, for people.
@@ -152,6 +143,30 @@ impl Plan {
     pub fn cache_bytes_per_token(&self) -> u64 {
         let config = self.checkpoint.config();
         (config.num_hidden_layers * config.latent_width() * self.backend.activations().bytes()) as u64
+    }
+}
+
+impl NodeFlags {
+    /// "expert worker e0"
+    pub fn title(&self) -> String {
+        format!("{} {}", self.role.replace('-', " "), self.id)
+    }
+
+    fn with(mut self, key: &str, value: impl fmt::Display) -> Self {
+        self.flags.push(config::flag(key, value.to_string()));
+        self
+    }
+
+    fn with_some(self, key: &str, value: Option<impl fmt::Display>) -> Self {
+        match value {
+            Some(value) => self.with(key, value),
+            None => self,
+        }
+    }
+
+    fn with_path(mut self, key: &str, path: Option<&Path>) -> Self {
+        self.flags.extend(path.map(|path| config::flag(key, path)));
+        self
     }
 }
 

@@ -1,23 +1,174 @@
-//! Typed config: defaults under a TOML file, under the environment, under flags. A key that the struct does not have is
-//! an error; so is a value of the wrong type.
+//! A node's settings: flags over the environment over a TOML file over defaults.
+//!
+//! A setting stands once: as a field of a struct that derives `clap::Args`, with its default and what it is. The flag
+//! `--cache-tokens`, the variable `MOESAIC_CACHE_TOKENS` and the file's key `cache_tokens` follow from its name, and the
+//! same parser reads their values.
 
+use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use figment::providers::{Env, Format, Serialized, Toml};
-use figment::{Figment, Provider};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, value_parser};
+use toml::{Table, Value};
 
-/// `MOESAIC_THREADS=4` sets `threads`.
-pub const ENVIRONMENT_PREFIX: &str = "MOESAIC_";
+/// The flag that names the file.
+const FILE: &str = "config";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("config file {}: cannot be read: {reason}", path.display())]
+    #[error("config file {}: {reason}", path.display())]
     File { path: PathBuf, reason: String },
-    #[error("config: {0}")]
-    Value(String),
+    #[error("{variable}: {reason}")]
+    Variable { variable: String, reason: String },
+    #[error("{0}")]
+    Flags(String),
+}
+
+/// Settings `C` as flags of a program, with its environment and a file beneath them.
+#[derive(Clone, Debug)]
+pub struct Layered<C>(pub C);
+
+impl<C: Args> Args for Layered<C> {
+    fn augment_args(command: Command) -> Command {
+        let help = "A TOML file with the same settings; flags and MOESAIC_* variables count more";
+        let file = Arg::new(FILE).long(FILE).value_name("FILE").value_parser(value_parser!(PathBuf)).help(help);
+        C::augment_args(command).arg(file)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl<C: Args> FromArgMatches for Layered<C> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let is_given = |key: &&str| matches.value_source(key) == Some(ValueSource::CommandLine);
+        let command = command::<C>();
+        let given = keys(&command).filter(is_given);
+        let flags = given.flat_map(|key| matches.get_raw(key).into_iter().flatten().map(move |value| flag(key, value)));
+        let file = matches.get_one(FILE).map(PathBuf::as_path);
+        load(file, flags).map(Self).map_err(|error| clap::Error::raw(ErrorKind::ValueValidation, error))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// Settings where nothing is given.
+///
+/// # Panics
+/// If one of them is required.
+pub fn defaults<C: Args>() -> C {
+    read(command::<C>(), Vec::new()).expect("every setting has a default")
+}
+
+/// Reads settings: `flags` (`--key=value`), variables of the environment, and a file. Of the environment only variables of
+/// settings count: Kubernetes adds variables of its own that begin with a service's name, such as `MOESAIC_PORT`.
+pub fn load<C: Args>(file: Option<&Path>, flags: impl IntoIterator<Item = OsString>) -> Result<C, ConfigError> {
+    load_of(file, |variable| std::env::var_os(variable), flags)
+}
+
+fn load_of<C: Args>(
+    file: Option<&Path>,
+    environment: impl Fn(&str) -> Option<OsString>,
+    flags: impl IntoIterator<Item = OsString>,
+) -> Result<C, ConfigError> {
+    let command = command::<C>();
+    // The last one counts.
+    let mut arguments = Vec::new();
+    if let Some(path) = file {
+        let failed = |reason| ConfigError::File { path: path.to_owned(), reason };
+        arguments.extend(of_file(&command, path).map_err(failed)?);
+    }
+    for key in keys(&command) {
+        let variable = variable(key);
+        if let Some(value) = environment(&variable) {
+            arguments
+                .push(checked(&command, key, &value).map_err(|reason| ConfigError::Variable { variable, reason })?);
+        }
+    }
+    arguments.extend(flags);
+    read(command.clone(), arguments).map_err(ConfigError::Flags)
+}
+
+/// A setting's variable.
+pub fn variable(key: &str) -> String {
+    format!("MOESAIC_{}", key.to_uppercase())
+}
+
+/// A setting as a flag.
+pub fn flag(key: &str, value: impl AsRef<OsStr>) -> OsString {
+    let mut flag = OsString::from(format!("--{}=", key.replace('_', "-")));
+    flag.push(value);
+    flag
+}
+
+fn command<C: Args>() -> Command {
+    C::augment_args(Command::new("settings").no_binary_name(true).disable_help_flag(true).args_override_self(true))
+}
+
+fn keys(command: &Command) -> impl Iterator<Item = &str> {
+    command.get_arguments().map(|argument| argument.get_id().as_str())
+}
+
+fn of_file(command: &Command, path: &Path) -> Result<Vec<OsString>, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
+    let table: Table = text.parse().map_err(|error: toml::de::Error| error.to_string().trim_end().to_owned())?;
+    let read = |(key, value): (String, Value)| {
+        let value = match value {
+            Value::String(text) => text,
+            Value::Integer(_) | Value::Float(_) | Value::Boolean(_) => value.to_string(),
+            _ => return Err(format!("{key} is a {}; expected a string, a number, true or false", value.type_str())),
+        };
+        if !keys(command).any(|known| known == key) {
+            let known: Vec<&str> = keys(command).collect();
+            return Err(format!("{key} is no setting; expected one of {}", known.join(", ")));
+        }
+        checked(command, &key, value.as_ref())
+    };
+    table.into_iter().map(read).collect()
+}
+
+/// A setting as a flag, if its value can be read.
+fn checked(command: &Command, key: &str, value: &OsStr) -> Result<OsString, String> {
+    let flag = flag(key, value);
+    match command.clone().try_get_matches_from([&flag]) {
+        Ok(_) => Ok(flag),
+        Err(error) => Err(format!("{key}: {}", in_a_line(&error))),
+    }
+}
+
+fn read<C: Args>(command: Command, arguments: Vec<OsString>) -> Result<C, String> {
+    let matches = command.try_get_matches_from(arguments).map_err(|error| in_a_line(&error))?;
+    C::from_arg_matches(&matches).map_err(|error| in_a_line(&error))
+}
+
+/// What is wrong, without what a program says of its usage.
+fn in_a_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join(" ").trim_start_matches("error: ").to_owned()
+}
+
+/// A number that is too small or too large.
+#[derive(Debug, thiserror::Error)]
+#[error("{field} is {given}; expected 1 to {max}")]
+pub struct OutOfRange {
+    field: &'static str,
+    given: u64,
+    max: u64,
+}
+
+/// Checks settings, each with its largest value.
+pub fn check_ranges(settings: &[(&'static str, u64, u64)]) -> Result<(), OutOfRange> {
+    match settings.iter().find(|(_, given, max)| !(1..=*max).contains(given)) {
+        Some(&(field, given, max)) => Err(OutOfRange { field, given, max }),
+        None => Ok(()),
+    }
 }
 
 /// An address that other nodes could not use.
@@ -67,33 +218,9 @@ fn bytes(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// Reads a config. `T` is a struct with `#[serde(deny_unknown_fields, default)]`; `flags` serialises to the same keys
-/// and leaves out what was not given.
-///
-/// In the environment only variables of the struct's keys count: Kubernetes adds variables of its own that begin
-/// with a service's name, such as `MOESAIC_PORT`.
-pub fn load<T>(file: Option<&Path>, flags: &impl Serialize) -> Result<T, ConfigError>
-where
-    T: Default + Serialize + DeserializeOwned,
-{
-    let defaults = Figment::from(Serialized::defaults(T::default()));
-    let value = |error: figment::Error| ConfigError::Value(error.to_string());
-    let keys: Vec<String> = defaults.data().map_err(value)?.into_values().flat_map(|dict| dict.into_keys()).collect();
-    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
-
-    let mut figment = defaults;
-    if let Some(path) = file {
-        let reason = |error: std::io::Error| ConfigError::File { path: path.to_owned(), reason: error.to_string() };
-        figment = figment.merge(Toml::string(&std::fs::read_to_string(path).map_err(reason)?));
-    }
-    let environment = Env::prefixed(ENVIRONMENT_PREFIX).only(&keys);
-    figment.merge(environment).merge(Serialized::defaults(flags)).extract().map_err(value)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde::Deserialize;
 
     #[test]
     fn memory_is_a_number_with_a_unit() {
@@ -111,51 +238,106 @@ mod tests {
         }
     }
 
-    #[derive(Debug, PartialEq, Serialize, Deserialize)]
-    #[serde(deny_unknown_fields, default)]
-    struct Config {
-        node_config_test_threads: usize,
-        name: String,
-        id: Option<String>,
+    #[derive(Debug, PartialEq, clap::Args)]
+    struct Settings {
+        #[command(flatten)]
+        part: Part,
+        #[arg(long, default_value_t = 1, value_name = "N")]
+        config_test_threads: usize,
+        #[arg(long)]
+        config_test_id: Option<String>,
+        #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+        config_test_pin: bool,
     }
 
-    impl Default for Config {
-        fn default() -> Self {
-            Self { node_config_test_threads: 1, name: "a".into(), id: None }
+    #[derive(Debug, PartialEq, clap::Args)]
+    struct Part {
+        #[arg(long, default_value = "a")]
+        config_test_name: String,
+    }
+
+    impl Settings {
+        fn of(name: &str, threads: usize, id: Option<&str>, pin: bool) -> Self {
+            Self {
+                part: Part { config_test_name: name.into() },
+                config_test_threads: threads,
+                config_test_id: id.map(str::to_owned),
+                config_test_pin: pin,
+            }
         }
     }
 
-    #[derive(Default, Serialize)]
-    struct Flags {
-        #[serde(skip_serializing_if = "Option::is_none")]
-        name: Option<String>,
+    #[derive(clap::Parser)]
+    #[command(no_binary_name = true)]
+    struct Program {
+        #[command(flatten)]
+        settings: Layered<Settings>,
     }
 
-    fn load_text(text: &str, flags: &Flags) -> Result<Config, String> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), text).unwrap();
-        load(Some(file.path()), flags).map_err(|e| e.to_string())
+    fn run(file: Option<&str>, flags: &[&str]) -> Result<Settings, String> {
+        use clap::Parser as _;
+        let written = tempfile::NamedTempFile::new().unwrap();
+        let mut arguments: Vec<OsString> = flags.iter().map(OsString::from).collect();
+        if let Some(text) = file {
+            std::fs::write(written.path(), text).unwrap();
+            arguments.push(flag(FILE, written.path()));
+        }
+        Program::try_parse_from(arguments).map(|program| program.settings.0).map_err(|error| error.to_string())
     }
 
     #[test]
     fn flags_win_over_the_file_and_the_file_over_defaults() {
-        let flags = Flags { name: Some("flag".into()) };
-        let config = load_text("name = 'file'\nnode_config_test_threads = 3\nid = 'x'", &flags).unwrap();
-        assert_eq!(config, Config { node_config_test_threads: 3, name: "flag".into(), id: Some("x".into()) });
-        assert_eq!(load::<Config>(None, &Flags::default()).unwrap(), Config::default());
+        assert_eq!(run(None, &[]), Ok(defaults()));
+        assert_eq!(defaults::<Settings>(), Settings::of("a", 1, None, false));
+        let file = "config_test_name = 'file'\nconfig_test_threads = 3\nconfig_test_id = 'x'\nconfig_test_pin = true";
+        assert_eq!(run(Some(file), &[]), Ok(Settings::of("file", 3, Some("x"), true)));
+        // A flag counts where it says what the default is, too.
+        let flags = ["--config-test-name=a", "--config-test-threads", "2", "--config-test-pin=false"];
+        assert_eq!(run(Some(file), &flags), Ok(Settings::of("a", 2, Some("x"), false)));
+        assert_eq!(run(None, &["--config-test-pin"]), Ok(Settings::of("a", 1, None, true)));
+    }
+
+    #[test]
+    fn variables_win_over_the_file_and_flags_over_variables() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(
+            file.path(),
+            "config_test_name = 'file'
+config_test_id = 'file'",
+        )
+        .unwrap();
+        let given = |value: &'static str| {
+            move |name: &str| {
+                (name == "MOESAIC_CONFIG_TEST_THREADS" || name == "MOESAIC_CONFIG_TEST_ID").then(|| value.into())
+            }
+        };
+        let read = |value, flags: Vec<OsString>| load_of::<Settings>(Some(file.path()), given(value), flags);
+        assert_eq!(read("5", vec![]).unwrap(), Settings::of("file", 5, Some("5"), false));
+        let flags = vec![flag("config_test_threads", "7")];
+        assert_eq!(read("5", flags).unwrap(), Settings::of("file", 7, Some("5"), false));
+        let error = read("many", vec![]).unwrap_err().to_string();
+        assert!(
+            error.starts_with("MOESAIC_CONFIG_TEST_THREADS: config_test_threads: invalid value 'many'"),
+            "{error:?}"
+        );
     }
 
     #[test]
     fn what_is_wrong_is_named() {
         for (text, expected) in [
-            ("nmae = 'x'", "nmae"),
-            ("node_config_test_threads = 'many'", "node_config_test_threads"),
-            ("name = ", "TOML"),
+            ("config_test_nmae = 'x'", "config_test_nmae is no setting; expected one of config_test_name,"),
+            ("config_test_threads = 'many'", "config_test_threads: invalid value 'many' for"),
+            ("config_test_threads = -1", "config_test_threads: invalid value '-1' for"),
+            ("config_test_pin = 'maybe'", "[possible values: true, false]"),
+            ("config_test_name = ['a']", "config_test_name is a array; expected a string"),
+            ("config_test_name = ", "TOML"),
         ] {
-            let error = load_text(text, &Flags::default()).unwrap_err();
-            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+            let error = run(Some(text), &[]).unwrap_err();
+            assert!(error.contains("config file /") && error.contains(expected), "{error:?} does not say {expected:?}");
         }
-        let error = load::<Config>(Some(Path::new("/nonexistent.toml")), &Flags::default()).unwrap_err();
-        assert!(error.to_string().contains("/nonexistent.toml"));
+        let error = load::<Settings>(Some(Path::new("/nonexistent.toml")), []).unwrap_err().to_string();
+        assert!(error.starts_with("config file /nonexistent.toml: cannot be read: "), "{error:?}");
+        let error = load::<Settings>(None, [flag("config_test_size", "1")]).unwrap_err().to_string();
+        assert!(error.contains("'--config-test-size'"), "{error:?}");
     }
 }

@@ -22,6 +22,6 @@ pub mod vitals;
 pub use connect::{Connector, Peer};
 pub use handshake::Mismatch;
 pub use identity::Identity;
-pub use membership::Membership;
+pub use membership::{MemberSettings, Membership};
 pub use registry::{Leader, Member, Registration, Registry, RegistryError, View};
 pub use tls::Tls;

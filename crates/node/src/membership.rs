@@ -1,6 +1,7 @@
-//! What a process needs to be a node: its certificate, if the cluster has them, and the registry.
+//! What a process needs to be a node: who it is, its certificate, if the cluster has them, and the registry.
 
-use std::path::Path;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use moesaic_proto::WorkerId;
@@ -8,21 +9,42 @@ use moesaic_proto::ids::InvalidWorkerId;
 use moesaic_proto::v1::Role;
 
 use crate::tls::{self, Tls, TlsError};
-use crate::{Connector, Registry, RegistryError, handshake, registry};
+use crate::{Connector, Registry, RegistryError, config, handshake, registry};
 
-/// Where they are.
-#[derive(Clone, Copy, Debug)]
-pub struct Settings<'a> {
-    pub cluster: &'a str,
-    pub role: Role,
-    /// The certificate's if unset.
-    pub id: Option<&'a str>,
-    /// As `registry::open_over` takes it.
-    pub registry: &'a str,
-    /// A folder with the node's certificate (see `tls`). None: no TLS anywhere.
-    pub tls: Option<&'a Path>,
-    /// The authorities of etcd's certificate, if they are not the cluster's.
-    pub registry_ca: Option<&'a Path>,
+/// What makes a process a member of its cluster.
+#[derive(Clone, Debug, clap::Args)]
+pub struct MemberSettings {
+    /// Unique among the cluster's nodes of its role; that of its certificate, or drawn, if not given
+    #[arg(long)]
+    pub id: Option<String>,
+    /// The cluster that it belongs to: a-z, 0-9 and -
+    #[arg(long, default_value = "moesaic")]
+    pub cluster: String,
+    /// etcd://host:port[,host:port], or etcds://... over TLS
+    // Or "embedded", inside `moesaic up`.
+    #[arg(long, default_value = "etcd://127.0.0.1:2379")]
+    pub registry: String,
+    /// The address that other nodes can reach, if it is not the one to listen on
+    #[arg(long, value_name = "HOST:PORT")]
+    pub advertise: Option<String>,
+    /// Where to serve probes (/livez, /startupz, /readyz) and Prometheus' /metrics, without TLS
+    #[arg(long, value_name = "HOST:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// http://host:port of an OpenTelemetry collector that takes OTLP over gRPC; nothing is traced if not given
+    #[arg(long, value_name = "URL")]
+    pub traces: Option<String>,
+    /// A folder with this node's certificate: tls.crt, tls.key, ca.crt and, if there is one, ca.crl; no TLS if not given
+    #[arg(long, value_name = "DIR")]
+    pub tls: Option<PathBuf>,
+    /// The authorities of etcd's certificate, in PEM, if they are not those of --tls
+    #[arg(long, value_name = "FILE")]
+    pub registry_ca: Option<PathBuf>,
+}
+
+impl Default for MemberSettings {
+    fn default() -> Self {
+        config::defaults()
+    }
 }
 
 #[derive(Clone)]
@@ -39,12 +61,18 @@ pub enum MembershipError {
     Registry(#[from] RegistryError),
 }
 
-impl Settings<'_> {
-    pub async fn open(&self) -> Result<Membership, MembershipError> {
-        let open = |dir| Tls::open(dir, self.cluster, self.role, self.id);
-        let tls = self.tls.map(open).transpose()?;
-        let authorities = self.registry_ca.map(tls::authorities).transpose()?;
-        let registry = registry::open_over(self.registry, self.cluster, tls.clone(), authorities).await?;
+impl MemberSettings {
+    /// Of the node `id` of that cluster.
+    pub fn named(id: impl Into<String>, cluster: &str) -> Self {
+        Self { id: Some(id.into()), cluster: cluster.to_owned(), ..Self::default() }
+    }
+
+    /// Reads the certificate, and connects to the registry.
+    pub async fn open(&self, role: Role) -> Result<Membership, MembershipError> {
+        let open = |dir: &PathBuf| Tls::open(dir, &self.cluster, role, self.id.as_deref());
+        let tls = self.tls.as_ref().map(open).transpose()?;
+        let authorities = self.registry_ca.as_deref().map(tls::authorities).transpose()?;
+        let registry = registry::open_over(&self.registry, &self.cluster, tls.clone(), authorities).await?;
         Ok(Membership { registry, tls })
     }
 }

@@ -10,7 +10,7 @@ use moesaic_expert_worker::{Config, Context, run};
 use moesaic_kernels::{Backend, Dtype, Numerics, Pool, add, combine_first, combine_next};
 use moesaic_model::Checkpoint;
 use moesaic_node::registry::embedded;
-use moesaic_node::{Connector, Member, Registry, handshake};
+use moesaic_node::{Connector, Member, MemberSettings, Registry, handshake};
 use moesaic_proto::v1::Role;
 use moesaic_proto::{Epoch, LayerId, Placement, WorkerId};
 use tokio::task::JoinHandle;
@@ -51,8 +51,9 @@ impl Workers {
         let (registry, hub, stop) = (embedded(), Hub::default(), CancellationToken::new());
         let mut tasks = Vec::new();
         for number in 0..count {
-            let id = Some(worker_id(number).as_str().to_owned());
-            let config = Config { id, cluster: "test".into(), dtype: "f32".into(), ..config.clone() };
+            let mut config = config.clone();
+            config.worker.member = MemberSettings::named(worker_id(number).as_str(), "test");
+            config.worker.dtype = "f32".into();
             let context = Context {
                 membership: registry.clone().into(),
                 hub: Some(hub.clone()),

@@ -6,8 +6,6 @@ use moesaic_attention_worker as attention_worker;
 use moesaic_coordinator as coordinator;
 use moesaic_expert_worker as expert_worker;
 use moesaic_node::config::load;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 
 use super::checks::{Folder, check_error};
 
@@ -19,20 +17,16 @@ thread_local! {
 pub fn role_config(data: &[u8]) {
     let Some((role, text)) = data.split_first() else { return };
     match role % 3 {
-        0 => read(text, &coordinator::Flags::default(), coordinator::Config::validate),
-        1 => read(text, &attention_worker::Flags::default(), attention_worker::Config::validate),
-        _ => read(text, &expert_worker::Flags::default(), expert_worker::Config::validate),
+        0 => read(text, coordinator::Config::validate),
+        1 => read(text, attention_worker::Config::validate),
+        _ => read(text, expert_worker::Config::validate),
     }
 }
 
-fn read<T, E>(text: &[u8], flags: &impl Serialize, validate: impl Fn(&T) -> Result<(), E>)
-where
-    T: Default + Serialize + DeserializeOwned,
-    E: Display,
-{
+fn read<C: clap::Args, E: Display>(text: &[u8], validate: impl Fn(&C) -> Result<(), E>) {
     FOLDER.with(|folder| {
         folder.put("role.toml", text);
-        match load::<T>(Some(&folder.path("role.toml")), flags) {
+        match load::<C>(Some(&folder.path("role.toml")), []) {
             Err(error) => check_error(error),
             Ok(config) => drop(validate(&config).map_err(check_error)),
         }

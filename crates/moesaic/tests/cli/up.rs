@@ -55,7 +55,7 @@ fn processes_serve_stop_in_order_and_leave_nothing() {
     let mut up = Running::start(&["up", "--processes", "--listen", "127.0.0.1:0", "--threads", "1"]);
     let url = up.url();
     let children = up.children();
-    for role in ["etcd", "expert-worker --cluster", "--id=e1", "attention-worker", "coordinator"] {
+    for role in ["etcd", "expert-worker --id=e0", "--id=e1", "attention-worker", "coordinator"] {
         assert!(children.iter().any(|(_, line)| line.contains(role)), "no {role} in {children:?}");
     }
     answers(&url);
