@@ -6,12 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::communicator::{Communicator, Monitor};
-use crate::config::{Config, argument};
+use crate::config::{Config, argument, not_below};
 use crate::error::Error;
 use crate::group::group;
 use crate::library::{Version, version};
 use crate::memory::{DeviceSlice, DeviceSliceMut, Event};
-use crate::rest::{pause, rest};
+use crate::rest::{Sleeper, pause};
 use crate::shared::{Closing, State};
 use crate::unique_id::UniqueId;
 
@@ -35,7 +35,7 @@ use gpu::Gpu;
 /// not wait for its end before theirs.
 ///
 /// A thread that waits for a message asks for it: 200 us all the time, and then between short sleeps, for whose sake Linux is told
-/// to wake this thread in time (`PR_SET_TIMERSLACK`).
+/// to wake this thread in time (`PR_SET_TIMERSLACK`) meanwhile. All calls make the context of the channel's GPU current.
 ///
 /// Dropping it aborts the communicator, in the background too: see [`is_closing`](crate::is_closing). What was sent last may
 /// then be lost, unless the other side has said that it came. Once the stream is through, memory is kept for the channels to come,
@@ -60,6 +60,7 @@ struct Open {
 /// A part of a message, where it lies.
 #[derive(Clone, Copy, Debug)]
 pub enum Part<'a> {
+    /// In host memory.
     Host(&'a [u8]),
     /// On the channel's GPU.
     Device(DeviceSlice<'a, u8>),
@@ -76,19 +77,14 @@ impl Part<'_> {
     }
 }
 
-/// Older ones keep what a group does on its thread's stack: a thread that aborts it would use that when it is gone.
-const OLDEST: Version = Version::new(2, 27, 0);
 /// Settings under which one channel's thread would wait for another channel's message.
 const HARMFUL: [&str; 3] = ["NCCL_COMM_BLOCKING", "NCCL_LAUNCH_ORDER_IMPLICIT", "CUDA_LAUNCH_BLOCKING"];
 
-/// Whether a channel can be made on GPU `ordinal`: there are a driver, that GPU and NCCL 2.27 or newer, whose version is
-/// answered, and the environment does not forbid what channels do. Makes no context on the GPU.
+/// Whether a channel can be made on GPU `ordinal`: there are a driver, that GPU and NCCL, whose version is answered, and the
+/// environment does not forbid what channels do. Makes no context on the GPU.
 pub fn available(ordinal: usize) -> Result<Version, Error> {
     gpu::device(ordinal)?;
     let loaded = version()?;
-    if loaded < OLDEST {
-        return Err(Error::Unsupported { function: "a channel", needs: OLDEST, loaded });
-    }
     check_environment(|name| std::env::var(name).ok()).map(|()| loaded)
 }
 
@@ -101,8 +97,9 @@ fn check_environment(value: impl Fn(&str) -> Option<String>) -> Result<(), Error
 }
 
 impl Channel {
-    /// The rank that sends, and the one that receives.
+    /// The rank that sends.
     pub const SENDER: usize = 0;
+    /// The rank that receives.
     pub const RECEIVER: usize = 1;
 
     /// Connects as `rank`, on the primary context of GPU `ordinal`, which becomes current on this thread. The other
@@ -123,8 +120,9 @@ impl Channel {
     ) -> Result<Self, Error> {
         let start = Instant::now();
         if rank > Self::RECEIVER {
-            return Err(argument("rank", format!("{rank} of 2 ranks")));
+            return Err(not_below("rank", rank, 2));
         }
+        check_size("largest", largest)?;
         available(ordinal)?;
         let end = End::of(id)?;
         let context = gpu::open(ordinal)?;
@@ -142,7 +140,7 @@ impl Channel {
         let left = timeout.saturating_sub(start.elapsed());
         match rank {
             Self::SENDER => channel.send(&[0], left)?,
-            _ => channel.receive(&mut [0], Some(left))?,
+            _ => channel.recv(&mut [0], Some(left))?,
         }
         Ok(channel)
     }
@@ -162,17 +160,33 @@ impl Channel {
     /// Blocks until it has left this GPU, or `timeout` is over; then the communicator is aborted. That it has left does
     /// not say that it came: NCCL has buffers on the way.
     pub fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), Error> {
-        self.send_parts(bytes.len(), &[(0, Part::Host(bytes))], timeout)
+        // SAFETY: nothing of it is on the GPU.
+        unsafe { self.send_parts(bytes.len(), &[(0, Part::Host(bytes))], timeout) }
     }
 
-    /// The same of a message of `len` bytes that is put together on the GPU: each part with the byte where it begins.
-    /// What no part says is any. Copies from a GPU's memory are through when this returns; after an error they may still be read.
-    pub fn send_parts(&mut self, len: usize, parts: &[(usize, Part<'_>)], timeout: Duration) -> Result<(), Error> {
+    /// The same of a message of `len` bytes that is put together on the GPU: each part with the byte where it begins, in this
+    /// order. What no part says is any bytes of earlier messages, of this channel's or of one that has ended.
+    ///
+    /// # Safety
+    ///
+    /// Parts on the GPU are written to by nobody, once what writes them is through (of [`Part::Device`]: before this is called; of
+    /// [`Part::After`]: when its event has come by), until this returns. After an error, they may be read until
+    /// [`wait_closed`](crate::wait_closed) says that all channels that have failed are closed; if it does not, for ever.
+    pub unsafe fn send_parts(
+        &mut self,
+        len: usize,
+        parts: &[(usize, Part<'_>)],
+        timeout: Duration,
+    ) -> Result<(), Error> {
         let start = Instant::now();
         self.check(Self::SENDER, len)?;
-        if let Some((at, part)) = parts.iter().find(|(at, part)| at.saturating_add(part.len()) > len) {
-            let detail = format!("{} bytes from byte {at} on, of a message of {len}", part.len());
-            return Err(argument("parts", detail));
+        let mut free = 0;
+        for (at, part) in parts {
+            let end = at.checked_add(part.len()).filter(|end| *at >= free && *end <= len);
+            free = end.ok_or_else(|| {
+                let detail = format!("{} bytes from byte {at} on, where bytes {free} to {len} are free", part.len());
+                argument("parts", detail)
+            })?;
         }
         self.work(|Open { communicator, gpu, .. }| {
             let address = gpu.room(len)?;
@@ -202,18 +216,13 @@ impl Channel {
     ///
     /// Blocks until it is there, or `timeout` is over; then the communicator is aborted. Without a timeout, until it is
     /// there, or NCCL notices a failure, or a [`Monitor`] aborts. A kernel of NCCL's waits on the GPU for as long.
-    pub fn receive(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), Error> {
-        self.receive_beginning(bytes.len(), bytes, timeout)
+    pub fn recv(&mut self, bytes: &mut [u8], timeout: Option<Duration>) -> Result<(), Error> {
+        self.recv_beginning(bytes.len(), bytes, timeout)
     }
 
     /// The same of a message of `len` bytes, of which the first ones are wanted at once. It stays on the GPU until the next
     /// one is received, for [`Channel::take`] and [`Channel::take_on_device`].
-    pub fn receive_beginning(
-        &mut self,
-        len: usize,
-        beginning: &mut [u8],
-        timeout: Option<Duration>,
-    ) -> Result<(), Error> {
+    pub fn recv_beginning(&mut self, len: usize, beginning: &mut [u8], timeout: Option<Duration>) -> Result<(), Error> {
         let start = Instant::now();
         self.check(Self::RECEIVER, len)?;
         self.check_received(len, 0, beginning.len())?;
@@ -223,7 +232,7 @@ impl Channel {
             // SAFETY: as in `send_parts`.
             unsafe {
                 let values = DeviceSliceMut::<u8>::from_raw(address, len);
-                group(|group| group.receive(communicator, values, Self::SENDER, gpu.stream()))?;
+                group(|group| group.recv(communicator, values, Self::SENDER, gpu.stream()))?;
             }
             wait("receiving", communicator, gpu, start, timeout)?;
             *received = len;
@@ -238,8 +247,19 @@ impl Channel {
         self.work(|Open { communicator, gpu, .. }| take(communicator, gpu, at, to, timeout))
     }
 
-    /// The same to a place on the GPU. After an error the copy may still be to come: what is there has to stay.
-    pub fn take_on_device(&mut self, at: usize, to: DeviceSliceMut<'_, u8>, timeout: Duration) -> Result<(), Error> {
+    /// The same to a place on the GPU.
+    ///
+    /// # Safety
+    ///
+    /// Whatever uses that place is through before this is called, and nobody uses it until this returns. After an error, it may
+    /// be written to until [`wait_closed`](crate::wait_closed) says that all channels that have failed are closed; if it does not,
+    /// for ever.
+    pub unsafe fn take_on_device(
+        &mut self,
+        at: usize,
+        to: DeviceSliceMut<'_, u8>,
+        timeout: Duration,
+    ) -> Result<(), Error> {
         self.check_received(self.received(), at, to.len)?;
         self.work(|Open { communicator, gpu, .. }| {
             // SAFETY: the message has as many bytes, and the stream is through.
@@ -269,7 +289,7 @@ impl Channel {
         if self.rank != rank {
             return Err(argument("rank", format!("{} cannot do what {rank} does: 0 sends, 1 receives", self.rank)));
         }
-        if bytes == 0 { Err(argument("bytes", "an empty message".into())) } else { Ok(()) }
+        if bytes == 0 { Err(argument("bytes", "an empty message".into())) } else { check_size("bytes", bytes) }
     }
 
     /// Does something with a channel that is open, and ends the channel where that fails.
@@ -334,6 +354,12 @@ impl Drop for End {
     }
 }
 
+/// No message is larger than a slice.
+fn check_size(name: &'static str, bytes: usize) -> Result<(), Error> {
+    let too_large = || argument(name, format!("{bytes} bytes; expected {} at most", isize::MAX));
+    if bytes <= isize::MAX as usize { Ok(()) } else { Err(too_large()) }
+}
+
 /// Copies from the last message, which has as many bytes.
 fn take(communicator: &Communicator, gpu: &mut Gpu, at: usize, to: &mut [u8], timeout: Duration) -> Result<(), Error> {
     // SAFETY: the message has them, and the stream is through.
@@ -352,7 +378,9 @@ fn wait(
     start: Instant,
     timeout: Option<Duration>,
 ) -> Result<(), Error> {
-    let is_through = poll(|| gpu.is_through(), || communicator.state(), timeout, || start.elapsed(), rest)?;
+    let (elapsed, mut sleeper) = (|| start.elapsed(), Sleeper::default());
+    let rest = |pause| sleeper.rest(pause);
+    let is_through = poll(|| gpu.is_through(), || communicator.state(), timeout, elapsed, rest)?;
     let after = timeout.unwrap_or_default();
     let late = || Error::Timeout { action, rank: communicator.rank(), size: communicator.size(), after };
     if is_through { Ok(()) } else { Err(late()) }

@@ -5,11 +5,11 @@ use std::ffi::c_int;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::ncclComm_t;
 
-use crate::config::{Config, argument};
+use crate::config::{Config, argument, not_below};
 use crate::error::Error;
 use crate::library::{Api, api};
 use crate::shared::{Close, Shared, State};
@@ -21,21 +21,23 @@ use crate::unique_id::UniqueId;
 /// others. Operations are queued by [`group`](crate::group).
 ///
 /// Dropping it aborts it: what is queued is lost, unless [`finalize`](Self::finalize) came before. That keeps the
-/// thread for `close_timeout` at most, and goes on in the background after it.
+/// thread for `close_timeout` at most, if nothing has before, and goes on in the background.
 pub struct Communicator {
     pub(crate) shared: Arc<Shared>,
     /// Not `Sync`: a group locks several communicators, and two threads could lock the same ones in different orders.
     one_thread: PhantomData<Cell<()>>,
 }
 
-/// A communicator that is being connected. Dropping it aborts it.
+/// A communicator that is being connected. Dropping it aborts it, in the background.
 #[derive(Debug)]
-pub struct Connecting(Communicator);
+pub struct Connecting(Option<Communicator>);
 
 /// How far connecting is.
 #[derive(Debug)]
 pub enum Progress {
+    /// For other ranks.
     Waiting(Connecting),
+    /// All ranks are.
     Connected(Communicator),
 }
 
@@ -57,11 +59,19 @@ const NO_COLOR: c_int = -1;
 const SHRINK_DEFAULT: c_int = 0;
 const SHRINK_ABORT: c_int = 1;
 
+/// Settings of NCCL's that break what is promised here: communicators would block, or children share their parents' ends.
+const BLOCKING: &str = "NCCL_COMM_BLOCKING";
+const SPLIT_SHARES: &str = "NCCL_COMM_SPLIT_SHARE_RESOURCES";
+const SHRINK_SHARES: &str = "NCCL_COMM_SHRINK_SHARE_RESOURCES";
+
 impl Communicator {
     /// Connects `size` ranks, of which this is `rank`. Each has its own GPU, current on the thread that calls (its
     /// primary context), and gives the same `id` and `size`.
     ///
     /// Blocks until all ranks are connected, or `timeout` is over; then the communicator is aborted.
+    ///
+    /// An error where the environment has `NCCL_COMM_BLOCKING`: nothing could be waited for with a deadline. NCCL's files
+    /// (`/etc/nccl.conf`, `~/.nccl.conf`) may not have it either, which is not checked.
     pub fn connect(id: &UniqueId, rank: usize, size: usize, config: &Config, timeout: Duration) -> Result<Self, Error> {
         Self::begin(id, rank, size, config)?.wait(timeout)
     }
@@ -79,29 +89,30 @@ impl Communicator {
         size: usize,
         config: &Config,
     ) -> Result<Connecting, Error> {
+        refuse(BLOCKING)?;
         let ranks = integer("size", size)?;
         let own = integer("rank", rank)?;
         if rank >= size {
-            return Err(argument("rank", format!("{rank} of {size} ranks")));
+            return Err(not_below("rank", rank, size));
         }
         let made = Self::of(api, std::ptr::null_mut(), rank, size, config);
-        config.with_raw(api, |raw| {
+        config.with_raw(|raw| {
             // SAFETY: NCCL copies the configuration, and keeps the place for the handle no longer than the call.
             made.shared.init(|handle| unsafe { (api.init)(handle, ranks, id.raw(), own, raw) })
         })??;
-        Ok(Connecting(made))
+        Ok(Connecting(Some(made)))
     }
 
     fn of(api: &'static Api, handle: ncclComm_t, rank: usize, size: usize, config: &Config) -> Self {
         Self { shared: Arc::new(Shared::new(api, handle, rank, size, config)), one_thread: PhantomData }
     }
 
-    /// From 0 on.
+    /// This rank, from 0 on.
     pub fn rank(&self) -> usize {
         self.shared.rank
     }
 
-    /// In ranks.
+    /// How many ranks there are.
     pub fn size(&self) -> usize {
         self.shared.size
     }
@@ -116,11 +127,17 @@ impl Communicator {
         Monitor(self.shared.clone())
     }
 
+    /// Does something with NCCL's handle, for what this crate has not. The handle may not be kept, waited on or closed:
+    /// whoever aborts the communicator waits until this has returned.
+    pub fn with_raw<T>(&self, call: impl FnOnce(ncclComm_t) -> T) -> Result<T, Error> {
+        Ok(call(self.shared.open()?.0))
+    }
+
     /// Divides the ranks: those with the same color make a communicator, ordered by `key` and then by their rank.
     /// Without a color, this rank is in none.
     ///
     /// All ranks have to call it, with the current communicator ready. Blocks until they have, or `timeout` is over;
-    /// then the communicator is aborted. It stays usable otherwise.
+    /// then the communicator is aborted. It stays usable otherwise. NCCL takes the communicator's GPU, whichever is current.
     pub fn split(
         &self,
         color: Option<u32>,
@@ -128,19 +145,19 @@ impl Communicator {
         config: &Config,
         timeout: Duration,
     ) -> Result<Option<Self>, Error> {
+        refuse(SPLIT_SHARES)?;
         let color = color.map_or(Ok(NO_COLOR), |color| integer("color", color as usize))?;
-        let api = self.shared.api;
-        config.with_raw(api, |raw| {
+        let split = self.shared.api.split;
+        config.with_raw(|raw| {
             // SAFETY: the handle is open; NCCL copies the configuration, and the place for the new handle lasts as long
             // as this one.
-            self.shared.call("ncclCommSplit", |handle, made| unsafe { (api.split)(handle, color, key, made, raw) })
+            self.shared.call("ncclCommSplit", |handle, made| unsafe { split(handle, color, key, made, raw) })
         })??;
-        self.shared.wait("splitting", timeout)?;
+        self.shared.wait("splitting", Instant::now(), timeout)?;
         self.take_made(config)
     }
 
-    /// A communicator of all ranks but the excluded ones, in the order they had. This one stays, to be dropped. From
-    /// 2.27 on.
+    /// A communicator of all ranks but the excluded ones, in the order they had. This one stays, to be dropped.
     ///
     /// All ranks that are left have to call it, with the same ranks excluded, and those do not. Blocks until they have,
     /// or `timeout` is over; then the communicator is aborted. NCCL refuses where [`state`](Self::state) is `Failed`,
@@ -152,18 +169,18 @@ impl Communicator {
         config: &Config,
         timeout: Duration,
     ) -> Result<Self, Error> {
-        let api = self.shared.api;
-        let shrink = api.shrink()?;
+        refuse(SHRINK_SHARES)?;
+        let shrink = self.shared.api.shrink;
         let mut ranks = self.excluded(excluded)?;
         let flags = if outstanding == Outstanding::Abort { SHRINK_ABORT } else { SHRINK_DEFAULT };
-        config.with_raw(api, |raw| {
+        config.with_raw(|raw| {
             // SAFETY: the handle is open; NCCL copies the ranks and the configuration, and the place for the new handle
             // lasts as long as this one.
             self.shared.call("ncclCommShrink", |handle, made| unsafe {
                 shrink(handle, ranks.as_mut_ptr(), ranks.len() as c_int, made, raw, flags)
             })
         })??;
-        self.shared.wait("shrinking", timeout)?;
+        self.shared.wait("shrinking", Instant::now(), timeout)?;
         let made = self.take_made(config)?;
         made.ok_or_else(|| argument("excluded", format!("no communicator was made without {excluded:?}")))
     }
@@ -174,7 +191,7 @@ impl Communicator {
         sorted.dedup();
         let problem = match sorted.last() {
             None => "no rank".into(),
-            Some(last) if *last >= self.size() => format!("rank {last} of {} ranks", self.size()),
+            Some(last) if *last >= self.size() => return Err(not_below("excluded", *last, self.size())),
             Some(_) if sorted.contains(&self.rank()) => format!("rank {} is the caller's own", self.rank()),
             Some(_) if sorted.len() < ranks.len() => format!("{ranks:?} has a rank twice"),
             Some(_) => return sorted.into_iter().map(|rank| integer("excluded", rank)).collect(),
@@ -210,12 +227,21 @@ impl Communicator {
     /// Waits for what is queued, and ends the communicator. All ranks have to do it. At the deadline, the communicator
     /// is aborted.
     ///
-    /// Blocks for `timeout` and then for `close_timeout` at most.
+    /// Blocks for `timeout` and then for `close_timeout` at most. NCCL takes the communicator's GPU, whichever is current.
     pub fn finalize(self, timeout: Duration) -> Result<(), Error> {
         // SAFETY: the handle is open.
         self.shared.call("ncclCommFinalize", |handle, _| unsafe { (self.shared.api.finalize)(handle) })?;
-        self.shared.wait("finalizing", timeout)?;
+        self.shared.wait("finalizing", Instant::now(), timeout)?;
         self.shared.close(Close::Destroy)
+    }
+}
+
+/// An error where the environment has that setting, other than 0.
+fn refuse(name: &'static str) -> Result<(), Error> {
+    let value = std::env::var(name).unwrap_or_default();
+    match value.trim() {
+        "" | "0" => Ok(()),
+        set => Err(argument(name, format!("is {set} in the environment, which breaks what is promised; unset it"))),
     }
 }
 
@@ -225,8 +251,7 @@ fn integer(name: &'static str, value: usize) -> Result<c_int, Error> {
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        // Whoever drops it does not want to know.
-        let _ = self.shared.close(Close::Abort);
+        self.shared.give_up(true);
     }
 }
 
@@ -237,19 +262,41 @@ impl fmt::Debug for Communicator {
 }
 
 impl Connecting {
-    /// Does not block. The deadline is the caller's: drop this to give up.
+    /// Does not block. The deadline is the caller's: drop this to give up, which does not block either.
     pub fn poll(self) -> Result<Progress, Error> {
-        match self.0.state() {
+        match self.inner().state() {
             State::InProgress => Ok(Progress::Waiting(self)),
-            State::Ready => Ok(Progress::Connected(self.0)),
+            State::Ready => Ok(Progress::Connected(self.into_inner())),
             State::Failed(error) => Err(error),
         }
     }
 
     /// Blocks until all ranks are connected, or `timeout` is over; then the communicator is aborted.
     pub fn wait(self, timeout: Duration) -> Result<Communicator, Error> {
-        self.0.shared.wait("connecting", timeout)?;
-        Ok(self.0)
+        // Where it fails, the end is waited for, too.
+        let communicator = self.into_inner();
+        communicator.shared.wait("connecting", Instant::now(), timeout).map(|()| communicator)
+    }
+
+    /// A handle for a watchdog, which may end [`wait`](Self::wait).
+    pub fn monitor(&self) -> Monitor {
+        self.inner().monitor()
+    }
+
+    fn inner(&self) -> &Communicator {
+        self.0.as_ref().expect("it is taken with this alone")
+    }
+
+    fn into_inner(mut self) -> Communicator {
+        self.0.take().expect("it is taken with this alone")
+    }
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        if let Some(communicator) = &self.0 {
+            communicator.shared.give_up(false);
+        }
     }
 }
 
@@ -259,8 +306,7 @@ impl Monitor {
         self.0.state()
     }
 
-    /// As [`Communicator::abort`]. Calls in which the communicator's thread waits return an error. Before NCCL 2.27 that thread has to
-    /// live on until this returns.
+    /// As [`Communicator::abort`]. Calls in which the communicator's thread waits return an error.
     pub fn abort(&self) -> Result<(), Error> {
         self.0.close(Close::Abort)
     }

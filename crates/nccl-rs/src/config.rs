@@ -4,7 +4,7 @@ use std::ffi::{CString, c_char, c_int, c_uint};
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::library::{Api, Version};
+use crate::library::Version;
 
 /// Of a communicator, or of one that is split or shrunk off. `None` leaves the choice to NCCL.
 ///
@@ -20,7 +20,7 @@ pub struct Config {
     pub cga_cluster_size: Option<u32>,
     /// "IB", "Socket", or what a plugin is called.
     pub net_name: Option<String>,
-    /// Of the network's packets; from 2.26 on.
+    /// Of the network's packets: the class that its switches know them by.
     pub traffic_class: Option<u32>,
     /// How long a group may take to be queued. The first between two ranks connects them, which takes seconds.
     pub queue_timeout: Duration,
@@ -42,14 +42,14 @@ impl Default for Config {
     }
 }
 
-const TRAFFIC_CLASS: Version = Version::new(2, 26, 0);
+/// The oldest version that has all fields that are filled.
+const FILLED: Version = Version::new(2, 26, 0);
 const UNDEFINED: c_int = c_int::MIN;
 
 /// `ncclConfig_t` up to its last field that is used here.
 ///
 /// NCCL reads no more than `size` bytes and no field that is newer than `version`, and takes its defaults for the rest;
-/// so every newer library takes a shorter struct. An older one reads as many bytes as it knows. All versions have 48
-/// bytes or more: before 2.26, `traffic_class` was padding.
+/// so every newer library takes a shorter struct.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct RawConfig {
@@ -67,7 +67,7 @@ pub(crate) struct RawConfig {
 
 impl Config {
     /// Does something with NCCL's form, which NCCL copies during the call.
-    pub(crate) fn with_raw<T>(&self, api: &Api, call: impl FnOnce(&mut RawConfig) -> T) -> Result<T, Error> {
+    pub(crate) fn with_raw<T>(&self, call: impl FnOnce(&mut RawConfig) -> T) -> Result<T, Error> {
         let net_name = self.net_name.clone().map(CString::new).transpose();
         let net_name = net_name.map_err(|_| argument("net_name", "has a zero in it".into()))?;
         if self.min_ctas.is_some_and(|min| self.max_ctas.is_none_or(|max| min > max)) {
@@ -75,13 +75,10 @@ impl Config {
                 format!("{:?} of at most {:?}: max_ctas has to be set, and not smaller", self.min_ctas, self.max_ctas);
             return Err(argument("min_ctas", problem));
         }
-        if self.traffic_class.is_some() {
-            api.require("Config::traffic_class", TRAFFIC_CLASS)?;
-        }
         let mut raw = RawConfig {
             size: size_of::<RawConfig>(),
             magic: 0xcafe_beef,
-            version: api.version.min(TRAFFIC_CLASS).code(),
+            version: FILLED.code(),
             blocking: 0,
             cga_cluster_size: number("cga_cluster_size", self.cga_cluster_size, 0..=8)?,
             min_ctas: number("min_ctas", self.min_ctas, 1..=c_int::MAX)?,
@@ -100,6 +97,11 @@ fn number(name: &'static str, value: Option<u32>, range: std::ops::RangeInclusiv
     fits.ok_or_else(|| argument(name, format!("{value} is not in {range:?}")))
 }
 
+/// A rank that there is not.
+pub(crate) fn not_below(name: &'static str, rank: usize, size: usize) -> Error {
+    argument(name, format!("{rank} is not below {size}, the number of ranks"))
+}
+
 pub(crate) fn argument(name: &'static str, problem: String) -> Error {
     Error::Argument { name, problem }
 }
@@ -111,7 +113,6 @@ mod tests {
     use cudarc::nccl::sys::ncclConfig_t;
 
     use super::*;
-    use crate::fake::api;
 
     #[test]
     fn the_layout_is_a_prefix_of_nccls() {
@@ -128,17 +129,14 @@ mod tests {
     }
 
     #[test]
-    fn no_newer_version_is_claimed_than_filled_or_loaded() {
-        for (loaded, claimed) in [((2, 20, 5), 22_005), ((2, 26, 2), 22_600), ((2, 32, 3), 22_600)] {
-            let raw = Config::default().with_raw(&api(loaded), |raw| (raw.size, raw.magic, raw.version, raw.blocking));
-            assert_eq!(raw, Ok((48, 0xcafe_beef, claimed, 0)));
-        }
+    fn no_newer_version_is_claimed_than_filled() {
+        let raw = Config::default().with_raw(|raw| (raw.size, raw.magic, raw.version, raw.blocking));
+        assert_eq!(raw, Ok((48, 0xcafe_beef, 22_600, 0)));
     }
 
     #[test]
     fn what_is_not_set_is_undefined_and_what_is_wrong_is_named() {
-        let api = api((2, 20, 5));
-        let unset = Config::default().with_raw(&api, |raw| (raw.min_ctas, raw.traffic_class, raw.net_name.is_null()));
+        let unset = Config::default().with_raw(|raw| (raw.min_ctas, raw.traffic_class, raw.net_name.is_null()));
         assert_eq!(unset, Ok((c_int::MIN, c_int::MIN, true)));
         let cases = [
             (Config { min_ctas: Some(4), ..Config::default() }, "min_ctas: Some(4) of at most None"),
@@ -149,10 +147,10 @@ mod tests {
             (Config { max_ctas: Some(0), ..Config::default() }, "max_ctas: 0 is not in"),
             (Config { cga_cluster_size: Some(9), ..Config::default() }, "cga_cluster_size: 9 is not in 0..=8"),
             (Config { net_name: Some("I\0B".into()), ..Config::default() }, "net_name: has a zero in it"),
-            (Config { traffic_class: Some(1), ..Config::default() }, "Config::traffic_class needs NCCL 2.26.0"),
+            (Config { traffic_class: Some(1 << 31), ..Config::default() }, "traffic_class: 2147483648 is not in"),
         ];
         for (config, text) in cases {
-            let error = config.with_raw(&api, |_| ()).expect_err(text);
+            let error = config.with_raw(|_| ()).expect_err(text);
             assert!(error.to_string().starts_with(text), "{error}");
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cudarc::nccl::sys::ncclResult_t;
 
-use crate::library::Version;
+use crate::library::{UNHANDLED_CUDA, Version};
 
 /// Why something was not done.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -17,35 +17,84 @@ pub enum Error {
         "NCCL is not found (tried {tried}): install NVIDIA's libnccl2 package, or put the lib folder of the \
          nvidia-nccl wheel into LD_LIBRARY_PATH, or set NCCL_LIBRARY to the path of libnccl.so.2"
     )]
-    Missing { tried: String },
+    Missing {
+        /// Each name, with why it was not opened.
+        tried: String,
+    },
     /// The library is older than what was asked of it.
     #[error("{function} needs NCCL {needs} or newer, and {loaded} is loaded")]
-    Unsupported { function: &'static str, needs: Version, loaded: Version },
+    Unsupported {
+        /// What was asked for.
+        function: &'static str,
+        /// The oldest library that has it.
+        needs: Version,
+        /// The one that is there.
+        loaded: Version,
+    },
     /// Refused before NCCL saw it, so the communicators are as they were.
     #[error("{name}: {problem}")]
-    Argument { name: &'static str, problem: String },
-    /// `detail` is NCCL's last error text. It is one for the whole process, and may tell of an earlier failure.
-    #[error("{function}: {code}: {detail}")]
-    Nccl { function: &'static str, code: Code, detail: String },
+    Argument {
+        /// The argument, or the variable of the environment.
+        name: &'static str,
+        /// What it is, and what it has to be.
+        problem: String,
+    },
+    /// NCCL failed. The communicator is of no use any more.
+    #[error("{function}: {code}: {}", if detail.is_empty() { "NCCL_DEBUG=WARN says more" } else { detail })]
+    Nccl {
+        /// What was called.
+        function: &'static str,
+        /// What it answered.
+        code: Code,
+        /// NCCL's last error text. It is one for the whole process, and may tell of an earlier failure.
+        detail: String,
+    },
     /// The GPU or its driver failed, in the driver's words, or is not there.
     #[error("{what}: {detail}")]
-    Gpu { what: &'static str, detail: String },
-    /// The communicator is aborted, except where it was aborting that took so long: that goes on in the background.
-    #[error("rank {rank} of {size}: {action} took longer than {after:?}; the communicator is lost")]
-    Timeout { action: &'static str, rank: usize, size: usize, after: Duration },
+    Gpu {
+        /// What was done.
+        what: &'static str,
+        /// Why it failed.
+        detail: String,
+    },
+    /// The communicator is being aborted, in the background.
+    #[error(
+        "rank {rank} of {size}: {action} took longer than {after:?}, and the communicator is lost: are its peers there, and \
+         can they be reached? NCCL_DEBUG=INFO says what it waits for"
+    )]
+    Timeout {
+        /// What took so long.
+        action: &'static str,
+        /// This rank.
+        rank: usize,
+        /// The number of ranks.
+        size: usize,
+        /// How long it could have taken.
+        after: Duration,
+    },
     /// Somebody has closed the communicator.
-    #[error("rank {rank} of {size}: the communicator is aborted or finalized")]
-    Aborted { rank: usize, size: usize },
+    #[error("rank {rank} of {size}: the communicator is aborted or finalized; connect anew")]
+    Aborted {
+        /// This rank.
+        rank: usize,
+        /// The number of ranks.
+        size: usize,
+    },
 }
 
 /// Why NCCL failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Code {
+    /// A call to CUDA failed.
     UnhandledCudaError,
+    /// A call to the operating system failed.
     SystemError,
+    /// NCCL is not as it should be.
     InternalError,
+    /// A value cannot be.
     InvalidArgument,
+    /// A call cannot be at this place, or does not match the others'.
     InvalidUsage,
     /// A peer or the network failed.
     RemoteError,
@@ -57,7 +106,6 @@ pub enum Code {
 
 impl Code {
     pub(crate) fn of(code: c_int) -> Self {
-        const UNHANDLED_CUDA: c_int = ncclResult_t::ncclUnhandledCudaError as c_int;
         const SYSTEM: c_int = ncclResult_t::ncclSystemError as c_int;
         const INTERNAL: c_int = ncclResult_t::ncclInternalError as c_int;
         const ARGUMENT: c_int = ncclResult_t::ncclInvalidArgument as c_int;
@@ -100,6 +148,10 @@ mod tests {
             (
                 Error::Unsupported { function: "ncclCommShrink", needs, loaded },
                 "ncclCommShrink needs NCCL 2.27.0 or newer, and 2.20.5 is loaded",
+            ),
+            (
+                Error::Nccl { function: "ncclSend", code: Code::of(6), detail: String::new() },
+                "ncclSend: ncclRemoteError: NCCL_DEBUG=WARN says more",
             ),
             (Error::Argument { name: "peer", problem: "9 of 4".into() }, "peer: 9 of 4"),
             (

@@ -31,8 +31,8 @@ pub(crate) struct Script {
     /// What splitting and shrinking make.
     pub child: Option<&'static Fake>,
     pub abort_takes: Duration,
-    /// The ranks and the flags that shrinking was called with.
-    pub shrunk: (Vec<c_int>, c_int),
+    /// What those that have arguments were called with, in NCCL's order, without the communicator and where it puts things.
+    pub arguments: Vec<(&'static str, Vec<usize>)>,
 }
 
 thread_local! {
@@ -72,11 +72,17 @@ impl Fake {
         let connecting = self.begin((2, 28, 9), config).expect("the fake connects");
         let connected = connecting.wait(Duration::from_secs(1)).expect("the fake connects");
         self.script().calls.clear();
+        self.script().arguments.clear();
         connected
     }
 
     fn handle(&self) -> ncclComm_t {
         from_ref(self).cast_mut().cast()
+    }
+
+    fn called_with(&self, call: &'static str, arguments: impl Into<Vec<usize>>) -> c_int {
+        self.script().arguments.push((call, arguments.into()));
+        self.called(call)
     }
 
     fn called(&self, call: &'static str) -> c_int {
@@ -104,14 +110,13 @@ fn make(fake: &Fake, to: *mut ncclComm_t) {
 
 pub(crate) fn api((major, minor, patch): (u32, u32, u32)) -> Api {
     let version = Version::new(major, minor, patch);
-    let has_shrink = version >= Version::new(2, 27, 0);
     Api {
         version,
         last_error,
         unique_id,
         init,
         split,
-        shrink: has_shrink.then_some(shrink),
+        shrink,
         rank,
         size,
         async_error,
@@ -121,9 +126,13 @@ pub(crate) fn api((major, minor, patch): (u32, u32, u32)) -> Api {
         group_start,
         group_end,
         send,
-        receive,
+        recv,
+        broadcast,
+        reduce,
         all_reduce,
+        reduce_scatter,
         all_gather,
+        all_to_all: (version >= Version::new(2, 28, 0)).then_some(all_to_all),
     }
 }
 
@@ -135,8 +144,8 @@ unsafe extern "C" fn unique_id(_: *mut ncclUniqueId) -> c_int {
     SUCCESS
 }
 
-unsafe extern "C" fn init(to: *mut ncclComm_t, _: c_int, _: ncclUniqueId, _: c_int, _: *mut RawConfig) -> c_int {
-    let code = current().called("init");
+unsafe extern "C" fn init(to: *mut ncclComm_t, ranks: c_int, _: ncclUniqueId, own: c_int, _: *mut RawConfig) -> c_int {
+    let code = current().called_with("init", numbers([ranks, own]));
     if code == SUCCESS {
         // SAFETY: the caller gave a place.
         unsafe { *to = current().handle() };
@@ -145,9 +154,15 @@ unsafe extern "C" fn init(to: *mut ncclComm_t, _: c_int, _: ncclUniqueId, _: c_i
     code
 }
 
-unsafe extern "C" fn split(handle: ncclComm_t, _: c_int, _: c_int, to: *mut ncclComm_t, _: *mut RawConfig) -> c_int {
+unsafe extern "C" fn split(
+    handle: ncclComm_t,
+    color: c_int,
+    key: c_int,
+    to: *mut ncclComm_t,
+    _: *mut RawConfig,
+) -> c_int {
     make(of(handle), to);
-    of(handle).called("split")
+    of(handle).called_with("split", numbers([color, key]))
 }
 
 unsafe extern "C" fn shrink(
@@ -161,8 +176,12 @@ unsafe extern "C" fn shrink(
     make(of(handle), to);
     // SAFETY: the caller gave so many.
     let ranks = unsafe { std::slice::from_raw_parts(ranks, count as usize) };
-    of(handle).script().shrunk = (ranks.to_vec(), flags);
-    of(handle).called("shrink")
+    of(handle).called_with("shrink", numbers(ranks.iter().copied().chain([flags])))
+}
+
+/// As they are recorded; negative ones wrap.
+fn numbers(arguments: impl IntoIterator<Item = c_int>) -> Vec<usize> {
+    arguments.into_iter().map(|argument| argument as usize).collect()
 }
 
 unsafe extern "C" fn rank(_: ncclComm_t, to: *mut c_int) -> c_int {
@@ -207,33 +226,74 @@ unsafe extern "C" fn group_end() -> c_int {
     current().called("end")
 }
 
-unsafe extern "C" fn send(_: *const c_void, _: usize, _: c_int, _: c_int, handle: ncclComm_t, _: CUstream) -> c_int {
-    of(handle).called("send")
-}
-
-unsafe extern "C" fn receive(_: *mut c_void, _: usize, _: c_int, _: c_int, handle: ncclComm_t, _: CUstream) -> c_int {
-    of(handle).called("receive")
-}
-
-unsafe extern "C" fn all_reduce(
-    _: *const c_void,
-    _: *mut c_void,
-    _: usize,
-    _: c_int,
-    _: c_int,
+unsafe extern "C" fn send(
+    from: *const c_void,
+    count: usize,
+    of_type: c_int,
+    peer: c_int,
     handle: ncclComm_t,
-    _: CUstream,
+    stream: CUstream,
 ) -> c_int {
-    of(handle).called("all_reduce")
+    of(handle).called_with("send", [from.addr(), count, of_type as usize, peer as usize, stream.addr()])
 }
 
-unsafe extern "C" fn all_gather(
-    _: *const c_void,
-    _: *mut c_void,
-    _: usize,
-    _: c_int,
+unsafe extern "C" fn recv(
+    to: *mut c_void,
+    count: usize,
+    of_type: c_int,
+    peer: c_int,
     handle: ncclComm_t,
-    _: CUstream,
+    stream: CUstream,
 ) -> c_int {
-    of(handle).called("all_gather")
+    of(handle).called_with("recv", [to.addr(), count, of_type as usize, peer as usize, stream.addr()])
 }
+
+unsafe extern "C" fn reduce(
+    from: *const c_void,
+    to: *mut c_void,
+    count: usize,
+    of_type: c_int,
+    op: c_int,
+    root: c_int,
+    handle: ncclComm_t,
+    stream: CUstream,
+) -> c_int {
+    let (of_type, op, root) = (of_type as usize, op as usize, root as usize);
+    of(handle).called_with("reduce", [from.addr(), to.addr(), count, of_type, op, root, stream.addr()])
+}
+
+macro_rules! collectives {
+    ($($name:ident),*) => {
+        $(unsafe extern "C" fn $name(
+            from: *const c_void,
+            to: *mut c_void,
+            count: usize,
+            of_type: c_int,
+            handle: ncclComm_t,
+            stream: CUstream,
+        ) -> c_int {
+            let arguments = [from.addr(), to.addr(), count, of_type as usize, stream.addr()];
+            of(handle).called_with(stringify!($name), arguments)
+        })*
+    };
+}
+
+macro_rules! collectives_with {
+    ($($name:ident),*) => {
+        $(unsafe extern "C" fn $name(
+            from: *const c_void,
+            to: *mut c_void,
+            count: usize,
+            of_type: c_int,
+            with: c_int,
+            handle: ncclComm_t,
+            stream: CUstream,
+        ) -> c_int {
+            let arguments = [from.addr(), to.addr(), count, of_type as usize, with as usize, stream.addr()];
+            of(handle).called_with(stringify!($name), arguments)
+        })*
+    };
+}
+
+collectives!(all_gather, all_to_all);
+collectives_with!(broadcast, all_reduce, reduce_scatter);

@@ -1,39 +1,28 @@
 //! NCCL for Rust: communicators that cannot keep their owner for ever.
 //!
-//! A [`Channel`] takes messages from one process to another, in host memory or on their GPUs, and is safe. A [`Communicator`]
-//! and a [`group`] are for all else; their memory and streams are the caller's.
-//!
-//! No usable crate of this name is published. cudarc has bindings and a thin layer over them, but does not look for
-//! `libnccl.so.2`, panics where the library or a function is missing, and has no configuration, deadlines, state,
-//! abort, split or shrink. This crate takes cudarc's types and adds these; it knows nothing of what is sent.
+//! A [`Channel`] takes messages from one process to another, in host memory or on their GPUs. A [`Communicator`] and a
+//! [`group`] are for all else; their memory and streams are the caller's: cudarc's, by [`DeviceSlice::new`], or anybody's, by
+//! their addresses. The README has an example.
 //!
 //! ```no_run
 //! use std::time::Duration;
 //!
-//! use nccl_rs::{Communicator, Config, DeviceSlice, DeviceSliceMut, Error, Stream, UniqueId, group};
+//! use nccl_rs::{Channel, Config, Error, UniqueId};
 //!
-//! /// Gives a kilobyte to the other of two ranks, and takes one.
-//! ///
-//! /// # Safety
-//! ///
-//! /// There are 1024 bytes at each address, which nobody touches before `stream` has passed this.
-//! unsafe fn exchange(id: &UniqueId, rank: usize, from: u64, to: u64, stream: Stream<'_>) -> Result<(), Error> {
-//!     let timeout = Duration::from_secs(30);
-//!     let communicator = Communicator::connect(id, rank, 2, &Config::default(), timeout)?;
-//!     // SAFETY: the caller's promise.
-//!     group(|group| unsafe {
-//!         group.send(&communicator, DeviceSlice::<u8>::from_raw(from, 1024), 1 - rank, stream)?;
-//!         group.receive(&communicator, DeviceSliceMut::<u8>::from_raw(to, 1024), 1 - rank, stream)
-//!     })?;
-//!     communicator.finalize(timeout)
+//! /// Sends a greeting from one process' GPU 0 to another's.
+//! fn greet(id: &UniqueId, is_sender: bool) -> Result<(), Error> {
+//!     let (config, timeout) = (Config::default(), Duration::from_secs(30));
+//!     let rank = if is_sender { Channel::SENDER } else { Channel::RECEIVER };
+//!     let mut channel = Channel::connect(0, id, rank, 5, &config, timeout)?;
+//!     if is_sender { channel.send(b"hello", timeout) } else { channel.recv(&mut [0; 5], Some(timeout)) }
 //! }
 //! ```
 //!
 //! # The library
 //!
-//! It is opened on first use: the file that `NCCL_LIBRARY` names, or `libnccl.so.2`, or `libnccl.so`. 2.18 is the
-//! oldest that has what is needed. Newer are 8-bit floats (2.24), [`Config::traffic_class`] (2.26) and
-//! [`Communicator::shrink`] (2.27); with an older library, these answer [`Error::Unsupported`].
+//! It is opened on first use: the file that `NCCL_LIBRARY` names, or `libnccl.so.2`, or `libnccl.so`. 2.27 is the
+//! oldest: those before use the memory of a thread that may be gone. What newer ones have, [`Group::all_to_all`] (2.28),
+//! answers [`Error::Unsupported`] with an older library, and so does everything with one that is older than 2.27.
 //!
 //! # What blocks
 //!
@@ -41,7 +30,7 @@
 //!
 //! | call | blocks until | at most |
 //! |---|---|---|
-//! | [`Communicator::begin`], [`Connecting::poll`] | no other rank | |
+//! | [`Communicator::begin`], [`Connecting::poll`], dropping a [`Connecting`] | no other rank | |
 //! | [`Communicator::connect`], [`Connecting::wait`] | all ranks are connected | `timeout`, then aborts |
 //! | [`group`] | the operations are queued | `queue_timeout`, then aborts |
 //! | [`Communicator::split`], [`Communicator::shrink`] | all ranks have called it | `timeout`, then aborts |
@@ -50,12 +39,13 @@
 //! | [`Communicator::state`], [`Monitor::state`] | no other rank | |
 //! | [`Channel::connect`] | the other side is connected | `timeout`, then aborts |
 //! | [`Channel::send`] | the message has left the GPU | `timeout`, then aborts |
-//! | [`Channel::receive`] | the message is there | `timeout`, then aborts; without one, for ever |
+//! | [`Channel::recv`] | the message is there | `timeout`, then aborts; without one, for ever |
 //! | [`Channel::take`] | the copy is there | `timeout`, then aborts |
-//! | dropping a [`Channel`] | NCCL has let go of everything | `close_timeout`, then leaves it behind |
-//! | [`available`] | nobody | |
+//! | [`available`], dropping a [`Channel`] | nobody | |
+//! | [`wait_closed`] | what is being aborted or dropped has ended | `timeout` |
 //!
-//! Where one aborts, `close_timeout` comes on top; in a channel, `queue_timeout` too, for its group. Calls of NCCL's and
+//! Aborting after a timeout goes on in the background; [`Communicator::connect`], [`Connecting::wait`] and
+//! [`Communicator::finalize`] wait `close_timeout` for it. In a channel, `queue_timeout` comes on top, for its group. Calls of NCCL's and
 //! of the driver's come on top of all of them. They are short, but for what is said at [`Communicator::begin`], for
 //! [`Outstanding::Abort`], which waits for kernels to notice, and for memory that a channel takes for a message that is
 //! larger than all before: the driver may wait for what runs on the GPU. But for a channel, nothing here waits for a
@@ -66,10 +56,15 @@
 //!
 //! NCCL allows one thread at a time on a communicator, and frees it when it is aborted. So a [`Communicator`] moves
 //! between threads but is not shared, and a [`Monitor`] is for a watchdog: a lock keeps the two apart, for the length
-//! of one call. Communicators of one GPU that different threads use can still hang each other, if their operations are
+//! of one call. Only [`Communicator::begin`] takes the GPU that is current on the thread, and leaves it so; a channel makes its own
+//! current; all other calls leave the thread as it was. Communicators of one GPU that different threads use can still hang each other, if their operations are
 //! not queued in the same order on all ranks.
 
+//!
+//! Unix alone has been thought of.
+
 #![allow(unsafe_code)]
+#![warn(missing_docs)]
 
 mod channel;
 mod communicator;
@@ -91,9 +86,14 @@ mod fake;
 pub use channel::{Channel, Part, available};
 pub use communicator::{Communicator, Connecting, Monitor, Outstanding, Progress};
 pub use config::Config;
+pub use cudarc;
 pub use error::{Code, Error};
 pub use group::{Group, ReduceOp, group};
 pub use library::{Version, version};
-pub use memory::{Bf16, DataType, DeviceSlice, DeviceSliceMut, E4m3, E5m2, Element, Event, F16, Stream};
-pub use shared::{State, is_closing};
+pub use memory::{DataType, DeviceSlice, DeviceSliceMut, E4m3, E5m2, Element, Event, Stream};
+pub use shared::{State, is_closing, wait_closed};
 pub use unique_id::UniqueId;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -15,17 +15,22 @@ use crate::config::RawConfig;
 use crate::error::{Code, Error};
 
 pub(crate) const SUCCESS: c_int = ncclResult_t::ncclSuccess as c_int;
+pub(crate) const UNHANDLED_CUDA: c_int = ncclResult_t::ncclUnhandledCudaError as c_int;
 pub(crate) const IN_PROGRESS: c_int = ncclResult_t::ncclInProgress as c_int;
 
-/// Of NCCL.
+/// A version of NCCL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
+    /// 2 in 2.28.9.
     pub major: u32,
+    /// 28 in 2.28.9.
     pub minor: u32,
+    /// 9 in 2.28.9.
     pub patch: u32,
 }
 
 impl Version {
+    /// From its three numbers.
     pub const fn new(major: u32, minor: u32, patch: u32) -> Self {
         Self { major, minor, patch }
     }
@@ -48,11 +53,12 @@ impl fmt::Display for Version {
     }
 }
 
-/// The oldest NCCL that has all that is needed here.
-pub(crate) const OLDEST: Version = Version::new(2, 18, 0);
-const SHRINK: Version = Version::new(2, 27, 0);
+/// The oldest NCCL that is used. Those before keep what a group or a connection does in memory of the thread that asked for
+/// it, and use that wherever the communicator is ended later, when the thread may be gone.
+pub(crate) const OLDEST: Version = Version::new(2, 27, 0);
+const ALL_TO_ALL: Version = Version::new(2, 28, 0);
 
-/// Of the loaded library. Loads it on first use, which reads a file of some 200 MB.
+/// The version of the loaded library. Loads it on first use, which reads a file of some 200 MB.
 pub fn version() -> Result<Version, Error> {
     Ok(api()?.version)
 }
@@ -64,7 +70,7 @@ pub(crate) struct Api {
     pub unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> c_int,
     pub init: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int, *mut RawConfig) -> c_int,
     pub split: unsafe extern "C" fn(ncclComm_t, c_int, c_int, *mut ncclComm_t, *mut RawConfig) -> c_int,
-    pub shrink: Option<Shrink>,
+    pub shrink: unsafe extern "C" fn(ncclComm_t, *mut c_int, c_int, *mut ncclComm_t, *mut RawConfig, c_int) -> c_int,
     pub rank: unsafe extern "C" fn(ncclComm_t, *mut c_int) -> c_int,
     pub size: unsafe extern "C" fn(ncclComm_t, *mut c_int) -> c_int,
     pub async_error: unsafe extern "C" fn(ncclComm_t, *mut c_int) -> c_int,
@@ -74,23 +80,26 @@ pub(crate) struct Api {
     pub group_start: unsafe extern "C" fn() -> c_int,
     pub group_end: unsafe extern "C" fn() -> c_int,
     pub send: unsafe extern "C" fn(*const c_void, usize, c_int, c_int, ncclComm_t, CUstream) -> c_int,
-    pub receive: unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, ncclComm_t, CUstream) -> c_int,
-    pub all_reduce:
-        unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, ncclComm_t, CUstream) -> c_int,
-    pub all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, ncclComm_t, CUstream) -> c_int,
+    pub recv: unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, ncclComm_t, CUstream) -> c_int,
+    pub broadcast: CollectiveWith,
+    pub reduce:
+        unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, c_int, ncclComm_t, CUstream) -> c_int,
+    pub all_reduce: CollectiveWith,
+    pub reduce_scatter: CollectiveWith,
+    pub all_gather: Collective,
+    pub all_to_all: Option<Collective>,
 }
 
-pub(crate) type Shrink =
-    unsafe extern "C" fn(ncclComm_t, *mut c_int, c_int, *mut ncclComm_t, *mut RawConfig, c_int) -> c_int;
+pub(crate) type Collective =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, ncclComm_t, CUstream) -> c_int;
+/// With a root, or a way to reduce, before the communicator.
+pub(crate) type CollectiveWith =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, ncclComm_t, CUstream) -> c_int;
 
 impl Api {
-    pub fn require(&self, function: &'static str, needs: Version) -> Result<(), Error> {
-        if self.version >= needs { Ok(()) } else { Err(Error::Unsupported { function, needs, loaded: self.version }) }
-    }
-
-    pub fn shrink(&self) -> Result<Shrink, Error> {
-        let missing = Error::Unsupported { function: "ncclCommShrink", needs: SHRINK, loaded: self.version };
-        self.shrink.ok_or(missing)
+    pub fn all_to_all(&self) -> Result<Collective, Error> {
+        let missing = Error::Unsupported { function: "ncclAlltoAll", needs: ALL_TO_ALL, loaded: self.version };
+        self.all_to_all.ok_or(missing)
     }
 
     /// What a function answered, as a result. That it goes on in the background is no error.
@@ -132,26 +141,19 @@ fn load(names: &[OsString]) -> Result<Api, Error> {
     Err(Error::Missing { tried: tried.join("; ") })
 }
 
-unsafe extern "C" {
-    fn dlopen(name: *const c_char, mode: c_int) -> *mut c_void;
-    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
-    fn dlerror() -> *const c_char;
-}
-
 /// Open to the end of the process.
 struct Library(*mut c_void);
 
 impl Library {
     fn open(name: &OsString) -> Result<Self, String> {
-        const RTLD_NOW: c_int = 2;
         let name =
             CString::new(name.clone().into_vec()).map_err(|_| format!("{}: has a zero in it", name.display()))?;
         // SAFETY: the name ends in zero; what NCCL does when it is opened is sound.
-        let library = unsafe { dlopen(name.as_ptr(), RTLD_NOW) };
+        let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW) };
         if library.is_null() {
             // SAFETY: follows a failure on this thread, so there is a text (which has the name), until the next such
             // call.
-            return Err(unsafe { CStr::from_ptr(dlerror()) }.to_string_lossy().into_owned());
+            return Err(unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy().into_owned());
         }
         Ok(Self(library))
     }
@@ -173,12 +175,15 @@ impl Library {
     unsafe fn symbol<F>(&self, name: &CStr) -> Option<F> {
         const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
         // SAFETY: the library stays open, and the name ends in zero.
-        let address = unsafe { dlsym(self.0, name.as_ptr()) };
+        let address = unsafe { libc::dlsym(self.0, name.as_ptr()) };
         // SAFETY: an address of a function, and a pointer to one, says the caller.
         (!address.is_null()).then(|| unsafe { std::mem::transmute_copy(&address) })
     }
 
     fn functions(&self, version: Version) -> Result<Api, Error> {
+        if version < OLDEST {
+            return Err(Error::Unsupported { function: "nccl-rs", needs: OLDEST, loaded: version });
+        }
         macro_rules! function {
             ($name:literal) => {{
                 const NAME: &CStr = match CStr::from_bytes_with_nul(concat!($name, "\0").as_bytes()) {
@@ -199,8 +204,7 @@ impl Library {
             unique_id: function!("ncclGetUniqueId"),
             init: function!("ncclCommInitRankConfig"),
             split: function!("ncclCommSplit"),
-            // SAFETY: the table has the type of NCCL's header.
-            shrink: unsafe { self.symbol(c"ncclCommShrink") },
+            shrink: function!("ncclCommShrink"),
             rank: function!("ncclCommUserRank"),
             size: function!("ncclCommCount"),
             async_error: function!("ncclCommGetAsyncError"),
@@ -210,9 +214,14 @@ impl Library {
             group_start: function!("ncclGroupStart"),
             group_end: function!("ncclGroupEnd"),
             send: function!("ncclSend"),
-            receive: function!("ncclRecv"),
+            recv: function!("ncclRecv"),
+            broadcast: function!("ncclBroadcast"),
+            reduce: function!("ncclReduce"),
             all_reduce: function!("ncclAllReduce"),
+            reduce_scatter: function!("ncclReduceScatter"),
             all_gather: function!("ncclAllGather"),
+            // SAFETY: the table has the type of NCCL's header.
+            all_to_all: unsafe { self.symbol(c"ncclAlltoAll") },
         })
     }
 }
@@ -229,6 +238,13 @@ mod tests {
         }
         assert!(Version::new(2, 9, 9) < Version::new(2, 20, 5));
         assert_eq!(Version::new(2, 28, 9).code(), 22_809);
+    }
+
+    #[test]
+    fn what_is_too_old_is_refused() {
+        let library = Library::open(&"libc.so.6".into()).expect("there is one");
+        let Err(error) = library.functions(Version::new(2, 26, 5)) else { panic!("taken") };
+        assert_eq!(error.to_string(), "nccl-rs needs NCCL 2.27.0 or newer, and 2.26.5 is loaded");
     }
 
     #[test]

@@ -4,37 +4,43 @@ use std::ffi::c_int;
 use std::marker::PhantomData;
 
 use cudarc::driver::sys::{CUdeviceptr, CUevent, CUstream};
-use cudarc::driver::{CudaEvent, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
-
-use crate::library::{OLDEST, Version};
+use cudarc::driver::{CudaEvent, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
+use half::{bf16, f16};
 
 /// NCCL's element types, by its numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 #[repr(u8)]
 pub enum DataType {
+    /// `i8`
     I8 = 0,
+    /// `u8`
     U8 = 1,
+    /// `i32`
     I32 = 2,
+    /// `u32`
     U32 = 3,
+    /// `i64`
     I64 = 4,
+    /// `u64`
     U64 = 5,
+    /// `half::f16`
     F16 = 6,
+    /// `f32`
     F32 = 7,
+    /// `f64`
     F64 = 8,
+    /// `half::bf16`
     Bf16 = 9,
-    /// From 2.24 on; sums need compute capability 9.0.
+    /// [`E4m3`]; sums need compute capability 9.0.
     E4m3 = 10,
-    /// From 2.24 on; sums need compute capability 9.0.
+    /// [`E5m2`]; sums need compute capability 9.0.
     E5m2 = 11,
 }
 
 impl DataType {
     pub(crate) fn code(self) -> c_int {
         self as c_int
-    }
-
-    pub(crate) fn needs(self) -> Version {
-        if matches!(self, Self::E4m3 | Self::E5m2) { Version::new(2, 24, 0) } else { OLDEST }
     }
 }
 
@@ -44,6 +50,7 @@ impl DataType {
 ///
 /// The type is as large as `TYPE` says, and any bits of that size are one.
 pub unsafe trait Element: Copy + 'static {
+    /// NCCL's type.
     const TYPE: DataType;
 }
 
@@ -58,16 +65,6 @@ macro_rules! elements {
     };
 }
 
-/// The bits of a half-precision float.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(transparent)]
-pub struct F16(pub u16);
-
-/// The bits of a bfloat16.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(transparent)]
-pub struct Bf16(pub u16);
-
 /// The bits of an 8-bit float with 4 bits of exponent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
@@ -78,8 +75,13 @@ pub struct E4m3(pub u8);
 #[repr(transparent)]
 pub struct E5m2(pub u8);
 
+// SAFETY: bytes, which the driver may copy.
+unsafe impl DeviceRepr for E4m3 {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for E5m2 {}
+
 elements!(i8 = I8, u8 = U8, i32 = I32, u32 = U32, i64 = I64, u64 = U64, f32 = F32, f64 = F64);
-elements!(F16 = F16, Bf16 = Bf16, E4m3 = E4m3, E5m2 = E5m2);
+elements!(f16 = F16, bf16 = Bf16, E4m3 = E4m3, E5m2 = E5m2);
 
 /// `len` values in a device's memory, to be read.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +100,8 @@ pub struct DeviceSliceMut<'a, T> {
 }
 
 impl<'a, T: Element> DeviceSlice<'a, T> {
+    /// By its address.
+    ///
     /// # Safety
     ///
     /// For as long as `'a`, there are `len` values at `address` in the memory of one device, and nobody frees them.
@@ -112,16 +116,20 @@ impl<'a, T: Element> DeviceSlice<'a, T> {
         (Self { address, len: memory.len(), values: PhantomData }, guard)
     }
 
+    /// In values.
     pub fn len(&self) -> usize {
         self.len
     }
 
+    /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 }
 
 impl<'a, T: Element> DeviceSliceMut<'a, T> {
+    /// By its address.
+    ///
     /// # Safety
     ///
     /// For as long as `'a`, there is room for `len` values at `address` in the memory of one device, nobody frees it,
@@ -138,10 +146,12 @@ impl<'a, T: Element> DeviceSliceMut<'a, T> {
         (Self { address, len, values: PhantomData }, guard)
     }
 
+    /// In values.
     pub fn len(&self) -> usize {
         self.len
     }
 
+    /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -155,6 +165,8 @@ pub struct Stream<'a> {
 }
 
 impl Stream<'_> {
+    /// By the driver's handle.
+    ///
     /// # Safety
     ///
     /// The stream exists for as long as the lifetime that is chosen here.
@@ -177,6 +189,8 @@ pub struct Event<'a> {
 }
 
 impl Event<'_> {
+    /// By the driver's handle.
+    ///
     /// # Safety
     ///
     /// The event exists for as long as the lifetime that is chosen here, and is of the context of whoever is to wait for it.
@@ -208,10 +222,10 @@ mod tests {
         check::<u32>(ncclDataType_t::ncclUint32, 4);
         check::<i64>(ncclDataType_t::ncclInt64, 8);
         check::<u64>(ncclDataType_t::ncclUint64, 8);
-        check::<F16>(ncclDataType_t::ncclFloat16, 2);
+        check::<f16>(ncclDataType_t::ncclFloat16, 2);
         check::<f32>(ncclDataType_t::ncclFloat32, 4);
         check::<f64>(ncclDataType_t::ncclFloat64, 8);
-        check::<Bf16>(ncclDataType_t::ncclBfloat16, 2);
+        check::<bf16>(ncclDataType_t::ncclBfloat16, 2);
         check::<E4m3>(ncclDataType_t::ncclFloat8e4m3, 1);
         check::<E5m2>(ncclDataType_t::ncclFloat8e5m2, 1);
     }

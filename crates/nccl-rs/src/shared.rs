@@ -6,7 +6,7 @@
 
 use std::ffi::c_int;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use cudarc::nccl::sys::{ncclComm, ncclComm_t};
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::library::{Api, IN_PROGRESS, SUCCESS};
+use crate::library::{Api, IN_PROGRESS, SUCCESS, UNHANDLED_CUDA};
 use crate::rest::{pause, rest};
 
 /// How a communicator is.
@@ -42,13 +42,16 @@ pub(crate) struct Shared {
     /// stack.
     made: AtomicPtr<ncclComm>,
     is_closing: AtomicBool,
+    /// Somebody has waited for the end, so that nobody waits again where nobody wants to know.
+    was_awaited: AtomicBool,
     /// How closing went, once it has.
     closed: Mutex<Option<Result<(), Error>>>,
     closes: Condvar,
-    /// The GPU that it is on, for the thread that closes it: NCCL would open the first one there.
+    /// The GPU that it is on, for threads that have another one or none: NCCL would open the first one there.
     context: Option<Context>,
 }
 
+/// A GPU's primary context, kept to the end of the process: NCCL does so too, and what is left behind needs it.
 struct Context(CUcontext);
 
 // SAFETY: a context may be made current on any thread.
@@ -57,16 +60,28 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// This thread's, if there is a driver, and one.
+    /// That of this thread's GPU, if it has one.
     fn current() -> Option<Self> {
         // SAFETY: opens NVIDIA's library, and closes it.
         let has_driver = unsafe { sys::is_culib_present() };
-        has_driver.then(result::ctx::get_current)?.ok()?.map(Self)
+        has_driver.then(result::ctx::get_current)?.ok()??;
+        let mut device = 0;
+        // SAFETY: writes the number of the GPU whose context is current.
+        unsafe { sys::cuCtxGetDevice(&mut device) }.result().ok()?;
+        // SAFETY: the device is one, and its context is not given back.
+        unsafe { result::primary_ctx::retain(device) }.ok().map(Self)
     }
 
-    fn make_current(&self) {
-        // SAFETY: contexts are kept to the end of the process. Where it fails the driver is lost, and so is what is closed.
+    /// Does something with the context current, and leaves the thread as it was.
+    fn enter<T>(&self, call: impl FnOnce() -> T) -> T {
+        // None is current where the driver is lost, and so is what is called.
+        let before = result::ctx::get_current().ok().flatten();
+        // SAFETY: the context is kept.
         let _ = unsafe { result::ctx::set_current(self.0) };
+        let value = call();
+        // SAFETY: it was current, or none was.
+        let _ = unsafe { result::ctx::set_current(before.unwrap_or(null_mut())) };
+        value
     }
 }
 
@@ -95,6 +110,7 @@ impl Shared {
             handle: Mutex::new(Handle(handle)),
             made: AtomicPtr::new(null_mut()),
             is_closing: AtomicBool::new(false),
+            was_awaited: AtomicBool::new(false),
             closed: Mutex::new(None),
             closes: Condvar::new(),
             context: Context::current(),
@@ -108,7 +124,8 @@ impl Shared {
     /// The lock of a communicator that is not closed.
     pub fn open(&self) -> Result<MutexGuard<'_, Handle>, Error> {
         let handle = self.lock();
-        if handle.0.is_null() { Err(self.aborted()) } else { Ok(handle) }
+        let is_closed = handle.0.is_null() || self.is_closing.load(Ordering::Acquire);
+        if is_closed { Err(self.aborted()) } else { Ok(handle) }
     }
 
     fn aborted(&self) -> Error {
@@ -119,14 +136,19 @@ impl Shared {
         Error::Timeout { action, rank: self.rank, size: self.size, after }
     }
 
-    /// Calls NCCL with the handle, and with the place for what it makes.
+    /// Calls NCCL with the handle, and with the place for what it makes, on the communicator's GPU.
     pub fn call(
         &self,
         function: &'static str,
         call: impl FnOnce(ncclComm_t, *mut ncclComm_t) -> c_int,
     ) -> Result<(), Error> {
         let handle = self.open()?;
-        self.api.check(function, call(handle.0, self.made.as_ptr()))
+        let call = || call(handle.0, self.made.as_ptr());
+        let code = match &self.context {
+            Some(context) => context.enter(call),
+            None => call(),
+        };
+        self.api.check(function, code)
     }
 
     /// What NCCL made; null where it made nothing. Where the communicator is closed, whoever did that ends what was
@@ -143,11 +165,12 @@ impl Shared {
     /// Starts to connect; the handle is what NCCL made.
     pub fn init(&self, init: impl FnOnce(*mut ncclComm_t) -> c_int) -> Result<(), Error> {
         let mut handle = self.lock();
-        let made = self.api.check("ncclCommInitRankConfig", init(self.made.as_ptr()));
+        let code = init(self.made.as_ptr());
+        let made = self.api.check("ncclCommInitRankConfig", code);
         handle.0 = self.take_made();
-        if handle.0.is_null() {
-            // Libraries from about 2.27 on leave this thread inside of a group where there is no GPU: its later calls
-            // would wait for the end of it. Elsewhere this is an error without consequences.
+        if code == UNHANDLED_CUDA {
+            // NCCL leaves this thread inside of a group where there is no GPU, and the thread's later calls would wait for
+            // the end of it. Where another of CUDA's errors is behind it, this is one more error, without consequences.
             // SAFETY: this crate opens no group around this call.
             unsafe { (self.api.group_end)() };
         }
@@ -163,16 +186,15 @@ impl Shared {
         // SAFETY: the handle is open, and locked.
         let code = unsafe { (self.api.async_error)(handle.0, &mut state) };
         let answered = self.api.check("ncclCommGetAsyncError", code);
-        match answered.and_then(|()| self.api.check("communicating", state)) {
+        match answered.and_then(|()| self.api.check("a queued operation", state)) {
             Err(error) => State::Failed(error),
             Ok(()) if state == IN_PROGRESS => State::InProgress,
             Ok(()) => State::Ready,
         }
     }
 
-    /// Blocks until nothing is in progress. Aborts the communicator at the deadline.
-    pub fn wait(self: &Arc<Self>, action: &'static str, timeout: Duration) -> Result<(), Error> {
-        let start = Instant::now();
+    /// Blocks until nothing is in progress. At the deadline, starts to abort the communicator.
+    pub fn wait(self: &Arc<Self>, action: &'static str, start: Instant, timeout: Duration) -> Result<(), Error> {
         loop {
             match self.state() {
                 State::Ready => return Ok(()),
@@ -181,28 +203,47 @@ impl Shared {
             }
             let waited = start.elapsed();
             if waited >= timeout {
-                // That it is late is what matters.
-                let _ = self.close(Close::Abort);
+                self.start_closing(Close::Abort);
                 return Err(self.late(action, timeout));
             }
             rest(pause(waited, SPIN, LONGEST_PAUSE));
         }
     }
 
-    /// Ends the communicator if nobody has, and waits for the end. Done on a thread of its own, for two reasons: NCCL
-    /// blocks in it, for ever if a captured graph that uses the communicator is alive; and on a thread that is inside
-    /// of a group it would do nothing.
-    pub fn close(self: &Arc<Self>, how: Close) -> Result<(), Error> {
-        if !self.is_closing.swap(true, Ordering::AcqRel) {
-            let (shared, closing) = (self.clone(), Closing::begin());
-            let close = move || {
-                let _closing = closing;
-                shared.close_here(how);
-            };
-            if thread::Builder::new().name("nccl-close".into()).spawn(close).is_err() {
-                self.close_here(how);
-            }
+    /// Starts to end the communicator, if nobody has. Done on a thread of its own, for two reasons: NCCL blocks in it, for
+    /// ever if a captured graph that uses the communicator is alive; and on a thread that is inside of a group it would
+    /// do nothing.
+    pub fn start_closing(self: &Arc<Self>, how: Close) {
+        if self.is_closing.swap(true, Ordering::AcqRel) {
+            return;
         }
+        let (shared, closing) = (self.clone(), Closing::begin());
+        let close = move || {
+            let _closing = closing;
+            shared.close_here(how);
+        };
+        if thread::Builder::new().name("nccl-close".into()).spawn(close).is_err() {
+            self.close_here(how);
+        }
+    }
+
+    /// Aborts what is given up, and waits for the end if `waits`, unless somebody has.
+    pub fn give_up(self: &Arc<Self>, waits: bool) {
+        self.start_closing(Close::Abort);
+        if !self.was_awaited.swap(true, Ordering::AcqRel) && waits {
+            // Whoever gives it up does not want to know.
+            let _ = self.wait_closed();
+        }
+    }
+
+    /// Ends the communicator if nobody has, and waits for the end.
+    pub fn close(self: &Arc<Self>, how: Close) -> Result<(), Error> {
+        self.start_closing(how);
+        self.was_awaited.store(true, Ordering::Release);
+        self.wait_closed()
+    }
+
+    fn wait_closed(&self) -> Result<(), Error> {
         let closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.closes.wait_timeout_while(closed, self.close_timeout, |closed| closed.is_none());
         let (closed, _) = waited.unwrap_or_else(PoisonError::into_inner);
@@ -210,9 +251,14 @@ impl Shared {
     }
 
     fn close_here(&self, how: Close) {
-        if let Some(context) = &self.context {
-            context.make_current();
+        match &self.context {
+            Some(context) => context.enter(|| self.close_on_gpu(how)),
+            None => self.close_on_gpu(how),
         }
+        self.closes.notify_all();
+    }
+
+    fn close_on_gpu(&self, how: Close) {
         let handle = std::mem::replace(&mut *self.lock(), Handle(null_mut()));
         let (function, close) = match how {
             Close::Abort => ("ncclCommAbort", self.api.abort),
@@ -228,32 +274,48 @@ impl Shared {
             unsafe { (self.api.abort)(made) };
         }
         *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = Some(closed);
-        self.closes.notify_all();
     }
 }
 
-static CLOSING: AtomicUsize = AtomicUsize::new(0);
+/// How many are at it.
+static CLOSING: Mutex<usize> = Mutex::new(0);
+static NONE_CLOSING: Condvar = Condvar::new();
 
 /// Something is being closed or freed, on a thread of its own.
 pub(crate) struct Closing;
 
 impl Closing {
     pub fn begin() -> Self {
-        CLOSING.fetch_add(1, Ordering::AcqRel);
+        *Self::count() += 1;
         Self
+    }
+
+    fn count() -> MutexGuard<'static, usize> {
+        CLOSING.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Closing {
     fn drop(&mut self) {
-        CLOSING.fetch_sub(1, Ordering::AcqRel);
+        let mut count = Self::count();
+        *count -= 1;
+        if *count == 0 {
+            NONE_CLOSING.notify_all();
+        }
     }
 }
 
-/// Whether communicators are being closed, or memory of channels freed, in the background. A process that exits meanwhile
-/// takes the library away from under NCCL's threads.
+/// Whether communicators or channels are being closed in the background.
 pub fn is_closing() -> bool {
-    CLOSING.load(Ordering::Acquire) > 0
+    *Closing::count() > 0
+}
+
+/// Blocks until none is, or `timeout` is over; then it is false. To be called before the process exits: whoever exits
+/// earlier takes the library away from under NCCL's threads.
+pub fn wait_closed(timeout: Duration) -> bool {
+    let waited = NONE_CLOSING.wait_timeout_while(Closing::count(), timeout, |count| *count > 0);
+    let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
+    *count == 0
 }
 
 /// A group is queued in microseconds.

@@ -17,6 +17,7 @@ use crate::library::api;
 pub struct UniqueId([u8; Self::BYTES]);
 
 impl UniqueId {
+    /// Of an identifier.
     pub const BYTES: usize = 128;
 
     /// A new one. Opens a socket and does not wait for anybody.
@@ -29,11 +30,12 @@ impl UniqueId {
         Ok(Self(id.internal.map(|byte| byte as u8)))
     }
 
-    /// One that came from another process. Bytes that no process made lead to a communicator that never connects.
+    /// One that came from another process. Bytes that no process made fail to connect, or never do.
     pub const fn from_bytes(bytes: [u8; Self::BYTES]) -> Self {
         Self(bytes)
     }
 
+    /// To be sent to the other ranks.
     pub const fn as_bytes(&self) -> &[u8; Self::BYTES] {
         &self.0
     }

@@ -9,7 +9,7 @@ use nccl_rs::{Code, Communicator, Config, Error, UniqueId, Version, version};
 #[ignore = "needs libnccl.so.2"]
 fn the_version_is_one_that_is_supported() {
     let version = version().expect("the library is there");
-    assert!(version >= Version::new(2, 18, 0), "{version}");
+    assert!(version >= Version::new(2, 27, 0), "{version}");
     println!("NCCL {version}");
 }
 

@@ -4,14 +4,17 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::{result, sys};
-use nccl_rs::{Channel, Config, DeviceSlice, DeviceSliceMut, Error, Event, Part, UniqueId, available};
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
+use nccl_rs::{
+    Channel, Communicator, Config, DeviceSlice, DeviceSliceMut, Error, Event, Group, Outstanding, Part, ReduceOp,
+    Stream, UniqueId, available, group,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the near side may take to notice by itself that the far one is gone.
@@ -108,8 +111,9 @@ fn side() {
 }
 
 fn near() {
-    let ids = [(); 2].map(|()| UniqueId::new().expect("there is a network"));
-    println!("\n@ids {} {}", hex(&ids[0]), hex(&ids[1]));
+    let ids = [(); 3].map(|()| UniqueId::new().expect("there is a network"));
+    println!("\n@ids {}", ids.each_ref().map(hex).join(" "));
+    collectives(&ids[2], 0);
     let start = Instant::now();
     let mut out = Channel::connect(0, &ids[0], 0, PARTS, &config(), TIMEOUT).expect("connects");
     let mut back = Channel::connect(0, &ids[1], 1, PARTS, &config(), TIMEOUT).expect("connects");
@@ -119,19 +123,19 @@ fn near() {
         let sent = message(size, seed);
         let mut received = vec![0; size];
         out.send(&sent, TIMEOUT).expect("sends");
-        back.receive(&mut received, Some(TIMEOUT)).expect("receives");
+        back.recv(&mut received, Some(TIMEOUT)).expect("receives");
         let expected = sent.iter().map(|byte| byte ^ 0xff).collect::<Vec<_>>();
         assert!(received == expected, "{size} bytes came back as others");
     }
     let (sent, mut received) = (message(PARTS, 7), vec![0; PARTS]);
     out.send(&sent, TIMEOUT).expect("sends");
-    back.receive_beginning(PARTS, &mut received[..HEAD], Some(TIMEOUT)).expect("receives");
+    back.recv_beginning(PARTS, &mut received[..HEAD], Some(TIMEOUT)).expect("receives");
     back.take(HEAD, &mut received[HEAD..], TIMEOUT).expect("takes");
     assert!(received == sent, "a message of parts came back as another");
     let start = Instant::now();
     for _ in 0..ROUNDS {
         out.send(&[5; 64], TIMEOUT).expect("sends");
-        back.receive(&mut [0; 64], Some(TIMEOUT)).expect("receives");
+        back.recv(&mut [0; 64], Some(TIMEOUT)).expect("receives");
     }
     println!("a round of 64 bytes takes {:?}", start.elapsed() / ROUNDS as u32);
 
@@ -148,7 +152,7 @@ fn near() {
     });
     println!("@waits");
     let start = Instant::now();
-    let error = back.receive(&mut [0; 8], None).expect_err("the other side is killed");
+    let error = back.recv(&mut [0; 8], None).expect_err("the other side is killed");
     println!("received {error} after {:?}", start.elapsed());
     assert!(start.elapsed() < NOTICES + TIMEOUT);
     assert!(matches!(error, Error::Nccl { .. } | Error::Aborted { .. }), "{error}");
@@ -157,17 +161,97 @@ fn near() {
     times.join().expect("the driver answers once the receive has ended");
     watchdog.join().expect("the watchdog does not panic");
 
-    assert_eq!(back.receive(&mut [0; 8], None), Err(error));
+    assert_eq!(back.recv(&mut [0; 8], None), Err(error));
     let start = Instant::now();
     drop((out, back));
     println!("dropped in {:?}", start.elapsed());
     // Whoever leaves earlier takes the library away from under NCCL.
-    while nccl_rs::is_closing() && start.elapsed() < 2 * config().close_timeout {
-        thread::sleep(Duration::from_millis(1));
-    }
+    assert!(nccl_rs::wait_closed(2 * config().close_timeout));
     println!("closed in {:?}", start.elapsed());
-    assert!(!nccl_rs::is_closing());
     println!("@ended");
+}
+
+/// Each operation of a group, over memory of cudarc's; then dividing and ending communicators.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "one contract for all, said before them")]
+fn collectives(id: &UniqueId, rank: usize) {
+    let stream = CudaContext::new(0).expect("there is a GPU").new_stream().expect("makes a stream");
+    let whole = Communicator::connect(id, rank, 2, &config(), TIMEOUT).expect("connects");
+    let (other, own) = (1 - rank, [rank as f32 + 1.0, 10.0 * rank as f32, 3.0, -1.0]);
+    let (of_0, of_1, sums) = ([1.0, 0.0, 3.0, -1.0], [2.0, 10.0, 3.0, -1.0], [3.0, 10.0, 6.0, -2.0]);
+    let check = |what: &str, found: Result<Vec<f32>, Error>, expected: [&[f32]; 2]| match found {
+        Err(Error::Unsupported { function, needs, .. }) => println!("{what}: no {function} before NCCL {needs}"),
+        found => assert_eq!(found.expect(what), expected[rank], "{what}"),
+    };
+    // SAFETY, of all operations: memory and stream are of this GPU, and stay until `queued` has seen the results; the other rank
+    // queues the same.
+    let exchange = || {
+        queued(&stream, &own, 4, |group, values, results, on| unsafe {
+            group.send(&whole, values, other, on)?;
+            group.recv(&whole, results, other, on)
+        })
+    };
+    check("send and recv", exchange(), [&of_1, &of_0]);
+    let found = queued(&stream, &own, 4, |group, values, results, on| unsafe {
+        group.all_reduce(&whole, values, results, ReduceOp::Sum, on)
+    });
+    check("all-reduce", found, [&sums; 2]);
+    let found = queued(&stream, &own, 4, |group, values, results, on| unsafe {
+        group.reduce(&whole, values, (rank == 1).then_some(results), (ReduceOp::Max, 1), on)
+    });
+    check("reduce", found, [&of_0, &of_1]);
+    let found = queued(&stream, &own, 2, |group, values, results, on| unsafe {
+        group.reduce_scatter(&whole, values, results, ReduceOp::Sum, on)
+    });
+    check("reduce-scatter", found, [&sums[..2], &sums[2..]]);
+    let gather = |of: &Communicator| {
+        queued(&stream, &own, 8, |group, values, results, on| unsafe { group.all_gather(of, values, results, on) })
+    };
+    check("all-gather", gather(&whole), [&[of_0, of_1].concat(); 2]);
+    let found =
+        queued(&stream, &own, 4, |group, values, results, on| unsafe { group.all_to_all(&whole, values, results, on) });
+    check("all-to-all", found, [&[1.0, 0.0, 2.0, 10.0], &[3.0, -1.0, 3.0, -1.0]]);
+    let found = queued(&stream, &own, 4, |group, _, results, on| unsafe { group.broadcast(&whole, results, 1, on) });
+    check("broadcast", found, [&of_1; 2]);
+    let found = queued(&stream, &own, 4, |group, _, results, on| unsafe {
+        group.all_reduce_in_place(&whole, results, ReduceOp::Sum, on)
+    });
+    check("all-reduce in place", found, [&sums; 2]);
+
+    let turned = whole.split(Some(7), other as i32, &config(), TIMEOUT).expect("splits").expect("has a color");
+    assert_eq!((turned.rank(), turned.size()), (other, 2));
+    check("all-gather after a split", gather(&turned), [&[of_1, of_0].concat(); 2]);
+    turned.finalize(TIMEOUT).expect("both do it");
+    assert!(whole.split(None, 0, &config(), TIMEOUT).expect("splits").is_none());
+    if rank == 0 {
+        let alone = whole.shrink(&[1], Outstanding::None, &config(), TIMEOUT).expect("shrinks");
+        assert_eq!((alone.rank(), alone.size()), (0, 1));
+        let found = queued(&stream, &own, 4, |group, values, results, on| unsafe {
+            group.all_reduce(&alone, values, results, ReduceOp::Sum, on)
+        });
+        assert_eq!(found.expect("reduces"), own);
+        alone.finalize(TIMEOUT).expect("it is alone");
+    }
+    // The whole one stays, and nobody leaves it before the other is here.
+    check("send and recv at last", exchange(), [&of_1, &of_0]);
+    whole.abort().expect("ends");
+    println!("collectives are right");
+}
+
+/// What a group makes of `own`, with room for so many results, which are `own` again and again at first.
+fn queued<'a>(
+    stream: &Arc<CudaStream>,
+    own: &[f32],
+    room: usize,
+    queue: impl FnOnce(&mut Group<'a>, DeviceSlice<'_, f32>, DeviceSliceMut<'_, f32>, Stream<'_>) -> Result<(), Error>,
+) -> Result<Vec<f32>, Error> {
+    let values = stream.clone_htod(own).expect("copies");
+    let mut results = stream.clone_htod(&own.repeat(room.div_ceil(own.len()))[..room]).expect("copies");
+    {
+        let (values, _read) = DeviceSlice::new(&values, stream);
+        let (results, _written) = DeviceSliceMut::new(&mut results, stream);
+        group(|group| queue(group, values, results, Stream::from(&**stream)))?;
+    }
+    Ok(stream.clone_dtoh(&results).expect("copies"))
 }
 
 /// Says how long calls to the driver take, and what others make meanwhile: what waits for all that runs on the GPU waits for a receive
@@ -228,14 +312,15 @@ fn open_here() {
 
 fn far() {
     let ids = std::env::var("NCCL_RS_IDS").expect("the other side made them");
-    let (first, second) = ids.split_once(' ').expect("there are two");
-    let mut incoming = Channel::connect(0, &from_hex(first), 1, PARTS, &config(), TIMEOUT).expect("connects");
-    let mut out = Channel::connect(0, &from_hex(second), 0, PARTS, &config(), TIMEOUT).expect("connects");
+    let ids: Vec<_> = ids.split(' ').map(from_hex).collect();
+    collectives(&ids[2], 1);
+    let mut incoming = Channel::connect(0, &ids[0], 1, PARTS, &config(), TIMEOUT).expect("connects");
+    let mut out = Channel::connect(0, &ids[1], 0, PARTS, &config(), TIMEOUT).expect("connects");
     for size in SIZES {
         turn_back(&mut incoming, &mut out, size);
     }
     let mut head = [0; HEAD];
-    incoming.receive_beginning(PARTS, &mut head, Some(TIMEOUT)).expect("receives");
+    incoming.recv_beginning(PARTS, &mut head, Some(TIMEOUT)).expect("receives");
     let rest = PARTS - HEAD;
     // SAFETY: the context is current, since channels were connected; the memory is this function's to its end.
     let (late, event) = unsafe {
@@ -250,18 +335,20 @@ fn far() {
         result::event::record(event, stream).expect("records");
         (DeviceSlice::<u8>::from_raw(late, rest), Event::from_raw(event))
     };
-    out.send_parts(PARTS, &[(HEAD, Part::After(event, late)), (0, Part::Host(&head))], TIMEOUT).expect("sends");
+    let parts = [(0, Part::Host(&head)), (HEAD, Part::After(event, late))];
+    // SAFETY: the event is behind the copy to `late`, which nobody writes to after it.
+    unsafe { out.send_parts(PARTS, &parts, TIMEOUT) }.expect("sends");
     for _ in 0..ROUNDS {
         turn_back(&mut incoming, &mut out, 64);
     }
     // Until it is killed, or the test is gone.
-    let _ = incoming.receive(&mut [0], Some(4 * TIMEOUT));
+    let _ = incoming.recv(&mut [0], Some(4 * TIMEOUT));
 }
 
 /// Sends a message back with other bits.
 fn turn_back(incoming: &mut Channel, out: &mut Channel, size: usize) {
     let mut bytes = vec![0; size];
-    incoming.receive(&mut bytes, Some(TIMEOUT)).expect("receives");
+    incoming.recv(&mut bytes, Some(TIMEOUT)).expect("receives");
     bytes.iter_mut().for_each(|byte| *byte ^= 0xff);
     out.send(&bytes, TIMEOUT).expect("sends");
 }

@@ -92,11 +92,13 @@ impl Channel for nccl_rs::Channel {
             }
         };
         let parts: Vec<_> = parts.iter().map(|(at, source)| (*at, part(*source))).collect();
-        self.send_parts(len, &parts, timeout).map_err(words)
+        // SAFETY: marks are behind what writes the bytes, and those without are written. They stay as they are while they are
+        // borrowed. What is still read after an error lies in the GPU's arena, which is not given back, and goes nowhere.
+        unsafe { self.send_parts(len, &parts, timeout) }.map_err(words)
     }
 
     fn receive(&mut self, len: usize, beginning: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
-        self.receive_beginning(len, beginning, timeout).map_err(words)
+        self.recv_beginning(len, beginning, timeout).map_err(words)
     }
 
     fn take(&mut self, at: usize, to: &mut [u8]) -> Result<(), String> {
@@ -105,8 +107,7 @@ impl Channel for nccl_rs::Channel {
 
     fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String> {
         // SAFETY: the buffer is borrowed, and stays if this fails, says `Channel::take_there`. Nobody else has it.
-        let to = unsafe { DeviceSliceMut::from_raw(to.address().0, to.len()) };
-        self.take_on_device(at, to, TAKE_TIMEOUT).map_err(words)
+        unsafe { self.take_on_device(at, DeviceSliceMut::from_raw(to.address().0, to.len()), TAKE_TIMEOUT) }.map_err(words)
     }
 
     fn breaker(&self) -> Arc<dyn Breaker> {

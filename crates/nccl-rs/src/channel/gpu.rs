@@ -24,7 +24,10 @@ const SMALLEST: usize = 64 << 10;
 pub(super) fn device(ordinal: usize) -> Result<CUdevice, Error> {
     // SAFETY: opens NVIDIA's library, and closes it.
     if !unsafe { sys::is_culib_present() } {
-        return Err(failed("looking for NVIDIA's driver", "libcuda.so is not found".into()));
+        return Err(failed(
+            "looking for NVIDIA's driver",
+            "libcuda.so is not found: install it, or give the container its GPUs (--gpus all)".into(),
+        ));
     }
     result::init().map_err(driver("starting NVIDIA's driver"))?;
     let count = result::device::get_count().map_err(driver("counting GPUs"))?;
@@ -118,7 +121,7 @@ impl Gpu {
 
     /// Alive as long as this.
     pub fn stream(&self) -> Stream<'_> {
-        // SAFETY: the stream is destroyed in `free` alone, which nobody calls while this is borrowed.
+        // SAFETY: the stream is destroyed in `release` alone, which nobody calls while this is borrowed.
         unsafe { Stream::from_raw(self.stream) }
     }
 
@@ -127,7 +130,7 @@ impl Gpu {
         if let Some(buffer) = self.buffers.last().filter(|buffer| buffer.bytes >= bytes) {
             return Ok(buffer.device);
         }
-        // As long as a slice, so that there is a next power of two.
+        // Checked to be no longer than a slice, so that there is a next power of two.
         let bytes = bytes.next_power_of_two().max(SMALLEST);
         if let Some(buffer) = Buffer::take_spare(self.context, bytes) {
             self.buffers.push(buffer);

@@ -113,23 +113,42 @@ fn the_state_is_asked_after_what_is_done() {
 fn wrong_arguments_are_refused_and_harmless() {
     let fake = Fake::new(Script { answers: [("abort", 3)].into(), ..Script::default() });
     let mut channel = channel(fake, 1, &Config::default());
-    let error = channel.receive(&mut [], None).expect_err("nothing to receive");
+    let error = channel.recv(&mut [], None).expect_err("nothing to receive");
     assert_eq!(error.to_string(), "bytes: an empty message");
     let error = channel.send(&[1], micros(1)).expect_err("it receives");
     assert_eq!(error.to_string(), "rank: 1 cannot do what 0 does: 0 sends, 1 receives");
-    let error = channel.receive_beginning(5, &mut [0; 6], None).expect_err("more than there is");
+    let error = channel.recv_beginning(5, &mut [0; 6], None).expect_err("more than there is");
     assert_eq!(error.to_string(), "at: 6 bytes from byte 0 on, of a message of 5");
     let error = channel.take(0, &mut [0], micros(1)).expect_err("nothing has come");
     assert_eq!(error.to_string(), "at: 1 bytes from byte 0 on, of a message of 0");
     channel.rank = Channel::SENDER;
-    let parts = [(3, Part::Host(&[1; 5])), (7, Part::Host(&[1; 2]))];
-    let error = channel.send_parts(8, &parts, micros(1)).expect_err("a part does not fit");
-    assert_eq!(error.to_string(), "parts: 2 bytes from byte 7 on, of a message of 8");
+    let mut refused = |parts: &[(usize, Part<'_>)]| {
+        // SAFETY: nothing of it is on a GPU.
+        unsafe { channel.send_parts(8, parts, micros(1)) }.expect_err("the parts do not fit").to_string()
+    };
+    let (long, short) = (Part::Host(&[1; 5]), Part::Host(&[1; 2]));
+    assert_eq!(refused(&[(0, long), (7, short)]), "parts: 2 bytes from byte 7 on, where bytes 5 to 8 are free");
+    assert_eq!(refused(&[(0, long), (4, short)]), "parts: 2 bytes from byte 4 on, where bytes 5 to 8 are free");
+    assert_eq!(refused(&[(3, long), (0, short)]), "parts: 2 bytes from byte 0 on, where bytes 8 to 8 are free");
+    assert_eq!(
+        refused(&[(usize::MAX, short)]),
+        format!("parts: 2 bytes from byte {} on, where bytes 0 to 8 are free", usize::MAX)
+    );
+    let too_large = usize::MAX / 2 + 1;
+    let words = format!("{too_large} bytes; expected {} at most", isize::MAX);
+    // SAFETY: nothing of it is on a GPU.
+    let error = unsafe { channel.send_parts(too_large, &[], micros(1)) }.expect_err("no slice is so large");
+    assert_eq!(error.to_string(), format!("bytes: {words}"));
+    channel.rank = Channel::RECEIVER;
+    let error = channel.recv_beginning(too_large, &mut [], None).expect_err("no slice is so large");
+    assert_eq!(error.to_string(), format!("bytes: {words}"));
     assert!(channel.open.is_ok());
     assert_eq!(fake.script().calls, [""; 0]);
 
     let connected = Channel::connect(0, &id(2), 2, 1, &Config::default(), micros(1));
-    assert_eq!(connected.expect_err("there are two").to_string(), "rank: 2 of 2 ranks");
+    assert_eq!(connected.expect_err("there are two").to_string(), "rank: 2 is not below 2, the number of ranks");
+    let connected = Channel::connect(0, &id(2), 1, too_large, &Config::default(), micros(1));
+    assert_eq!(connected.expect_err("no slice is so large").to_string(), format!("largest: {words}"));
 }
 
 /// Aborting fails, so that the GPU is left behind; if it were not, the driver would be called, which is not there.
@@ -141,7 +160,7 @@ fn the_first_failure_stays_and_aborts_once() {
     assert_eq!(channel.work(|_| Err(broken())), Err(broken()));
     fake.wait_for("abort");
     assert_eq!(channel.work(|_| panic!("it is not open")), Err(broken()));
-    assert_eq!(channel.receive(&mut [0], None), Err(broken()));
+    assert_eq!(channel.recv(&mut [0], None), Err(broken()));
     assert!(format!("{channel:?}").contains("an illegal address"), "{channel:?}");
     let monitor = channel.monitor();
     drop(channel);
@@ -159,6 +178,7 @@ fn nobody_waits_for_a_channels_end() {
     let took = start.elapsed();
     assert!(took < Duration::from_secs(20), "{took:?}");
     assert!(crate::is_closing());
+    assert!(!crate::wait_closed(Duration::from_millis(1)));
     fake.wait_for("abort");
     assert_eq!(fake.count("abort"), 1);
 }
