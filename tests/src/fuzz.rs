@@ -25,6 +25,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("request_frame", frames::request_frame),
     ("answer_frame", frames::answer_frame),
     ("exchange", frames::exchange),
+    ("slot", frames::slot),
     ("experts", frames::experts),
     ("placement", records::placement),
     ("registry", records::registry),

@@ -554,6 +554,10 @@ impl EdgeOwner for Inner {
         self.on(Event::Heard { edge });
     }
 
+    fn awaits(&self, header: &Header) -> bool {
+        self.core().tracker.awaits(&FrameKey::of(header))
+    }
+
     fn edge_down(&self, edge: EdgeId, reason: String) {
         self.on(Event::EdgeDown { edge, reason });
     }

@@ -34,6 +34,8 @@ pub const BACKOFF_MIN: Duration = Duration::from_millis(20);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// An edge that is given up still waits that long for answers on their way.
 pub const LINGER: Duration = Duration::from_secs(5);
+/// How often a worker that is closing looks whether its lanes' frames are answered.
+const FINISH_POLL: Duration = Duration::from_millis(5);
 /// Frames that wait for an edge's connection to take them: a few for each micro-batch. More means that the
 /// connection stands still.
 pub const EDGE_FRAMES_MAX: usize = 64;

@@ -22,23 +22,24 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
-pub(crate) use lanes::Lanes;
+pub(crate) use lanes::{Lanes, LanesOwner};
 use moesaic_kernels::cuda::Device;
 
 /// Both ends are connected and have sent each other a slot after that time, or the lane is given up. The first
 /// communicator of a process takes seconds.
 pub const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 /// A slot that the other side has not taken by then never will be: it waits for the next one whenever it has one, whatever
-/// it computes.
+/// it computes. Counts once this side's GPU has written what the slot brings.
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(2);
+/// For the latter: slots are queued before what they bring is computed.
+pub const WRITTEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// A side that has had nothing to send for that long sends a slot that says so: the other one need not wait for the next,
 /// which would keep a part of its GPU busy.
 pub const IDLE_AFTER: Duration = Duration::from_millis(50);
-/// Between two lanes of a stream, if the first has failed: doubled each time that one does not come up. Of each offer that the
-/// other side never joins, NCCL keeps two threads and two sockets: there may not be many.
+/// Between two lanes of a stream: doubled each time that one fails before it has answered as many frames as a step has.
 pub const BACKOFF_MIN: Duration = Duration::from_secs(1);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(30 * 60);
-/// Frames of a lane that are not answered; more go over the stream.
+/// Frames of a lane that are not answered; more go over the stream. One that has answered as many was good.
 pub const LANE_FRAMES_MAX: usize = 64;
 /// Lanes of a process, with those that are being connected: each has threads, and an offer may come at any time. A GPU runs 128
 /// kernels at a time, and a receive that waits is one of them.
@@ -130,9 +131,10 @@ impl Transport {
 /// from under NCCL.
 pub fn settle() {
     let deadline = Instant::now() + SETTLE_TIMEOUT;
-    while (lane::are_ending() || nccl_rs::is_closing()) && Instant::now() < deadline {
+    while lane::are_ending() && Instant::now() < deadline {
         thread::sleep(SETTLE_POLL);
     }
+    nccl_rs::wait_closed(deadline.saturating_duration_since(Instant::now()));
 }
 
 /// What a Hello says of it, and of the slots: lanes are between equals.

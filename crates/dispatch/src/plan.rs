@@ -34,7 +34,7 @@ impl Layout {
     }
 
     /// Rows of one frame, whatever they ask for: its answer has at most `top_k` rows for each.
-    fn frame_rows(&self) -> usize {
+    pub fn frame_rows(&self) -> usize {
         let request = self.hidden * self.value_bytes + self.top_k * (size_of::<Output>() + size_of::<Term>());
         let answer = self.hidden * size_of::<f32>() * self.top_k;
         (self.bytes_max / request.max(answer)).clamp(1, self.rows_max)

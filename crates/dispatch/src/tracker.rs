@@ -243,6 +243,11 @@ impl Tracker {
     }
 
     /// Frames that are with a worker and whose answers are waited for.
+    /// Whether somebody waits for the answer to that frame.
+    pub fn awaits(&self, frame: &FrameKey) -> bool {
+        self.frames.contains_key(frame)
+    }
+
     pub fn outstanding(&self) -> usize {
         self.frames.len()
     }

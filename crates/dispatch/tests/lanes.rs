@@ -5,13 +5,15 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use moesaic_dispatch::nccl::fake::FakeFabric;
-use moesaic_dispatch::nccl::{ANSWER_TIMEOUT, Fabric, IDLE_AFTER, SEND_TIMEOUT};
+use moesaic_dispatch::nccl::{ANSWER_TIMEOUT, BACKOFF_MIN, Fabric, IDLE_AFTER, LANE_FRAMES_MAX, SEND_TIMEOUT};
 use moesaic_dispatch::{DispatchConfig, Dispatcher, Rows};
 use moesaic_proto::v1::{Hello, Role};
+use moesaic_proto::{Epoch, Placement};
 use support::*;
 
 const ANY_PORT: &str = "127.0.0.1:0";
@@ -80,7 +82,7 @@ async fn an_idle_lane_moves_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_at_once_get_their_own_answers() {
-    let (dispatcher, _hosts, _workers, _fabric) = cluster(&[Mood::Answers, Mood::Answers]).await;
+    let (dispatcher, _hosts, _workers, fabric) = cluster(&[Mood::Answers, Mood::Answers]).await;
     let calls = (0..100u64).map(|seed| {
         let dispatcher = dispatcher.clone();
         async move {
@@ -92,6 +94,8 @@ async fn calls_at_once_get_their_own_answers() {
     });
     futures::future::join_all(calls).await;
     assert_eq!(dispatcher.outstanding(), 0);
+    // As many as a lane has room for went over it, and came back, at least.
+    assert!(fabric.message_count() > 2 * LANE_FRAMES_MAX, "{}", fabric.message_count());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -171,4 +175,56 @@ async fn an_offer_that_is_refused_is_not_the_end_of_the_edge() {
     until(|| edge(&dispatcher, 0).detail.contains("the worker says: there is no NCCL here")).await;
     let (x, routes) = micro_batch(4, 1);
     assert_eq!(call(&dispatcher, &x, &routes).await, Ok(expected(&x, &routes)));
+}
+
+/// NCCL keeps threads and sockets of each id that only one side takes up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_side_without_room_for_a_lane_wastes_no_ids() {
+    for (here, there, words, ids) in [
+        (0, 9, "lane 0 lanes are open or being connected", 0),
+        (9, 0, "the worker says: 0 lanes are open or being connected", 2),
+    ] {
+        let (fabric, host) = (FakeFabric::default(), FakeHost::new(Mood::Answers));
+        let remote = start_with(0, &host, &fabric.limited(there)).await;
+        let dispatcher = Dispatcher::new(config_with(&fabric.limited(here)), None);
+        dispatcher.set_view(placement(1, &replicas(1)), &members([(0, &remote)]));
+        until(|| edge(&dispatcher, 0).detail.contains(words)).await;
+        // The next offer comes after two seconds at most.
+        tokio::time::sleep(2 * BACKOFF_MIN + Duration::from_millis(500)).await;
+        assert!(edge(&dispatcher, 0).detail.contains(words), "{}", edge(&dispatcher, 0).detail);
+        assert_eq!((fabric.id_count(), edge(&dispatcher, 0).lane_failures), (ids, 0));
+        let (x, routes) = micro_batch(4, 1);
+        assert_eq!(call(&dispatcher, &x, &routes).await, Ok(expected(&x, &routes)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_lane_has_in_hand_is_answered_when_its_worker_closes() {
+    let (dispatcher, hosts, workers, _fabric) = cluster(&[Mood::Keeps]).await;
+    let (x, routes) = micro_batch(4, 1);
+    let pending = send(&dispatcher, &x, &routes).unwrap();
+    until(|| hosts[0].frame_count() == 1).await;
+    workers[0].closing.cancel();
+    tokio::time::sleep(2 * IDLE_AFTER).await;
+    hosts[0].answer_held();
+    assert_eq!(combined(pending, 4).await, Ok(expected(&x, &routes)));
+    assert_eq!((hosts[0].frame_count(), dispatcher.counts().resent), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_lane_has_in_hand_is_asked_over_the_stream_when_its_edge_is_given_up() {
+    let (dispatcher, hosts, workers, _fabric) = cluster(&[Mood::Keeps, Mood::Keeps]).await;
+    let (x, routes) = micro_batch(4, 1);
+    let pending = send(&dispatcher, &x, &routes).unwrap();
+    until(|| hosts.iter().all(|host| host.frame_count() == 1)).await;
+    let without = BTreeMap::from([(LAYER, vec![vec![0]; EXPERTS])]);
+    let without = Arc::new(Placement::new(Epoch(2), vec![worker(1)], without).unwrap());
+    // The placement before is over with the second view.
+    for _ in 0..2 {
+        dispatcher.set_view(without.clone(), &members([(1, &workers[1])]));
+    }
+    until(|| hosts[0].frame_count() == 2).await;
+    hosts.iter().for_each(|host| host.answer_held());
+    assert_eq!(combined(pending, 4).await, Ok(expected(&x, &routes)));
+    assert_eq!((hosts[1].frame_count(), dispatcher.counts().resent), (1, 0));
 }

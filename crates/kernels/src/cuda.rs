@@ -3,7 +3,7 @@
 //! Reading order: `gpu` (what is asked of a GPU, and what its memory is), `device` (a real one, by the driver), `compile` (the
 //! kernels of `cuda/*.cu`, made for it by NVRTC), `pack` (weights in the order in which its lanes read them), `grouped` (many
 //! products at once), and what is made of them: `experts`, `linear`, `attention`, `rows`, `draw`; `bytes`, which several hold, and
-//! `split`, for whom rows are; `lent`, what others have of the GPU.
+//! `split`, for whom rows are; `lent`, what others have of the GPU; `late`, what goes back to the arena.
 //!
 //! Driver and NVRTC are opened when a GPU is asked for: nothing here needs them to be built, and a machine without them is told
 //! what it lacks.
@@ -17,6 +17,7 @@ mod draw;
 mod experts;
 mod gpu;
 mod grouped;
+mod late;
 mod lent;
 mod linear;
 mod mark;

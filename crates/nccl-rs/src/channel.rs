@@ -118,6 +118,19 @@ impl Channel {
         config: &Config,
         timeout: Duration,
     ) -> Result<Self, Error> {
+        Self::connect_with(ordinal, id, rank, largest, config, timeout, drop)
+    }
+
+    /// The same, and gives `begun` a handle for a watchdog before it waits.
+    pub fn connect_with(
+        ordinal: usize,
+        id: &UniqueId,
+        rank: usize,
+        largest: usize,
+        config: &Config,
+        timeout: Duration,
+        begun: impl FnOnce(Monitor),
+    ) -> Result<Self, Error> {
         let start = Instant::now();
         if rank > Self::RECEIVER {
             return Err(not_below("rank", rank, 2));
@@ -128,7 +141,11 @@ impl Channel {
         let context = gpu::open(ordinal)?;
         let mut gpu = Gpu::new(context)?;
         // Memory first: later, others' receives may wait.
-        let connected = gpu.room(largest).and_then(|_| Communicator::connect(id, rank, 2, config, timeout));
+        let connected = gpu.room(largest).and_then(|_| {
+            let connecting = Communicator::begin(id, rank, 2, config)?;
+            begun(connecting.monitor());
+            connecting.wait(timeout)
+        });
         let communicator = match connected {
             Ok(communicator) => communicator,
             Err(error) => {
@@ -161,11 +178,12 @@ impl Channel {
     /// not say that it came: NCCL has buffers on the way.
     pub fn send(&mut self, bytes: &[u8], timeout: Duration) -> Result<(), Error> {
         // SAFETY: nothing of it is on the GPU.
-        unsafe { self.send_parts(bytes.len(), &[(0, Part::Host(bytes))], timeout) }
+        unsafe { self.send_parts(bytes.len(), &[(0, Part::Host(bytes))], Duration::ZERO, timeout) }
     }
 
     /// The same of a message of `len` bytes that is put together on the GPU: each part with the byte where it begins, in this
-    /// order. What no part says is any bytes of earlier messages, of this channel's or of one that has ended.
+    /// order. What no part says is any bytes of earlier messages, of this channel's or of one that has ended. Events may take
+    /// `events_timeout` to come by; `timeout` counts from then on.
     ///
     /// # Safety
     ///
@@ -176,9 +194,10 @@ impl Channel {
         &mut self,
         len: usize,
         parts: &[(usize, Part<'_>)],
+        events_timeout: Duration,
         timeout: Duration,
     ) -> Result<(), Error> {
-        let start = Instant::now();
+        let mut start = Instant::now();
         self.check(Self::SENDER, len)?;
         let mut free = 0;
         for (at, part) in parts {
@@ -208,7 +227,14 @@ impl Channel {
                 let values = DeviceSlice::<u8>::from_raw(address, len);
                 group(|group| group.send(communicator, values, Self::RECEIVER, gpu.stream()))?;
             }
-            wait("sending", communicator, gpu, start, Some(timeout))
+            for (_, part) in parts {
+                if let Part::After(event, _) = part {
+                    let is_past = || gpu.is_past(*event);
+                    wait("computing what is sent", communicator, is_past, start, Some(events_timeout))?;
+                    start = Instant::now();
+                }
+            }
+            wait("sending", communicator, || gpu.is_through(), start, Some(timeout))
         })
     }
 
@@ -234,7 +260,7 @@ impl Channel {
                 let values = DeviceSliceMut::<u8>::from_raw(address, len);
                 group(|group| group.recv(communicator, values, Self::SENDER, gpu.stream()))?;
             }
-            wait("receiving", communicator, gpu, start, timeout)?;
+            wait("receiving", communicator, || gpu.is_through(), start, timeout)?;
             *received = len;
             // Not queued behind the receive: copies of others to the processor might have to wait for one that waits.
             take(communicator, gpu, 0, beginning, TAKE_TIMEOUT)
@@ -264,7 +290,7 @@ impl Channel {
         self.work(|Open { communicator, gpu, .. }| {
             // SAFETY: the message has as many bytes, and the stream is through.
             unsafe { gpu.queue_copy_out(at, to)? };
-            wait("taking", communicator, gpu, Instant::now(), Some(timeout))
+            wait("taking", communicator, || gpu.is_through(), Instant::now(), Some(timeout))
         })
     }
 
@@ -278,6 +304,11 @@ impl Channel {
             Some(end) if end <= len || self.open.is_err() => Ok(()),
             _ => Err(argument("at", format!("{bytes} bytes from byte {at} on, of a message of {len}"))),
         }
+    }
+
+    /// Why it is of no use any more, if it is not.
+    pub fn error(&self) -> Option<&Error> {
+        self.open.as_ref().err()
     }
 
     /// A handle for a watchdog. Lasts longer than the channel.
@@ -322,8 +353,7 @@ impl Drop for Channel {
 
 impl fmt::Debug for Channel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let error = self.open.as_ref().err();
-        f.debug_struct("Channel").field("rank", &self.rank).field("error", &error).finish_non_exhaustive()
+        f.debug_struct("Channel").field("rank", &self.rank).field("error", &self.error()).finish_non_exhaustive()
     }
 }
 
@@ -364,23 +394,23 @@ fn check_size(name: &'static str, bytes: usize) -> Result<(), Error> {
 fn take(communicator: &Communicator, gpu: &mut Gpu, at: usize, to: &mut [u8], timeout: Duration) -> Result<(), Error> {
     // SAFETY: the message has them, and the stream is through.
     unsafe { gpu.queue_read(at..at + to.len())? };
-    wait("taking", communicator, gpu, Instant::now(), Some(timeout))?;
+    wait("taking", communicator, || gpu.is_through(), Instant::now(), Some(timeout))?;
     // SAFETY: they are read, and the stream is through again.
     unsafe { gpu.take(at, to) };
     Ok(())
 }
 
-/// Waits for the stream.
+/// Waits for the GPU.
 fn wait(
     action: &'static str,
     communicator: &Communicator,
-    gpu: &Gpu,
+    is_through: impl FnMut() -> Result<bool, Error>,
     start: Instant,
     timeout: Option<Duration>,
 ) -> Result<(), Error> {
     let (elapsed, mut sleeper) = (|| start.elapsed(), Sleeper::default());
     let rest = |pause| sleeper.rest(pause);
-    let is_through = poll(|| gpu.is_through(), || communicator.state(), timeout, elapsed, rest)?;
+    let is_through = poll(is_through, || communicator.state(), timeout, elapsed, rest)?;
     let after = timeout.unwrap_or_default();
     let late = || Error::Timeout { action, rank: communicator.rank(), size: communicator.size(), after };
     if is_through { Ok(()) } else { Err(late()) }

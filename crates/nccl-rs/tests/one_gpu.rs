@@ -337,7 +337,7 @@ fn far() {
     };
     let parts = [(0, Part::Host(&head)), (HEAD, Part::After(event, late))];
     // SAFETY: the event is behind the copy to `late`, which nobody writes to after it.
-    unsafe { out.send_parts(PARTS, &parts, TIMEOUT) }.expect("sends");
+    unsafe { out.send_parts(PARTS, &parts, TIMEOUT, TIMEOUT) }.expect("sends");
     for _ in 0..ROUNDS {
         turn_back(&mut incoming, &mut out, 64);
     }

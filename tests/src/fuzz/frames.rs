@@ -6,14 +6,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use moesaic_dispatch::frame::Header;
-use moesaic_dispatch::nccl::lane::Offer;
+use moesaic_dispatch::nccl::SLOT_TABLE_BYTES;
+use moesaic_dispatch::nccl::core::{Head, Incoming, Kind as SlotKind};
+use moesaic_dispatch::nccl::lane::{Offer, taken_ahead};
 use moesaic_dispatch::{AnswerFrame, ExpertHost, Refusal, ReplySender, RequestFrame, Shape};
 use moesaic_expert_worker::engine::{Engine, Profile};
 use moesaic_expert_worker::experts::Expert;
 use moesaic_expert_worker::shard::Shard;
 use moesaic_kernels::{Backend, Dtype, Ffn, Numerics, Pool};
 use moesaic_node::handshake;
-use moesaic_proto::limits::FRAME_ROWS_MAX;
+use moesaic_proto::limits::{FRAME_BYTES_MAX, FRAME_ROWS_MAX};
 use moesaic_proto::v1::exchange_message::Kind;
 use moesaic_proto::v1::lane::What;
 use moesaic_proto::v1::{ExchangeMessage, Frame, Hello, Lane, Role};
@@ -112,6 +114,46 @@ pub fn exchange(data: &[u8]) {
             Err(invalid) => drop(invalid.to_string()),
         },
         Some(Kind::Lane(_) | Kind::Ping(_)) | None => {}
+    }
+}
+
+/// Of the lane's largest slot.
+const SLOT_BYTES: usize = 4 * SLOT_TABLE_BYTES;
+
+/// The first slot of a lane, as far as the processor reads it: how many bytes come at its beginning (u16), these, and the others right
+/// before its rows, where the sender's GPU has written a table.
+pub fn slot(data: &[u8]) {
+    let Some((front, data)) = data.split_first_chunk() else { return };
+    let (front, back) = data.split_at(usize::from(u16::from_le_bytes(*front)).min(data.len()));
+    let mut start = [0; SLOT_TABLE_BYTES];
+    if front.len() + back.len() > start.len() {
+        return;
+    }
+    start[..front.len()].copy_from_slice(front);
+    start[SLOT_TABLE_BYTES - back.len()..].copy_from_slice(back);
+    let bytes = start.first_chunk().expect("a head is shorter");
+    let head = match Head::decode(bytes) {
+        Ok(head) => head,
+        Err(fault) => return check_error(fault),
+    };
+    assert_eq!(head.encode(), *bytes);
+    let mut incoming = Incoming::new(head.generation, SLOT_BYTES, FRAME_BYTES_MAX);
+    match incoming.receive(bytes) {
+        Ok(received) => assert_eq!(received, head),
+        Err(fault) => return check_error(fault),
+    }
+    assert!((SLOT_TABLE_BYTES..=SLOT_BYTES).contains(&incoming.slot_bytes()));
+    let (place, rows) = (head.load.place(head.kind, SLOT_BYTES), head.load.rows as usize);
+    assert!(place.message + head.load.message as usize <= place.rows);
+    assert!(place.rows + rows <= place.behind.unwrap_or(SLOT_BYTES));
+    if head.kind == SlotKind::Ahead {
+        match within(2 * SLOT_TABLE_BYTES + SLACK, || taken_ahead(&start, place.message, head.load)) {
+            Err(error) => check_error(error),
+            Ok((frame, bytes)) => {
+                assert!(bytes <= rows);
+                drop(decoded(Frame { rows: vec![0; bytes.min(SLACK)].into(), ..frame }));
+            }
+        }
     }
 }
 

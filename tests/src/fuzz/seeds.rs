@@ -5,7 +5,9 @@ use std::fs;
 
 use bytes::Bytes;
 use moesaic_dispatch::frame::{Activations, Content, Header, Output, Term};
+use moesaic_dispatch::nccl::core::{Head, Kind as SlotKind, Load};
 use moesaic_dispatch::{AnswerFrame, Refusal, RequestFrame};
+use moesaic_kernels::cuda::Split;
 use moesaic_node::Member;
 use moesaic_node::registry::records::{cordon_key, member_key};
 use moesaic_proto::v1::exchange_message::Kind;
@@ -56,7 +58,24 @@ fn frames() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let lane = |what| v1::Lane { generation: 1, what: Some(what) };
     let (requests, answers) = (vec![1; 128], vec![2; 128]);
     let offer = v1::LaneOffer { requests, answers, request_slot_bytes: 8192, answer_slot_bytes: 12_288 };
+    let slot = |kind, message: &v1::Frame, rows, back: &[u8]| {
+        let message = message.encode_to_vec();
+        let load = Load::new(message.len(), rows);
+        let head = Head { generation: 1, sequence: 0, kind, load, next: 12_288 }.encode();
+        let front = [&head[..], &message].concat();
+        [&(front.len() as u16).to_le_bytes(), &front[..], back].concat()
+    };
+    let (table, room) = (Split::table_bytes(3, 2), 3 * SHAPE.hidden * 2);
+    let mut back = vec![0; table];
+    back[0] = 2;
+    back[Split::CHOICES..][..choices_frame.terms.len()].copy_from_slice(&choices_frame.terms);
+    let ahead = v1::Frame { rows: Bytes::new(), terms: Bytes::new(), ..choices_frame.clone() };
+    let without_rows = v1::Frame { rows: Bytes::new(), ..bf16_frame.clone() };
     vec![
+        ("slot", "frame", slot(SlotKind::Frame, &without_rows, bf16_frame.rows.len(), &[])),
+        ("slot", "ahead", slot(SlotKind::Ahead, &ahead, room, &back)),
+        ("slot", "warm", [&[28, 0][..], &slot(SlotKind::Warm, &v1::Frame::default(), 0, &[])[2..]].concat()),
+        ("exchange", "accepted", message(Kind::Lane(lane(What::Accepted(true))))),
         ("request_frame", "f32", f32_frame.encode_to_vec()),
         ("request_frame", "bf16", bf16_frame.encode_to_vec()),
         ("request_frame", "choices", choices_frame.encode_to_vec()),

@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
+use half::bf16;
 use moesaic_kernels::cuda::{GpuBytes, GpuError, NOBODY, Split};
 use moesaic_proto::ExpertId;
 
 use super::{Inner, LayerCall, Turn};
 use crate::frame::{AheadFrame, Header, RequestFrame, Rows};
 use crate::nccl::{SLOT_ROWS, SLOT_TABLE_BYTES};
-use crate::plan::Part;
+use crate::plan::{Layout, Part};
 use crate::tracker::Destination;
 
 /// A layer call that has begun, and what of its rows has left. Whoever drops it without [`super::Dispatcher::dispatch_layer`] wants
@@ -54,7 +55,9 @@ impl Ahead {
         let has_lane = |to| inner.views().edge(to).is_some_and(|edge| edge.has_lane());
         let takers = asked.iter().copied().filter(|worker| ways.destination(*worker).is_some_and(has_lane));
         let takers: Vec<u32> = takers.collect();
-        let Some(room) = room(rows, call.top_k, asked.len()).filter(|_| !takers.is_empty()) else { return Ok(()) };
+        let layout = Layout::new(inner.config.hidden, size_of::<bf16>(), inner.config.group_size(), call.top_k);
+        let pays = room(rows, call.top_k, asked.len()).filter(|room| *room <= layout.frame_rows());
+        let Some(room) = pays.filter(|_| !takers.is_empty()) else { return Ok(()) };
         let taker = |holder: &u32| takers.binary_search(holder).map_or(NOBODY, |taker| taker as u32);
         let owners: Vec<u32> = holders.iter().map(taker).collect();
         let (count, width) = (takers.len(), inner.config.hidden);

@@ -22,7 +22,7 @@ use super::*;
 use crate::error::Cause;
 use crate::frame::{AheadFrame, AnswerFrame, Header, RequestFrame};
 use crate::nccl::core::Claim;
-use crate::nccl::{Fabric, Lanes};
+use crate::nccl::{Fabric, Lanes, LanesOwner};
 use crate::tracker::EdgeId;
 
 /// Who hears from an edge. Called on the runtime: must not block.
@@ -32,6 +32,8 @@ pub trait EdgeOwner: Send + Sync + 'static {
     fn edge_up(&self, edge: EdgeId);
     /// The worker has sent a ping back.
     fn heard(&self, edge: EdgeId);
+    /// Whether somebody waits for the answer to that frame.
+    fn awaits(&self, header: &Header) -> bool;
     /// The edge's connection is gone, and with it every answer that is not in.
     fn edge_down(&self, edge: EdgeId, reason: String);
 }
@@ -61,6 +63,7 @@ pub struct Edge {
 
 struct State {
     config: EdgeConfig,
+    runtime: Handle,
     connection: Mutex<Connection>,
     lanes: Option<Arc<Lanes>>,
     traffic: Arc<Traffic>,
@@ -88,7 +91,10 @@ enum Connection {
 
 /// What an edge sends over its stream.
 pub(crate) enum Outbound {
+    /// Its rows are in the processor's memory.
     Frame(RequestFrame),
+    /// The same, ready to be sent.
+    Encoded(v1::Frame),
     Ping(u64),
     Lane(v1::Lane),
 }
@@ -99,7 +105,7 @@ impl Edge {
         let given_up = CancellationToken::new();
         let connection = Mutex::new(Connection::Down("connecting".into()));
         let lanes = config.fabric.clone().map(|fabric| Lanes::new(fabric, config.hidden));
-        let state = Arc::new(State { config, connection, lanes, traffic: Arc::default() });
+        let state = Arc::new(State { config, runtime: runtime.clone(), connection, lanes, traffic: Arc::default() });
         let keep = Box::pin(keep_connected(state.clone(), owner, given_up.clone()));
         runtime.spawn(async move { stop.run_until_cancelled(keep).await });
         Self { state, _given_up_on_drop: Arc::new(given_up.drop_guard()) }
@@ -163,10 +169,18 @@ impl Edge {
         match &*self.state.connection() {
             Connection::Down(reason) => Err(Cause::EdgeDown { reason: reason.clone() }),
             Connection::Live(frames) => {
-                frames.try_send(Outbound::Frame(frame)).map(|()| None).map_err(|error| match error {
+                let place = frames.clone().try_reserve_owned().map_err(|error| match error {
                     TrySendError::Full(_) => Cause::QueueFull { limit: EDGE_FRAMES_MAX },
                     TrySendError::Closed(_) => Cause::EdgeDown { reason: "its connection is closing".into() },
-                })
+                })?;
+                if frame.activations().are_there() {
+                    // They are waited for and read where nobody else waits: pings go on.
+                    let hidden = self.state.config.hidden;
+                    self.state.runtime.spawn_blocking(move || place.send(Outbound::Encoded(frame.encode(hidden))));
+                } else {
+                    place.send(Outbound::Frame(frame));
+                }
+                Ok(None)
             }
         }
     }
@@ -225,6 +239,10 @@ async fn keep_connected(state: Arc<State>, owner: Weak<impl EdgeOwner>, given_up
 /// One connection from beginning to end, and why it ended.
 async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &CancellationToken) -> String {
     let (sender, outbound) = mpsc::channel(EDGE_FRAMES_MAX);
+    let hears: Arc<dyn LanesOwner> =
+        Arc::new(Hears { owner: owner.clone(), worker: state.config.worker.clone(), traffic: state.traffic.clone() });
+    // A connection before this one has said that it is gone.
+    state.lanes.iter().for_each(|lanes| drop(lanes.left()));
     let opened = given_up.run_until_cancelled(open(&state.config, outbound)).await;
     let (mut answers, peer) = match opened {
         None => return GIVEN_UP.into(),
@@ -241,15 +259,19 @@ async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &
     let ended = async {
         tokio::select! {
             reason = receive => reason,
-            () = keep_lanes(state, &peer, sender.clone(), owner) => "its lanes have ended".into(),
-            () = ping(sender) => "its connection stands still".into(),
+            () = keep_lanes(state, &peer, sender.clone(), hears.clone()) => "its lanes have ended".into(),
+            () = ping(sender.clone()) => "its connection stands still".into(),
         }
     };
     if let Some(reason) = given_up.run_until_cancelled(ended).await {
         return reason;
     }
-    // Dropping the sender ends the request stream; the worker answers what it has and ends its own.
     state.set_down(GIVEN_UP);
+    if let Some(lanes) = &state.lanes {
+        lanes.ask_again(lanes.left(), &sender, &hears).await;
+    }
+    // Ends the request stream; the worker answers what it has and ends its own.
+    drop(sender);
     let rest = timeout(LINGER, self::receive(state, &mut answers, owner)).await;
     rest.unwrap_or_else(|_| GIVEN_UP.into())
 }
@@ -257,7 +279,7 @@ async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &
 const GIVEN_UP: &str = "the edge was given up";
 
 /// Offers lanes for as long as it is polled, if the worker has what this side has.
-async fn keep_lanes(state: &State, peer: &v1::Hello, sender: mpsc::Sender<Outbound>, owner: &Weak<impl EdgeOwner>) {
+async fn keep_lanes(state: &State, peer: &v1::Hello, sender: mpsc::Sender<Outbound>, hears: Arc<dyn LanesOwner>) {
     let Some(lanes) = &state.lanes else { return future::pending().await };
     let own = &state.config.hello.nccl;
     if peer.nccl != *own {
@@ -267,14 +289,27 @@ async fn keep_lanes(state: &State, peer: &v1::Hello, sender: mpsc::Sender<Outbou
         });
         return future::pending().await;
     }
-    let (owner, worker, traffic) = (owner.clone(), state.config.worker.clone(), state.traffic.clone());
-    let deliver = move |answer: AnswerFrame| {
-        if let Some(owner) = owner.upgrade() {
-            traffic.count_answer(&answer);
-            owner.answer(&worker, answer);
+    lanes.keep(sender, hears).await;
+}
+
+/// Hears from an edge's lanes.
+struct Hears<O> {
+    owner: Weak<O>,
+    worker: WorkerId,
+    traffic: Arc<Traffic>,
+}
+
+impl<O: EdgeOwner> LanesOwner for Hears<O> {
+    fn answer(&self, answer: AnswerFrame) {
+        if let Some(owner) = self.owner.upgrade() {
+            self.traffic.count_answer(&answer);
+            owner.answer(&self.worker, answer);
         }
-    };
-    lanes.keep(sender, Arc::new(deliver)).await;
+    }
+
+    fn awaits(&self, header: &Header) -> bool {
+        self.owner.upgrade().is_some_and(|owner| owner.awaits(header))
+    }
 }
 
 /// Sends pings for as long as the connection takes anything.
@@ -304,6 +339,7 @@ async fn open(
     let hello = v1::ExchangeMessage { kind: Some(Kind::Hello(config.hello.clone())) };
     let message = move |outbound| match outbound {
         Outbound::Frame(frame) => v1::ExchangeMessage { kind: Some(Kind::Frame(frame.encode(hidden))) },
+        Outbound::Encoded(frame) => v1::ExchangeMessage { kind: Some(Kind::Frame(frame)) },
         Outbound::Ping(number) => v1::ExchangeMessage { kind: Some(Kind::Ping(v1::Ping { number })) },
         Outbound::Lane(lane) => v1::ExchangeMessage { kind: Some(Kind::Lane(lane)) },
     };

@@ -11,16 +11,16 @@ use moesaic_proto::v1::experts_server::{Experts, ExpertsServer};
 use moesaic_proto::v1::lane::What;
 use moesaic_proto::v1::{self, ExchangeMessage, RefusalReason};
 use tokio::sync::mpsc::{self, OwnedPermit};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{HELLO_TIMEOUT, STREAM_FRAMES_MAX};
+use super::{FINISH_POLL, HELLO_TIMEOUT, STREAM_FRAMES_MAX};
 use crate::frame::{FrameError, Header, Refusal, RequestFrame};
 use crate::local::{ExpertHost, ReplySender};
-use crate::nccl::Fabric;
-use crate::nccl::lane::{End, Lane, LaneOwner, Message, Offer, Sender};
+use crate::nccl::lane::{End, Lane, LaneOwner, Message, Offer, Place, Sender};
+use crate::nccl::{Fabric, IDLE_AFTER};
 use crate::payload::Payload;
 
 /// The `Experts` service in front of a host.
@@ -127,7 +127,7 @@ impl Caller {
         let mut lane = None;
         loop {
             let (room, message) = tokio::select! {
-                () = self.closing.cancelled() => return,
+                () = self.closing.cancelled() => return self.let_finish(lane).await,
                 () = self.answers.closed() => return,
                 next = next(&mut inbound) => match next {
                     Some(next) => next,
@@ -158,6 +158,22 @@ impl Caller {
         }
     }
 
+    /// Keeps the lane until what has come over it is answered, as what has come over the stream is, or nobody waits any more.
+    async fn let_finish(&self, lane: Option<Lane>) {
+        let Some(lane) = lane else { return };
+        let finished = async {
+            while !lane.is_idle() {
+                sleep(FINISH_POLL).await;
+            }
+            // That it has left does not say that it has come.
+            sleep(IDLE_AFTER).await;
+        };
+        tokio::select! {
+            () = finished => {}
+            () = self.answers.closed() => {}
+        }
+    }
+
     fn submit(&self, header: Header, mut frame: v1::Frame, room: Room) {
         let reply = ReplySender::new(header, move |answer| {
             room.send(Ok(ExchangeMessage { kind: Some(Kind::Frame(answer.encode())) }));
@@ -173,15 +189,21 @@ impl Caller {
             What::Offer(offer) => {
                 // The one before is of no use any more.
                 *lane = None;
-                match self.open(generation, &offer) {
-                    Ok(opened) => *lane = Some(opened),
-                    Err(reason) => return Some(v1::Lane { generation, what: Some(What::Failed(reason)) }),
-                }
+                let what = match self.open(generation, &offer) {
+                    Ok(opened) => {
+                        *lane = Some(opened);
+                        What::Accepted(true)
+                    }
+                    Err(reason) => What::Failed(reason),
+                };
+                return Some(v1::Lane { generation, what: Some(what) });
             }
             What::Wake(sequence) => {
                 lane.iter().filter(|lane| lane.generation() == generation).for_each(|lane| lane.wake(sequence));
             }
             What::Failed(_) => drop(lane.take_if(|lane| lane.generation() == generation)),
+            // The worker's to say.
+            What::Accepted(_) => {}
         }
         None
     }
@@ -189,8 +211,9 @@ impl Caller {
     fn open(&self, generation: u32, offer: &v1::LaneOffer) -> Result<Lane, String> {
         let fabric = self.fabric.clone().ok_or("there is no NCCL here")?;
         let offer = Offer::decode(offer).map_err(|invalid| invalid.to_string())?;
-        let owner = LaneInbox { inbox: self.inbox.clone(), answers: self.answers.clone(), generation };
-        let opened = Lane::open(fabric, generation, offer, End::Expert, Arc::new(owner));
+        let owner = Arc::new(LaneInbox { inbox: self.inbox.clone(), answers: self.answers.downgrade(), generation });
+        let opened =
+            Place::take(&*fabric).and_then(|place| Lane::open(fabric, generation, offer, End::Expert, owner, place));
         opened.map_err(|error| error.to_string())
     }
 }
@@ -198,7 +221,8 @@ impl Caller {
 /// Hears one lane of a stream. Frames that came over it are answered over it; those of a lane that fails are asked for again.
 struct LaneInbox {
     inbox: Inbox,
-    answers: mpsc::Sender<Result<ExchangeMessage, Status>>,
+    /// Which may end while the lane's threads still do.
+    answers: mpsc::WeakSender<Result<ExchangeMessage, Status>>,
     generation: u32,
 }
 
@@ -217,9 +241,9 @@ impl LaneOwner for LaneInbox {
             Ok(header) => header,
             Err(error) => return lane.fail(&error.to_string()),
         };
-        let back = lane.clone();
+        let (back, in_hand) = (lane.clone(), lane.in_hand());
         let reply = ReplySender::new(header, move |answer| {
-            if !back.send(Message::Answer(answer)) {
+            if !back.send(Message::Answer(answer, in_hand)) {
                 back.fail("more answers wait than a lane holds");
             }
         });
@@ -228,12 +252,16 @@ impl LaneOwner for LaneInbox {
 
     fn wake(&self, sequence: u32) {
         // Without its stream the lane ends, too.
-        let _ = self.answers.blocking_send(self.message(What::Wake(sequence)));
+        if let Some(answers) = self.answers.upgrade() {
+            let _ = answers.blocking_send(self.message(What::Wake(sequence)));
+        }
     }
 
     fn failed(&self, reason: &str) {
         // Where the stream is full, the caller notices that its slots are not taken.
-        let _ = self.answers.try_send(self.message(What::Failed(reason.to_owned())));
+        if let Some(answers) = self.answers.upgrade() {
+            let _ = answers.try_send(self.message(What::Failed(reason.to_owned())));
+        }
     }
 }
 

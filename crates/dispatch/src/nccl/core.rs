@@ -77,8 +77,8 @@ pub enum Kind {
     Ahead = 3,
 }
 
-/// How slots are laid out; the last byte counts how often that has changed.
-pub const LAYOUT: [u8; 4] = *b"MSL4";
+/// How slots are laid out, and how lanes are agreed on; the last byte counts how often that has changed.
+pub const LAYOUT: [u8; 4] = *b"MSL5";
 const MAGIC: u32 = u32::from_le_bytes(LAYOUT);
 
 const ROWS_ALIGNMENT: usize = 256;
@@ -267,6 +267,8 @@ impl Incoming {
 #[derive(Debug)]
 pub struct Carrier<F> {
     generation: u32,
+    /// That lane has not failed.
+    is_in_hand: bool,
     is_up: bool,
     carried: HashMap<FrameKey, F>,
     /// Frames that have left, of which it is not known yet what they ask; with answers that were faster.
@@ -286,7 +288,7 @@ pub enum Claim {
 
 impl<F> Default for Carrier<F> {
     fn default() -> Self {
-        Self { generation: 0, is_up: false, carried: HashMap::new(), ahead: HashMap::new() }
+        Self { generation: 0, is_in_hand: false, is_up: false, carried: HashMap::new(), ahead: HashMap::new() }
     }
 }
 
@@ -294,12 +296,18 @@ impl<F> Carrier<F> {
     /// The number of a new lane, after the one before has failed.
     pub fn offer(&mut self) -> u32 {
         self.generation += 1;
+        self.is_in_hand = true;
         self.generation
     }
 
-    /// Slots have gone both ways.
+    /// Whether that lane is the one in hand.
+    pub fn has(&self, generation: u32) -> bool {
+        self.is_in_hand && generation == self.generation
+    }
+
+    /// Slots have gone both ways. Says nothing of a lane that has failed meanwhile.
     pub fn up(&mut self, generation: u32) {
-        self.is_up |= generation == self.generation;
+        self.is_up |= self.has(generation);
     }
 
     pub fn is_up(&self) -> bool {
@@ -357,10 +365,10 @@ impl<F> Carrier<F> {
 
     /// What the lane leaves unanswered, oldest first; `None` if another one is in hand.
     pub fn fail(&mut self, generation: u32) -> Option<Vec<F>> {
-        if generation != self.generation {
+        if !self.has(generation) {
             return None;
         }
-        self.is_up = false;
+        (self.is_in_hand, self.is_up) = (false, false);
         // These are sent once it is known what they ask.
         self.ahead.clear();
         let mut left: Vec<_> = self.carried.drain().collect();

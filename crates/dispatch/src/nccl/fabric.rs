@@ -42,21 +42,22 @@ pub trait Fabric: Send + Sync + 'static {
     }
 
     /// Connects the side that sends with the one that receives, for messages of `largest` bytes as a rule. Blocks until both are
-    /// there, or `timeout` is over.
+    /// there, or `timeout` is over, or what `begun` is given aborts: then for the channel's whole life.
     fn connect(
         &self,
         id: &Id,
         direction: Direction,
         largest: usize,
         timeout: Duration,
+        begun: &dyn Fn(Arc<dyn Breaker>),
     ) -> Result<Box<dyn Channel>, String>;
 }
 
 /// One end of a communicator of two ranks, used in its direction alone. What one side sends has to be received by the other
 /// in messages of the same sizes. After an error it is of no use any more.
 pub trait Channel: Send {
-    /// A message of `len` bytes, of which `parts` are said, each from some byte on. Blocks until it has left, or `timeout` is
-    /// over.
+    /// A message of `len` bytes, of which `parts` are said in this order, each from some byte on. Blocks until it has left, or
+    /// `timeout` is over, which counts from when the GPU has written all parts: for that it has `WRITTEN_TIMEOUT`.
     fn send(&mut self, len: usize, parts: &[(usize, Source<'_>)], timeout: Duration) -> Result<(), String>;
 
     /// A message of `len` bytes, of which the first are wanted at once. Blocks until it has come; without a timeout, until
@@ -66,14 +67,12 @@ pub trait Channel: Send {
     /// Copies from the message that came last, from byte `at` on.
     fn take(&mut self, at: usize, to: &mut [u8]) -> Result<(), String>;
 
-    /// The same, to the fabric's device. After an error the copy may still be to come: `to` has to stay.
-    fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String>;
-
-    fn breaker(&self) -> Arc<dyn Breaker>;
+    /// The same, to the fabric's device. `to` is answered, but after an error: the copy may still be to come then.
+    fn take_there(&mut self, at: usize, to: Buffer<u8>) -> Result<Buffer<u8>, String>;
 }
 
 /// What other threads may do with a channel.
 pub trait Breaker: Send + Sync {
-    /// Ends what waits on this side of the channel, with an error. Others hear nothing of it. Whether it has ended in time.
+    /// Ends what waits on this side of the channel, with an error. Others hear nothing of it. False if that takes too long.
     fn abort(&self) -> bool;
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use moesaic_kernels::cuda::{Buffer, Device};
 
+use super::LANES_MAX;
 use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
 
 /// Clones are one fabric: what is connected over it.
@@ -17,6 +18,7 @@ use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
 pub struct FakeFabric {
     state: Arc<State>,
     device: Option<Device>,
+    lanes_max: Option<usize>,
 }
 
 impl fmt::Debug for FakeFabric {
@@ -58,6 +60,16 @@ impl FakeFabric {
     /// The same fabric, for a worker whose rows lie on a GPU.
     pub fn on(&self, device: Device) -> Self {
         Self { device: Some(device), ..self.clone() }
+    }
+
+    /// The same fabric, for a process that has so many lanes at most.
+    pub fn limited(&self, lanes_max: usize) -> Self {
+        Self { lanes_max: Some(lanes_max), ..self.clone() }
+    }
+
+    /// Ids that were made.
+    pub fn id_count(&self) -> u64 {
+        self.state.next_id.load(Ordering::Relaxed)
     }
 
     /// Messages that came.
@@ -107,11 +119,23 @@ impl Fabric for FakeFabric {
         self.device.as_ref()
     }
 
-    fn connect(&self, id: &Id, direction: Direction, _: usize, timeout: Duration) -> Result<Box<dyn Channel>, String> {
+    fn lanes_max(&self) -> usize {
+        self.lanes_max.unwrap_or(LANES_MAX)
+    }
+
+    fn connect(
+        &self,
+        id: &Id,
+        direction: Direction,
+        _: usize,
+        timeout: Duration,
+        begun: &dyn Fn(Arc<dyn Breaker>),
+    ) -> Result<Box<dyn Channel>, String> {
         let pair = lock(&self.state.pairs).entry(*id).or_default().clone();
         let rank = direction as usize;
         lock(&pair.meeting).joined[rank] = true;
         pair.change.notify_all();
+        begun(Arc::new(FakeBreaker { pair: pair.clone(), rank }));
         let end = End { pair, rank, fabric: self.clone(), received: Vec::new() };
         end.wait("connecting", Some(timeout), |meeting| meeting.joined[1 - rank].then_some(Ok(())))?;
         Ok(Box::new(end))
@@ -204,15 +228,11 @@ impl Channel for End {
         Ok(())
     }
 
-    fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String> {
+    fn take_there(&mut self, at: usize, to: Buffer<u8>) -> Result<Buffer<u8>, String> {
         let device = self.fabric.device.as_ref().ok_or("rows of this side lie on no GPU")?;
         let taken = self.received(at, to.len())?;
         self.fabric.state.taken_there.fetch_add(1, Ordering::Relaxed);
-        device.write(to, 0, taken).map_err(|error| error.to_string())
-    }
-
-    fn breaker(&self) -> Arc<dyn Breaker> {
-        Arc::new(FakeBreaker { pair: self.pair.clone(), rank: self.rank })
+        device.write(&to, 0, taken).map_err(|error| error.to_string()).map(|()| to)
     }
 }
 

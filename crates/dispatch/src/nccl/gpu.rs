@@ -8,7 +8,7 @@ use moesaic_kernels::cuda::{Buffer, Device};
 use nccl_rs::{Config, DeviceSlice, DeviceSliceMut, Error, Event, Monitor, Part, UniqueId, Version};
 
 use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
-use super::{LANES_MAX, OPEN_TIMEOUT, QUEUES, QUEUES_MAX, TAKE_TIMEOUT};
+use super::{LANES_MAX, OPEN_TIMEOUT, QUEUES, QUEUES_MAX, TAKE_TIMEOUT, WRITTEN_TIMEOUT};
 
 /// Of one GPU.
 pub(super) struct NcclFabric {
@@ -68,14 +68,16 @@ impl Fabric for NcclFabric {
         direction: Direction,
         largest: usize,
         timeout: Duration,
+        begun: &dyn Fn(Arc<dyn Breaker>),
     ) -> Result<Box<dyn Channel>, String> {
         let id = UniqueId::from_bytes(*id);
         let rank = match direction {
             Direction::Send => nccl_rs::Channel::SENDER,
             Direction::Receive => nccl_rs::Channel::RECEIVER,
         };
-        let channel = nccl_rs::Channel::connect(self.gpu, &id, rank, largest, &config(), timeout).map_err(words)?;
-        Ok(Box::new(channel))
+        let begun = |monitor| begun(Arc::new(monitor));
+        let channel = nccl_rs::Channel::connect_with(self.gpu, &id, rank, largest, &config(), timeout, begun);
+        Ok(Box::new(channel.map_err(words)?))
     }
 }
 
@@ -94,7 +96,7 @@ impl Channel for nccl_rs::Channel {
         let parts: Vec<_> = parts.iter().map(|(at, source)| (*at, part(*source))).collect();
         // SAFETY: marks are behind what writes the bytes, and those without are written. They stay as they are while they are
         // borrowed. What is still read after an error lies in the GPU's arena, which is not given back, and goes nowhere.
-        unsafe { self.send_parts(len, &parts, timeout) }.map_err(words)
+        unsafe { self.send_parts(len, &parts, WRITTEN_TIMEOUT, timeout) }.map_err(words)
     }
 
     fn receive(&mut self, len: usize, beginning: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
@@ -105,13 +107,21 @@ impl Channel for nccl_rs::Channel {
         self.take(at, to, TAKE_TIMEOUT).map_err(words)
     }
 
-    fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String> {
-        // SAFETY: the buffer is borrowed, and stays if this fails, says `Channel::take_there`. Nobody else has it.
-        unsafe { self.take_on_device(at, DeviceSliceMut::from_raw(to.address().0, to.len()), TAKE_TIMEOUT) }.map_err(words)
-    }
-
-    fn breaker(&self) -> Arc<dyn Breaker> {
-        Arc::new(self.monitor())
+    fn take_there(&mut self, at: usize, to: Buffer<u8>) -> Result<Buffer<u8>, String> {
+        if let Some(error) = self.error() {
+            return Err(error.to_string());
+        }
+        // SAFETY: the buffer is there, and nobody else has it. It stays if this fails.
+        let taken =
+            unsafe { self.take_on_device(at, DeviceSliceMut::from_raw(to.address().0, to.len()), TAKE_TIMEOUT) };
+        match taken {
+            Ok(()) => Ok(to),
+            Err(error) => {
+                // For good, but that is seldom, and of one frame.
+                std::mem::forget(to);
+                Err(words(error))
+            }
+        }
     }
 }
 
@@ -119,8 +129,8 @@ impl Breaker for Monitor {
     fn abort(&self) -> bool {
         let aborted = self.abort();
         if let Err(error) = &aborted {
-            tracing::warn!(%error, "a communicator is still being aborted");
+            tracing::warn!(%error, "a communicator is not ended as it should");
         }
-        aborted.is_ok()
+        !matches!(aborted, Err(Error::Timeout { .. }))
     }
 }

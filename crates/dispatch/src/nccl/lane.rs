@@ -15,7 +15,7 @@ use prost::Message as _;
 
 use super::core::{Departure, Incoming, Kind, Load, Outgoing};
 use super::fabric::{Breaker, Channel, Direction, Fabric, Id, Source};
-use super::watch::{self, Watched};
+use super::watch::{self, Late, Watched};
 use super::*;
 use crate::frame::{AheadFrame, AnswerFrame, RequestFrame, Term};
 use crate::payload::Payload;
@@ -85,7 +85,7 @@ impl Offer {
 pub trait LaneOwner: Send + Sync + 'static {
     /// Slots have gone both ways.
     fn up(&self);
-    /// With its rows beside it.
+    /// With its rows beside it; it is in hand until what `lane` says to be in hand is dropped.
     fn frame(&self, frame: v1::Frame, rows: Payload, lane: &Sender);
     /// The other side has to be told, over the stream, that this slot comes.
     fn wake(&self, sequence: u32);
@@ -106,6 +106,8 @@ struct State {
     /// A slot was announced, or the lane has ended.
     news: Condvar,
     end: Mutex<Ending>,
+    /// Has clones for frames that are not answered.
+    in_hand: Arc<()>,
 }
 
 #[derive(Default)]
@@ -125,9 +127,13 @@ pub enum Message {
     /// With the width of a row.
     Request(RequestFrame, usize),
     Ahead(AheadFrame),
-    Answer(AnswerFrame),
+    /// The frame is in hand until this has left.
+    Answer(AnswerFrame, InHand),
     Warm,
 }
+
+/// A frame that is not answered yet, so that its lane is not ended in good order.
+pub type InHand = Arc<()>;
 
 /// A frame in a slot.
 struct Sent {
@@ -136,22 +142,24 @@ struct Sent {
     rows: Payload,
     /// Bytes of `rows` that are a table before them.
     table_bytes: usize,
+    /// What it answers.
+    _in_hand: Option<InHand>,
 }
 
 impl Message {
     /// What is sent, if it is not empty.
     fn split(self) -> Option<Sent> {
-        let frame = |(message, rows): (v1::Frame, Payload)| {
-            Some(Sent { kind: Kind::Frame, message: message.encode_to_vec(), rows, table_bytes: 0 })
+        let frame = |(message, rows): (v1::Frame, Payload), _in_hand| {
+            Some(Sent { kind: Kind::Frame, message: message.encode_to_vec(), rows, table_bytes: 0, _in_hand })
         };
         match self {
-            Self::Request(request, hidden) => frame(request.split(hidden)),
-            Self::Answer(answer) => frame(answer.split()),
+            Self::Request(request, hidden) => frame(request.split(hidden), None),
+            Self::Answer(answer, in_hand) => frame(answer.split(), Some(in_hand)),
             Self::Ahead(ahead) => {
                 let table_bytes = ahead.table_bytes();
                 let (message, share) = ahead.split();
                 let (message, rows) = (message.encode_to_vec(), Payload::There(vec![share]));
-                Some(Sent { kind: Kind::Ahead, message, rows, table_bytes })
+                Some(Sent { kind: Kind::Ahead, message, rows, table_bytes, _in_hand: None })
             }
             Self::Warm => None,
         }
@@ -171,6 +179,11 @@ impl Sender {
         !is_over && self.messages.try_send(message).is_ok()
     }
 
+    /// To be kept until a frame that has come is answered.
+    pub fn in_hand(&self) -> InHand {
+        self.state.upgrade().map(|state| state.in_hand.clone()).unwrap_or_default()
+    }
+
     /// Ends the lane; its owner hears why.
     pub fn fail(&self, reason: &str) {
         if let Some(state) = self.state.upgrade() {
@@ -187,30 +200,29 @@ impl Lane {
         offer: Offer,
         end: End,
         owner: Arc<dyn LaneOwner>,
+        place: Place,
     ) -> Result<Self, NotOpened> {
-        let lanes_max = fabric.lanes_max();
-        let place = Counted::take(&LANES, lanes_max).ok_or(NotOpened::Many(lanes_max))?;
         let (sender, messages) = sync_channel(2 * LANE_FRAMES_MAX);
         let (out_slot, in_slot) = match end {
             End::Attention => (offer.request_slot, offer.answer_slot),
             End::Expert => (offer.answer_slot, offer.request_slot),
         };
         let incoming = Mutex::new(Incoming::new(generation, in_slot, FRAME_BYTES_MAX));
-        let state = Arc::new(State { generation, owner, incoming, news: Condvar::new(), end: Mutex::default() });
+        let (news, end_of, in_hand) = (Condvar::new(), Mutex::default(), InHand::default());
+        let state = Arc::new(State { generation, owner, incoming, news, end: end_of, in_hand });
         let sender = Sender { messages: sender, state: Arc::downgrade(&state) };
         let lane = Self { sender: sender.clone(), state: state.clone() };
         spawn("lane", move || {
             let _place = place;
-            let ended = state.clone();
+            let ended = Ended(state.clone());
             let run = || -> Result<(), String> {
                 let deadline = Instant::now() + OPEN_TIMEOUT;
                 let connect = |id: &Id, direction| {
                     let left = deadline.saturating_duration_since(Instant::now());
                     let largest = if direction == Direction::Send { out_slot } else { in_slot };
-                    let connect = || fabric.connect(id, direction, largest, left);
-                    let channel = Watched::connect(state.late(), connect)?;
-                    state.register(channel.breaker());
-                    Ok::<_, String>(channel)
+                    // One of a lane that has ended meanwhile is aborted as it begins.
+                    let begun = |breaker| state.register(breaker);
+                    Watched::connect(&state, || fabric.connect(id, direction, largest, left, &begun))
                 };
                 // Both ends open them in the same order.
                 let (out, mut inbound) = match end {
@@ -223,8 +235,12 @@ impl Lane {
                         (connect(&offer.answers, Direction::Send)?, requests)
                     }
                 };
-                let sending = state.clone();
-                let sends = move || sending.keep_sending(out, out_slot, &messages).unwrap_or_else(|e| sending.fail(&e));
+                let sending = Ended(state.clone());
+                let sends = move || {
+                    if let Err(reason) = sending.0.keep_sending(out, out_slot, &messages) {
+                        sending.0.fail(&reason);
+                    }
+                };
                 spawn("lane-send", sends).map_err(|error| NotOpened::Thread(error).to_string())?;
                 if end == End::Attention {
                     sender.send(Message::Warm);
@@ -232,10 +248,15 @@ impl Lane {
                 state.keep_receiving(&mut inbound, end, fabric.device(), &sender)
             };
             if let Err(reason) = run() {
-                ended.fail(&reason);
+                ended.0.fail(&reason);
             }
         })?;
         Ok(lane)
+    }
+
+    /// Whether all frames that have come are answered.
+    pub fn is_idle(&self) -> bool {
+        Arc::strong_count(&self.state.in_hand) == 1
     }
 
     pub fn generation(&self) -> u32 {
@@ -270,6 +291,25 @@ pub enum NotOpened {
 
 /// Of a GPU: a multiprocessor for the receive that waits, and one for what four lanes send.
 const LENT: u32 = QUARTERS + 1;
+
+/// Room for a lane among those of this process.
+pub struct Place(#[expect(dead_code, reason = "it is what it counts")] Counted);
+
+impl Place {
+    pub fn take(fabric: &dyn Fabric) -> Result<Self, NotOpened> {
+        let lanes_max = fabric.lanes_max();
+        Counted::take(&LANES, lanes_max).map(Self).ok_or(NotOpened::Many(lanes_max))
+    }
+}
+
+/// Ends a lane with one of its threads, however that ends.
+struct Ended(Arc<State>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.fail("one of its threads has ended");
+    }
+}
 
 /// Lanes of this process, and threads of lanes: those that are there or about to be.
 static LANES: AtomicUsize = AtomicUsize::new(0);
@@ -332,23 +372,13 @@ impl State {
         ending.breakers.push(breaker);
     }
 
-    /// What is done when calls do not return, whether of this lane or of others.
-    fn late(self: &Arc<Self>) -> impl Fn() + Send + Sync + 'static {
-        let state = Arc::downgrade(self);
-        move || {
-            if let Some(state) = state.upgrade() {
-                state.fail("calls to the GPU's driver do not return");
-            }
-        }
-    }
-
     fn fail(&self, reason: &str) {
         if self.close() {
             self.owner.failed(reason);
         }
     }
 
-    /// Whether it was open until now. What waits on its channels ends.
+    /// Whether it was open until now. What waits on its channels ends, in the background.
     fn close(&self) -> bool {
         let breakers = {
             let mut ending = self.ending();
@@ -482,7 +512,7 @@ impl State {
 
 /// The frame that was sent ahead, with its rows' choices as terms, and how many bytes of rows it has: none, where no row chose an
 /// expert of this worker. `start` is what comes before the rows, with the frame's message at byte `at`.
-fn taken_ahead(start: &[u8], at: usize, load: Load) -> Result<(v1::Frame, usize), String> {
+pub fn taken_ahead(start: &[u8], at: usize, load: Load) -> Result<(v1::Frame, usize), String> {
     let (message_end, rows) = (at + load.message as usize, load.rows as usize);
     let message = start.get(at..message_end).ok_or("a frame that was sent ahead has no room for its message")?;
     let frame = v1::Frame::decode(Bytes::copy_from_slice(message)).map_err(|error| error.to_string())?;
@@ -528,13 +558,16 @@ fn take_rows(channel: &mut dyn Channel, at: usize, bytes: usize, device: Option<
         }
         return Ok(Payload::Here(rows.into()));
     };
-    match channel.take_there(at, &to) {
-        Ok(()) => Ok(Payload::There(vec![GpuBytes::new(device, to)])),
-        Err(error) => {
-            // It may still be written to.
-            std::mem::forget(to);
-            Err(error)
-        }
+    channel.take_there(at, to).map(|to| Payload::There(vec![GpuBytes::new(device, to)]))
+}
+
+impl Late for State {
+    fn end(&self) -> bool {
+        self.close()
+    }
+
+    fn tell(&self) {
+        self.owner.failed("calls to the GPU's driver do not return");
     }
 }
 

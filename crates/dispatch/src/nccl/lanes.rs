@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use moesaic_proto::v1::{self, lane::What};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::core::{Carrier, Claim};
-use super::lane::{End, Lane, LaneOwner, Message, Offer, Sender};
+use super::lane::{End, Lane, LaneOwner, Message, Offer, Place, Sender};
+use super::watch;
 use super::*;
 use crate::frame::{AheadFrame, AnswerFrame, Header, RequestFrame};
 use crate::grpc::Outbound;
@@ -24,12 +25,25 @@ pub struct Lanes {
     failures: AtomicU64,
 }
 
+/// Who hears from an edge's lanes, on their threads.
+pub(crate) trait LanesOwner: Send + Sync + 'static {
+    fn answer(&self, answer: AnswerFrame);
+    /// Whether somebody waits for the answer to that frame.
+    fn awaits(&self, header: &Header) -> bool;
+}
+
 /// The lane in hand.
 struct Current {
     lane: Option<Lane>,
     carrier: Carrier<RequestFrame>,
     /// When the last answer came, or the first frame left since none waits.
     heard: Instant,
+    /// That it has brought.
+    answers: usize,
+    /// Hears what the worker makes of an offer.
+    reply: Option<oneshot::Sender<Result<(), String>>>,
+    /// What a lane that was given up has left unanswered.
+    left: Vec<RequestFrame>,
     /// For people: why there is none.
     state: String,
 }
@@ -45,6 +59,7 @@ impl Current {
 
     fn answered(&mut self, answer: AnswerFrame) -> Option<AnswerFrame> {
         self.heard = Instant::now();
+        self.answers += 1;
         self.carrier.answered(answer)
     }
 }
@@ -54,13 +69,17 @@ fn share() -> f64 {
     RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
 }
 
-/// Passes an answer on; called on a lane's thread.
-type Deliver = Arc<dyn Fn(AnswerFrame) + Send + Sync>;
-
 impl Lanes {
     pub fn new(fabric: Arc<dyn Fabric>, hidden: usize) -> Arc<Self> {
-        let (carrier, heard, state) = (Carrier::default(), Instant::now(), "not offered yet".into());
-        let current = Current { lane: None, carrier, heard, state };
+        let current = Current {
+            lane: None,
+            carrier: Carrier::default(),
+            heard: Instant::now(),
+            answers: 0,
+            reply: None,
+            left: Vec::new(),
+            state: "not offered yet".into(),
+        };
         Arc::new(Self { fabric, hidden, current: Mutex::new(current), failures: AtomicU64::new(0) })
     }
 
@@ -116,28 +135,35 @@ impl Lanes {
 
     /// What the worker says of a lane, over the stream.
     pub fn hear(&self, said: v1::Lane) {
-        let current = self.current();
-        let Some(lane) = current.lane.as_ref().filter(|lane| lane.generation() == said.generation) else { return };
+        let mut current = self.current();
+        if !current.carrier.has(said.generation) {
+            return;
+        }
         match said.what {
-            Some(What::Wake(sequence)) => lane.wake(sequence),
-            Some(What::Failed(reason)) => {
-                let lane = lane.sender().clone();
-                // Its owner wants the lock.
-                drop(current);
-                lane.fail(&format!("the worker says: {reason}"));
-            }
+            Some(What::Wake(sequence)) => current.lane.iter().for_each(|lane| lane.wake(sequence)),
+            Some(What::Accepted(_)) => reply(&mut current, Ok(())),
+            Some(What::Failed(reason)) if current.reply.is_some() => reply(&mut current, Err(reason)),
+            Some(What::Failed(reason)) => match current.lane.as_ref().map(|lane| lane.sender().clone()) {
+                Some(lane) => {
+                    // Its owner wants the lock.
+                    drop(current);
+                    lane.fail(&format!("the worker says: {reason}"));
+                }
+                // It is about to be connected.
+                None => drop(current.carrier.fail(said.generation)),
+            },
             // An offer is the attention worker's to make.
             Some(What::Offer(_)) | None => {}
         }
     }
 
     /// Offers lanes, one after the other, as long as it is polled: as long as the stream lives.
-    pub async fn keep(self: &Arc<Self>, stream: mpsc::Sender<Outbound>, deliver: Deliver) {
-        let mut backoff = BACKOFF_MIN;
+    pub async fn keep(self: &Arc<Self>, stream: mpsc::Sender<Outbound>, owner: Arc<dyn LanesOwner>) {
+        let (mut backoff, mut spare) = (BACKOFF_MIN, None);
         loop {
-            let was_up = self.run_lane(&stream, &deliver).await;
-            if was_up {
-                backoff = BACKOFF_MIN;
+            match self.run_lane(&stream, &owner, &mut spare).await {
+                Ok(()) => backoff = BACKOFF_MIN,
+                Err(reason) => self.cannot(reason),
             }
             // Not all lanes of a GPU at a time.
             sleep(backoff.mul_f64(1.0 + share())).await;
@@ -145,68 +171,139 @@ impl Lanes {
         }
     }
 
-    /// One lane from beginning to end; whether it was up.
-    async fn run_lane(self: &Arc<Self>, stream: &mpsc::Sender<Outbound>, deliver: &Deliver) -> bool {
-        let (ended, end) = oneshot::channel();
-        let generation = self.current().carrier.offer();
-        // Ends with the stream, too: its frames are the stream's loss.
-        let _given_up = GivenUp(self, generation);
-        let fabric = self.fabric.clone();
-        let hidden = self.hidden;
-        // The first id starts the library.
-        let offer = tokio::task::spawn_blocking(move || Offer::new(&*fabric, hidden)).await;
-        let offer = match offer.map_err(|error| error.to_string()).and_then(|offer| offer) {
-            Ok(offer) => offer,
-            Err(reason) => return self.note(reason),
-        };
-        let what = Some(What::Offer(offer.encode()));
-        if stream.send(Outbound::Lane(v1::Lane { generation, what })).await.is_err() {
-            return self.note("the stream is gone".into());
+    /// One lane from beginning to end. An error if it was of little use, with the reason. `spare`: an offer that nobody has taken up.
+    async fn run_lane(
+        self: &Arc<Self>,
+        stream: &mpsc::Sender<Outbound>,
+        owner: &Arc<dyn LanesOwner>,
+        spare: &mut Option<Offer>,
+    ) -> Result<(), String> {
+        if watch::is_late() {
+            return Err("calls to the GPU's driver do not return".into());
         }
-        let owner = Arc::new(Owner {
+        // First of all: of an offer that one side takes up alone, NCCL keeps two threads and two sockets.
+        let place = Place::take(&*self.fabric).map_err(|error| error.to_string())?;
+        let (reply, replied) = oneshot::channel();
+        let generation = self.begin(reply);
+        // Ends with the stream, too.
+        let _given_up = GivenUp(self, generation);
+        let offer = match spare.take() {
+            Some(offer) => offer,
+            None => self.new_offer().await?,
+        };
+        let say = |what| stream.send(Outbound::Lane(v1::Lane { generation, what: Some(what) }));
+        let gone = |_| "the stream is gone".to_owned();
+        say(What::Offer(offer.encode())).await.map_err(gone)?;
+        match timeout(OPEN_TIMEOUT, replied).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(reason))) => {
+                *spare = Some(offer);
+                return Err(format!("the worker says: {reason}"));
+            }
+            Ok(Err(_)) | Err(_) => {
+                say(What::Failed("no word of the offer".into())).await.map_err(gone)?;
+                return Err("the worker says nothing of the offer".into());
+            }
+        }
+        let (ended, end) = oneshot::channel();
+        let hears = Arc::new(Owner {
             lanes: Arc::downgrade(self),
             generation,
-            stream: stream.clone(),
-            deliver: deliver.clone(),
+            stream: stream.downgrade(),
+            owner: owner.clone(),
             ended: Mutex::new(Some(ended)),
         });
-        let lane = match Lane::open(self.fabric.clone(), generation, offer, End::Attention, owner) {
-            Ok(lane) => lane,
-            Err(error) => return self.note(error.to_string()),
+        let lane = Lane::open(self.fabric.clone(), generation, offer, End::Attention, hears, place);
+        let (reason, answers, left) = match lane.map(|lane| self.take_into_hand(lane)) {
+            Ok(Some(lane)) => self.until_ended(generation, &lane, end).await,
+            Ok(None) => return Err("the worker has given it up".into()),
+            Err(error) => (error.to_string(), 0, Vec::new()),
         };
+        self.cannot(reason.clone());
+        // If the stream is gone, whoever waits for the frames is told so.
+        say(What::Failed(reason.clone())).await.map_err(gone)?;
+        self.ask_again(left, stream, owner).await;
+        if answers < LANE_FRAMES_MAX { Err(reason) } else { Ok(()) }
+    }
+
+    fn begin(&self, reply: oneshot::Sender<Result<(), String>>) -> u32 {
+        let mut current = self.current();
+        (current.reply, current.answers) = (Some(reply), 0);
+        current.carrier.offer()
+    }
+
+    async fn new_offer(&self) -> Result<Offer, String> {
+        let (fabric, hidden) = (self.fabric.clone(), self.hidden);
+        // The first id starts the library.
+        let offer = tokio::task::spawn_blocking(move || Offer::new(&*fabric, hidden)).await;
+        offer.map_err(|error| error.to_string())?
+    }
+
+    /// Takes the lane into hand, unless the worker has given it up meanwhile.
+    fn take_into_hand(&self, lane: Lane) -> Option<Sender> {
         let sender = lane.sender().clone();
-        self.current().lane = Some(lane);
-        let watch = async {
+        let mut current = self.current();
+        if current.carrier.has(lane.generation()) {
+            current.lane = Some(lane);
+            return Some(sender);
+        }
+        // Not with the lock.
+        drop(current);
+        drop(lane);
+        None
+    }
+
+    /// Returns when the lane has ended: why, how many answers it has brought, and the frames that it leaves unanswered, oldest first.
+    async fn until_ended(
+        &self,
+        generation: u32,
+        lane: &Sender,
+        end: oneshot::Receiver<String>,
+    ) -> (String, usize, Vec<RequestFrame>) {
+        let silence = async {
             self.silence().await;
-            sender.fail(&format!("no answer for {ANSWER_TIMEOUT:?}"));
+            lane.fail(&format!("no answer for {ANSWER_TIMEOUT:?}"));
             std::future::pending().await
         };
-        let ended = tokio::select! { ended = end => ended, () = watch => unreachable!("it fails the lane") };
-        let (reason, was_up) = ended.unwrap_or_else(|_| ("its threads have ended".into(), false));
-        let back = self.take_back(generation);
-        self.cannot(reason.clone());
-        let said = Outbound::Lane(v1::Lane { generation, what: Some(What::Failed(reason)) });
-        for message in [said].into_iter().chain(back.into_iter().map(Outbound::Frame)) {
-            // If the stream is gone, whoever waits for the frames is told so.
-            let _ = stream.send(message).await;
+        let reason = tokio::select! { reason = end => reason, () = silence => unreachable!("it fails the lane") };
+        let reason = reason.unwrap_or_else(|_| "it has ended".into());
+        let left = self.take_back(generation);
+        (reason, self.current().answers, left)
+    }
+
+    /// Sends frames over the stream, those that somebody waits for.
+    pub async fn ask_again(
+        &self,
+        frames: Vec<RequestFrame>,
+        stream: &mpsc::Sender<Outbound>,
+        owner: &Arc<dyn LanesOwner>,
+    ) {
+        let hidden = self.hidden;
+        for frame in frames {
+            // It may have to wait for the GPU.
+            let encoded = tokio::task::spawn_blocking(move || (frame.header, frame.encode(hidden))).await;
+            let Ok((header, frame)) = encoded else { continue };
+            if owner.awaits(&header) {
+                // If the stream is gone, whoever waits is told so.
+                let _ = stream.send(Outbound::Encoded(frame)).await;
+            }
         }
-        was_up
     }
 
     /// Returns when the lane in hand has not answered for too long.
     async fn silence(&self) {
-        let is_silent = || {
-            let current = self.current();
-            !current.carrier.is_idle() && current.heard.elapsed() >= ANSWER_TIMEOUT
-        };
-        while !is_silent() {
-            sleep(ANSWER_TIMEOUT / 10).await;
+        loop {
+            let slept = Instant::now();
+            sleep(SILENCE_POLL).await;
+            let mut current = self.current();
+            if slept.elapsed() > 2 * SILENCE_POLL {
+                // The process was stopped, and answers are about to be seen.
+                current.heard = Instant::now();
+            }
+            if !current.carrier.is_idle() && current.heard.elapsed() >= ANSWER_TIMEOUT {
+                return;
+            }
         }
-    }
-
-    fn note(&self, reason: String) -> bool {
-        self.cannot(reason);
-        false
     }
 
     /// Ends a lane, and says which frames it leaves unanswered, oldest first.
@@ -219,6 +316,19 @@ impl Lanes {
         drop(lane);
         left.unwrap_or_default()
     }
+
+    /// What a lane that was given up has left unanswered.
+    pub fn left(&self) -> Vec<RequestFrame> {
+        std::mem::take(&mut self.current().left)
+    }
+}
+
+/// Passes on what the worker makes of an offer, if somebody waits for that.
+fn reply(current: &mut Current, answer: Result<(), String>) {
+    if let Some(reply) = current.reply.take() {
+        // Whoever waited may be gone.
+        let _ = reply.send(answer);
+    }
 }
 
 /// Ends a lane with the task that runs it.
@@ -226,18 +336,22 @@ struct GivenUp<'a>(&'a Lanes, u32);
 
 impl Drop for GivenUp<'_> {
     fn drop(&mut self) {
-        self.0.take_back(self.1);
+        let left = self.0.take_back(self.1);
+        self.0.current().left.extend(left);
     }
 }
+
+const SILENCE_POLL: Duration = Duration::from_secs(1);
 
 /// Hears one lane.
 struct Owner {
     lanes: Weak<Lanes>,
     generation: u32,
-    stream: mpsc::Sender<Outbound>,
-    deliver: Deliver,
-    /// Why, and whether it was up.
-    ended: Mutex<Option<oneshot::Sender<(String, bool)>>>,
+    /// Which may end while the lane's threads still do.
+    stream: mpsc::WeakSender<Outbound>,
+    owner: Arc<dyn LanesOwner>,
+    /// Why.
+    ended: Mutex<Option<oneshot::Sender<String>>>,
 }
 
 impl LaneOwner for Owner {
@@ -253,7 +367,7 @@ impl LaneOwner for Owner {
             Ok(answer) => {
                 let Some(lanes) = self.lanes.upgrade() else { return };
                 let due = lanes.current().answered(answer);
-                due.into_iter().for_each(|answer| (self.deliver)(answer));
+                due.into_iter().for_each(|answer| self.owner.answer(answer));
             }
             Err(error) => lane.fail(&format!("it sent a frame that is wrong: {error}")),
         }
@@ -262,17 +376,18 @@ impl LaneOwner for Owner {
     fn wake(&self, sequence: u32) {
         let what = Some(What::Wake(sequence));
         // A stream that is gone ends the lane, too.
-        let _ = self.stream.blocking_send(Outbound::Lane(v1::Lane { generation: self.generation, what }));
+        if let Some(stream) = self.stream.upgrade() {
+            let _ = stream.blocking_send(Outbound::Lane(v1::Lane { generation: self.generation, what }));
+        }
     }
 
     fn failed(&self, reason: &str) {
         tracing::warn!(generation = self.generation, reason, "a lane to an expert worker has failed");
         let Some(lanes) = self.lanes.upgrade() else { return };
         lanes.failures.fetch_add(1, Ordering::Relaxed);
-        let was_up = lanes.is_up();
         if let Some(ended) = self.ended.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // Nobody listens if the stream has ended.
-            let _ = ended.send((reason.to_owned(), was_up));
+            let _ = ended.send(reason.to_owned());
         }
     }
 }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use moesaic_kernels::cuda::Buffer;
 
-use super::TAKE_TIMEOUT;
-use super::fabric::{Breaker, Channel, Source};
+use super::fabric::{Channel, Source};
 use super::lane::NotOpened;
+use super::{TAKE_TIMEOUT, WRITTEN_TIMEOUT};
 
 /// Longer than connecting takes at most, with its first message and with giving up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -26,20 +26,36 @@ pub(super) struct Watched {
     call: Arc<Call>,
 }
 
+/// What a call that does not return ends.
+pub(super) trait Late: Send + Sync {
+    /// Makes no call to the driver, takes no lock that is held over one, and tells nobody. False if it has ended already.
+    fn end(&self) -> bool;
+    /// Says that it has ended.
+    fn tell(&self);
+}
+
 /// The call in hand, if it should return by itself.
 struct Call {
-    deadline: Mutex<Option<Instant>>,
-    /// Ends the lane.
-    late: Box<dyn Fn() + Send + Sync>,
+    deadline: Mutex<Option<Deadline>>,
+    /// The lane.
+    late: Weak<dyn Late>,
+}
+
+#[derive(Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    /// Lanes were ended for it.
+    has_passed: bool,
 }
 
 impl Watched {
-    /// What `connect` makes. `late` is called on another thread, and makes no call to the driver.
-    pub fn connect(
-        late: impl Fn() + Send + Sync + 'static,
+    /// What `connect` makes, for the lane `late`.
+    pub fn connect<L: Late + 'static>(
+        late: &Arc<L>,
         connect: impl FnOnce() -> Result<Box<dyn Channel>, String>,
     ) -> Result<Self, String> {
-        let call = Arc::new(Call { deadline: Mutex::new(None), late: Box::new(late) });
+        let late: Weak<dyn Late> = Arc::<L>::downgrade(late);
+        let call = Arc::new(Call { deadline: Mutex::new(None), late });
         watch(&call).map_err(|error| NotOpened::Thread(error).to_string())?;
         let channel = call.within(Some(CONNECT_TIMEOUT), connect)?;
         Ok(Self { channel, call })
@@ -48,7 +64,12 @@ impl Watched {
 
 impl Channel for Watched {
     fn send(&mut self, len: usize, parts: &[(usize, Source<'_>)], timeout: Duration) -> Result<(), String> {
-        self.call.within(Some(timeout), || self.channel.send(len, parts, timeout))
+        let is_written = |part: &(usize, Source<'_>)| match part.1 {
+            Source::Here(_) => true,
+            Source::There(bytes) => bytes.written().is_none(),
+        };
+        let written = if parts.iter().all(is_written) { Duration::ZERO } else { WRITTEN_TIMEOUT };
+        self.call.within(Some(written + timeout), || self.channel.send(len, parts, timeout))
     }
 
     fn receive(&mut self, len: usize, beginning: &mut [u8], timeout: Option<Duration>) -> Result<(), String> {
@@ -59,28 +80,33 @@ impl Channel for Watched {
         self.call.within(Some(TAKE_TIMEOUT), || self.channel.take(at, to))
     }
 
-    fn take_there(&mut self, at: usize, to: &Buffer<u8>) -> Result<(), String> {
+    fn take_there(&mut self, at: usize, to: Buffer<u8>) -> Result<Buffer<u8>, String> {
         self.call.within(Some(TAKE_TIMEOUT), || self.channel.take_there(at, to))
-    }
-
-    fn breaker(&self) -> Arc<dyn Breaker> {
-        self.channel.breaker()
     }
 }
 
 impl Call {
     fn within<T>(&self, timeout: Option<Duration>, call: impl FnOnce() -> T) -> T {
-        *self.deadline() = timeout.map(|timeout| Instant::now() + timeout + PATIENCE);
+        let deadline = |timeout| Deadline { at: Instant::now() + timeout + PATIENCE, has_passed: false };
+        *self.deadline() = timeout.map(deadline);
         let answer = call();
         *self.deadline() = None;
         answer
     }
 
     fn is_late(&self) -> bool {
-        self.deadline().is_some_and(|deadline| deadline <= Instant::now())
+        self.deadline().is_some_and(|deadline| deadline.at <= Instant::now())
     }
 
-    fn deadline(&self) -> MutexGuard<'_, Option<Instant>> {
+    /// The same, once for each call.
+    fn has_become_late(&self) -> bool {
+        let is_late = self.is_late();
+        let mut deadline = self.deadline();
+        let before = deadline.as_mut().map(|deadline| std::mem::replace(&mut deadline.has_passed, is_late));
+        is_late && before == Some(false)
+    }
+
+    fn deadline(&self) -> MutexGuard<'_, Option<Deadline>> {
         self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -107,11 +133,14 @@ fn keep_watching() {
         !all.is_empty()
     };
     loop {
+        let slept = Instant::now();
         thread::sleep(EVERY);
         if !has_calls() {
             return;
         }
-        if calls().iter().any(|call| call.is_late()) {
+        // A process that has been stopped goes on everywhere at a time: what is late by that may be about to return.
+        let was_stopped = slept.elapsed() > PATIENCE;
+        if !was_stopped && calls().iter().filter(|call| call.has_become_late()).count() > 0 {
             end_all();
         }
     }
@@ -121,7 +150,14 @@ fn calls() -> Vec<Arc<Call>> {
     watched().iter().filter_map(Weak::upgrade).collect()
 }
 
-/// What is late may wait for any lane, also for one that does nothing.
+/// Whether a call does not return: no lane would fare better.
+pub(super) fn is_late() -> bool {
+    calls().iter().any(|call| call.is_late())
+}
+
+/// What is late may wait for any lane, also for one that does nothing. All are ended before anybody is told, who might have to wait.
 pub(super) fn end_all() {
-    calls().iter().for_each(|call| (call.late)());
+    let lanes = calls().into_iter().filter_map(|call| call.late.upgrade());
+    let ended: Vec<_> = lanes.filter(|lane| lane.end()).collect();
+    ended.iter().for_each(|lane| lane.tell());
 }

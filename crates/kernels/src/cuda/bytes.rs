@@ -22,21 +22,28 @@ pub struct GpuBytes {
 
 struct Held {
     device: Device,
-    buffer: Buffer<u8>,
+    /// Until this is dropped.
+    buffer: Option<Buffer<u8>>,
     /// Behind what writes them.
     written: Option<Mark>,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        // Others may write to the memory at once, on other streams. Where this fails, the GPU is lost.
-        let _ = self.wait();
+        if let (Some(mark), Some(buffer)) = (self.written.take(), self.buffer.take()) {
+            // Others would write to the memory at once, on other streams.
+            self.device.late.keep(mark, buffer);
+        }
     }
 }
 
 impl Held {
     fn wait(&self) -> Result<(), GpuError> {
         self.written.as_ref().map_or(Ok(()), Mark::wait)
+    }
+
+    fn buffer(&self) -> &Buffer<u8> {
+        self.buffer.as_ref().expect("it is there until this is dropped")
     }
 }
 
@@ -52,7 +59,9 @@ impl GpuBytes {
     }
 
     fn of_buffer(device: &Device, buffer: Buffer<u8>, written: Option<Mark>) -> Self {
-        Self { start: 0, len: buffer.len(), held: Arc::new(Held { device: device.clone(), buffer, written }) }
+        let len = buffer.len();
+        let held = Held { device: device.clone(), buffer: Some(buffer), written };
+        Self { start: 0, len, held: Arc::new(held) }
     }
 
     /// A copy of what is in the processor's memory; it is there when this returns.
@@ -82,7 +91,7 @@ impl GpuBytes {
     }
 
     pub fn address(&self) -> Address {
-        Address(self.held.buffer.address().0 + self.start as u64)
+        Address(self.held.buffer().address().0 + self.start as u64)
     }
 
     /// What other streams wait for before they read them.
@@ -98,9 +107,8 @@ impl GpuBytes {
     pub fn read<T: Pod>(&self) -> Result<Vec<T>, GpuError> {
         assert!(self.len.is_multiple_of(size_of::<T>()), "{} bytes of values of {}", self.len, size_of::<T>());
         let mut values = vec![T::zeroed(); self.len / size_of::<T>()];
-        let Held { device, buffer, .. } = &*self.held;
         self.held.wait()?;
-        device.read(buffer.view().from(self.start), bytemuck::cast_slice_mut(&mut values))?;
+        self.held.device.read(self.held.buffer().view().from(self.start), bytemuck::cast_slice_mut(&mut values))?;
         Ok(values)
     }
 }

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytemuck::Pod;
 
+use super::late::Late;
 use super::pinned::{Pinned, Staging};
 
 /// Of a byte in a GPU's memory.
@@ -123,6 +124,8 @@ pub struct Device {
     pinned: Arc<Pinned>,
     /// Of the GPU, in quarters of multiprocessors.
     pub(super) lent: Arc<AtomicU32>,
+    /// What was dropped while it may still be written to.
+    pub(super) late: Arc<Late>,
     /// Where launches are kept instead of being queued.
     kept: Option<Arc<Mutex<Vec<Launch>>>>,
 }
@@ -134,7 +137,7 @@ impl Device {
         let start = gpu.allocate(arena_bytes)?;
         let arena = Arena { start, bytes: arena_bytes, free: Mutex::new(Free::of(arena_bytes)) };
         let pinned = Pinned::new(gpu.clone());
-        Ok(Self { arena: Arc::new(arena), pinned, gpu, lent: Arc::default(), kept: None })
+        Ok(Self { arena: Arc::new(arena), pinned, gpu, lent: Arc::default(), late: Arc::default(), kept: None })
     }
 
     /// The same GPU and queue with another arena.
@@ -168,7 +171,11 @@ impl Device {
     /// `len` values that say nothing yet.
     pub fn buffer<T: Pod>(&self, len: usize) -> Result<Buffer<T>, GpuError> {
         let bytes = (len * size_of::<T>()).next_multiple_of(ALIGNMENT);
-        let at = self.arena.take(bytes)?;
+        self.late.give_back(false)?;
+        let at = match self.arena.take(bytes) {
+            Err(GpuError::Full { .. }) if self.late.give_back(true)? => self.arena.take(bytes),
+            taken => taken,
+        }?;
         Ok(Buffer { arena: self.arena.clone(), at, bytes, len, values: PhantomData })
     }
 

@@ -239,6 +239,15 @@ impl Gpu {
         })
     }
 
+    /// Whether the GPU has come by the event.
+    pub fn is_past(&self, event: Event<'_>) -> Result<bool, Error> {
+        // SAFETY: the event is alive.
+        self.with("asking for an event", || match unsafe { sys::cuEventQuery(event.raw) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => other.result().map(|()| true),
+        })
+    }
+
     /// Gives the buffers to the channels to come, once the stream is through. What is not through in time, or cannot be asked, is
     /// left behind. The communicator is aborted.
     pub fn release(self, timeout: Duration) {

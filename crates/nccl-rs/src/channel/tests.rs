@@ -124,7 +124,7 @@ fn wrong_arguments_are_refused_and_harmless() {
     channel.rank = Channel::SENDER;
     let mut refused = |parts: &[(usize, Part<'_>)]| {
         // SAFETY: nothing of it is on a GPU.
-        unsafe { channel.send_parts(8, parts, micros(1)) }.expect_err("the parts do not fit").to_string()
+        unsafe { channel.send_parts(8, parts, micros(1), micros(1)) }.expect_err("the parts do not fit").to_string()
     };
     let (long, short) = (Part::Host(&[1; 5]), Part::Host(&[1; 2]));
     assert_eq!(refused(&[(0, long), (7, short)]), "parts: 2 bytes from byte 7 on, where bytes 5 to 8 are free");
@@ -137,7 +137,7 @@ fn wrong_arguments_are_refused_and_harmless() {
     let too_large = usize::MAX / 2 + 1;
     let words = format!("{too_large} bytes; expected {} at most", isize::MAX);
     // SAFETY: nothing of it is on a GPU.
-    let error = unsafe { channel.send_parts(too_large, &[], micros(1)) }.expect_err("no slice is so large");
+    let error = unsafe { channel.send_parts(too_large, &[], micros(1), micros(1)) }.expect_err("no slice is so large");
     assert_eq!(error.to_string(), format!("bytes: {words}"));
     channel.rank = Channel::RECEIVER;
     let error = channel.recv_beginning(too_large, &mut [], None).expect_err("no slice is so large");

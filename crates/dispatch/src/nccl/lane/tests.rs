@@ -18,8 +18,13 @@ fn slot(at: usize, count: u32, choices: Option<Choices>) -> (Vec<u8>, usize, Loa
     start[at..][..message.len()].copy_from_slice(&message);
     let table = SLOT_TABLE_BYTES - Split::table_bytes(ROOM, 2);
     start[table..][..4].copy_from_slice(&count.to_le_bytes());
-    start[table + Split::CHOICES..].iter_mut().zip(1..).for_each(|(byte, value)| *byte = value);
+    start[table + Split::CHOICES..].iter_mut().zip(counting()).for_each(|(byte, value)| *byte = value);
     (start, at, Load::new(message.len(), ROOM * ROW_BYTES))
+}
+
+/// From 1 on, again and again.
+fn counting() -> impl Iterator<Item = u8> {
+    (0..=u8::MAX).cycle().skip(1)
 }
 
 fn choices(top_k: u32, room: u32) -> Option<Choices> {
@@ -33,7 +38,7 @@ fn its_table_says_how_many_rows_it_has_and_what_they_chose() {
         let (frame, bytes) = taken_ahead(&start, at, load).unwrap();
         assert_eq!(bytes, count as usize * ROW_BYTES);
         assert_eq!(frame.terms.len(), count as usize * 2 * size_of::<Term>());
-        assert!(frame.terms.iter().zip(1..).all(|(byte, value): (&u8, u8)| *byte == value));
+        assert!(frame.terms.iter().zip(counting()).all(|(byte, value)| *byte == value));
     }
 }
 
@@ -62,6 +67,8 @@ fn what_it_cannot_be_ends_the_lane() {
 /// A driver that waits for other lanes once the first slot has left: its calls return when they are aborted.
 #[derive(Clone, Default)]
 struct Stuck {
+    /// From the beginning.
+    connects: bool,
     has_sent: Arc<AtomicBool>,
     is_aborted: Arc<(Mutex<bool>, Condvar)>,
 }
@@ -83,8 +90,16 @@ impl Fabric for Stuck {
         Ok([1; 128])
     }
 
-    fn connect(&self, _: &Id, _: Direction, _: usize, _: Duration) -> Result<Box<dyn Channel>, String> {
-        Ok(Box::new(self.clone()))
+    fn connect(
+        &self,
+        _: &Id,
+        _: Direction,
+        _: usize,
+        _: Duration,
+        begun: &dyn Fn(Arc<dyn Breaker>),
+    ) -> Result<Box<dyn Channel>, String> {
+        begun(Arc::new(self.clone()));
+        if self.connects { Ok(Box::new(self.clone())) } else { self.wait().map(|()| unreachable!("it is aborted")) }
     }
 }
 
@@ -101,12 +116,8 @@ impl Channel for Stuck {
         self.wait()
     }
 
-    fn take_there(&mut self, _: usize, _: &Buffer<u8>) -> Result<(), String> {
-        self.wait()
-    }
-
-    fn breaker(&self) -> Arc<dyn Breaker> {
-        Arc::new(self.clone())
+    fn take_there(&mut self, _: usize, to: Buffer<u8>) -> Result<Buffer<u8>, String> {
+        self.wait().map(|()| to)
     }
 }
 
@@ -134,14 +145,32 @@ impl LaneOwner for Owner {
     }
 }
 
+fn open(stuck: &Stuck, failed: SyncSender<String>) -> Lane {
+    let (offer, place) = (Offer::new(stuck, 4).unwrap(), Place::take(stuck).unwrap());
+    Lane::open(Arc::new(stuck.clone()), 1, offer, End::Attention, Arc::new(Owner(failed)), place).unwrap()
+}
+
+#[test]
+fn a_lane_that_nobody_wants_any_more_does_not_go_on_connecting() {
+    let (failed, why) = sync_channel(1);
+    let stuck = Stuck::default();
+    let start = Instant::now();
+    drop(open(&stuck, failed));
+    // Its thread has ended, and its place is free, when nothing else has what it had.
+    while Arc::strong_count(&stuck.is_aborted) > 1 {
+        assert!(start.elapsed() < OPEN_TIMEOUT / 2);
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(why.recv().is_err(), "who drops it is told nothing");
+}
+
 /// The slot that says that nothing follows is such a call, too: a lane that idles is watched.
 #[test]
 fn a_lane_ends_whose_calls_do_not_return() {
     let (failed, why) = sync_channel(1);
-    let stuck = Stuck::default();
-    let offer = Offer::new(&stuck, 4).unwrap();
+    let stuck = Stuck { connects: true, ..Stuck::default() };
     let start = Instant::now();
-    let lane = Lane::open(Arc::new(stuck.clone()), 1, offer, End::Attention, Arc::new(Owner(failed))).unwrap();
+    let lane = open(&stuck, failed);
     assert_eq!(why.recv_timeout(Duration::from_secs(60)).unwrap(), "calls to the GPU's driver do not return");
     assert!(start.elapsed() >= SEND_TIMEOUT);
     assert!(!lane.sender().send(Message::Warm));
