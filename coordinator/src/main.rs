@@ -1,25 +1,14 @@
 //! `moesaic-coordinator`: one coordinator as a process of its own.
 
-use clap::Parser;
-use moesaic_coordinator::{Config, start};
-use moesaic_node::config::Layered;
-use moesaic_node::stop;
-use moesaic_node::telemetry::{self, LogFormat};
-
-/// The front door of a Moesaic cluster: gRPC and OpenAI-compatible HTTP on one port.
-#[derive(Parser)]
-#[command(name = "moesaic-coordinator", version)]
-struct Arguments {
-    #[command(flatten)]
-    config: Layered<Config>,
-    /// text or json
-    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = str::parse::<LogFormat>)]
-    log_format: LogFormat,
-}
+use moesaic_coordinator::start;
+use moesaic_node::program;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Arguments { config: Layered(config), log_format } = Arguments::parse();
-    telemetry::init(log_format, "info")?;
-    start(config, stop::on_signals()?).await
+    program::run(
+        "moesaic-coordinator",
+        "The front door of a Moesaic cluster: gRPC and OpenAI-compatible HTTP on one port",
+        start,
+    )
+    .await
 }

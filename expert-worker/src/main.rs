@@ -1,25 +1,9 @@
 //! `moesaic-expert-worker`: one expert worker as a process of its own.
 
-use clap::Parser;
-use moesaic_expert_worker::{Config, start};
-use moesaic_node::config::Layered;
-use moesaic_node::stop;
-use moesaic_node::telemetry::{self, LogFormat};
-
-/// Owns a shard of the routed experts of a Moesaic cluster.
-#[derive(Parser)]
-#[command(name = "moesaic-expert-worker", version)]
-struct Arguments {
-    #[command(flatten)]
-    config: Layered<Config>,
-    /// text or json
-    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = str::parse::<LogFormat>)]
-    log_format: LogFormat,
-}
+use moesaic_expert_worker::start;
+use moesaic_node::program;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Arguments { config: Layered(config), log_format } = Arguments::parse();
-    telemetry::init(log_format, "info")?;
-    start(config, stop::on_signals()?).await
+    program::run("moesaic-expert-worker", "Owns a shard of the routed experts of a Moesaic cluster", start).await
 }

@@ -4,6 +4,10 @@
 //! [`group`] are for all else; their memory and streams are the caller's: cudarc's, by [`DeviceSlice::new`], or anybody's, by
 //! their addresses. The README has an example.
 //!
+//! No usable crate of this name is published. cudarc has bindings and a thin layer over them, which blocks, does not look for
+//! `libnccl.so.2`, and panics where the library or a function is missing. This crate takes cudarc's types; it knows nothing of what
+//! is sent.
+//!
 //! ```no_run
 //! use std::time::Duration;
 //!
@@ -59,7 +63,6 @@
 //! of one call. Only [`Communicator::begin`] takes the GPU that is current on the thread, and leaves it so; a channel makes its own
 //! current; all other calls leave the thread as it was. Communicators of one GPU that different threads use can still hang each other, if their operations are
 //! not queued in the same order on all ranks.
-
 //!
 //! Unix alone has been thought of.
 

@@ -81,14 +81,14 @@ fn load_of<C: Args>(
     // The last one counts.
     let mut arguments = Vec::new();
     if let Some(path) = file {
-        let failed = |reason| ConfigError::File { path: path.to_owned(), reason };
+        let failed = |reason: String| ConfigError::File { path: path.to_owned(), reason: short(&reason) };
         arguments.extend(of_file(&command, path).map_err(failed)?);
     }
     for key in keys(&command) {
         let variable = variable(key);
         if let Some(value) = environment(&variable) {
-            arguments
-                .push(checked(&command, key, &value).map_err(|reason| ConfigError::Variable { variable, reason })?);
+            let failed = |reason: String| ConfigError::Variable { variable, reason: short(&reason) };
+            arguments.push(checked(&command, key, &value).map_err(failed)?);
         }
     }
     arguments.extend(flags);
@@ -145,6 +145,15 @@ fn checked(command: &Command, key: &str, value: &OsStr) -> Result<OsString, Stri
 fn read<C: Args>(command: Command, arguments: Vec<OsString>) -> Result<C, String> {
     let matches = command.try_get_matches_from(arguments).map_err(|error| in_a_line(&error))?;
     C::from_arg_matches(&matches).map_err(|error| in_a_line(&error))
+}
+
+/// As much of an error as is read: it repeats what was given.
+fn short(reason: &str) -> String {
+    const CHARS_MAX: usize = 400;
+    match reason.char_indices().nth(CHARS_MAX) {
+        Some((end, _)) => format!("{}...", &reason[..end]),
+        None => reason.to_owned(),
+    }
 }
 
 /// What is wrong, without what a program says of its usage.
@@ -335,6 +344,8 @@ config_test_id = 'file'",
             let error = run(Some(text), &[]).unwrap_err();
             assert!(error.contains("config file /") && error.contains(expected), "{error:?} does not say {expected:?}");
         }
+        let long = run(Some(&format!("config_test_threads = '{}'", "9".repeat(10_000))), &[]).unwrap_err();
+        assert!(long.len() < 600 && long.contains("config_test_threads: invalid value '999"), "{long}");
         let error = load::<Settings>(Some(Path::new("/nonexistent.toml")), []).unwrap_err().to_string();
         assert!(error.starts_with("config file /nonexistent.toml: cannot be read: "), "{error:?}");
         let error = load::<Settings>(None, [flag("config_test_size", "1")]).unwrap_err().to_string();

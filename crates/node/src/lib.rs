@@ -10,6 +10,7 @@ pub mod http;
 pub mod identity;
 pub mod membership;
 pub mod metrics;
+pub mod program;
 pub mod registry;
 pub mod reload;
 pub mod server;
