@@ -242,12 +242,12 @@ impl Tracker {
         self.counts
     }
 
-    /// Frames that are with a worker and whose answers are waited for.
     /// Whether somebody waits for the answer to that frame.
     pub fn awaits(&self, frame: &FrameKey) -> bool {
         self.frames.contains_key(frame)
     }
 
+    /// Frames that are with a worker and whose answers are waited for.
     pub fn outstanding(&self) -> usize {
         self.frames.len()
     }

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use moesaic_dispatch::nccl::fake::FakeFabric;
-use moesaic_dispatch::nccl::{ANSWER_TIMEOUT, BACKOFF_MIN, Fabric, IDLE_AFTER, LANE_FRAMES_MAX, SEND_TIMEOUT};
+use moesaic_dispatch::nccl::{
+    ANSWER_TIMEOUT, BACKOFF_MIN, Fabric, IDLE_AFTER, LANE_FRAMES_MAX, LANES_MAX, SEND_TIMEOUT,
+};
 use moesaic_dispatch::{DispatchConfig, Dispatcher, Rows};
 use moesaic_proto::v1::{Hello, Role};
 use moesaic_proto::{Epoch, Placement};
@@ -181,8 +183,8 @@ async fn an_offer_that_is_refused_is_not_the_end_of_the_edge() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_side_without_room_for_a_lane_wastes_no_ids() {
     for (here, there, words, ids) in [
-        (0, 9, "lane 0 lanes are open or being connected", 0),
-        (9, 0, "the worker says: 0 lanes are open or being connected", 2),
+        (0, LANES_MAX, "lane 0 lanes are open or being connected", 0),
+        (LANES_MAX, 0, "the worker says: 0 lanes are open or being connected", 2),
     ] {
         let (fabric, host) = (FakeFabric::default(), FakeHost::new(Mood::Answers));
         let remote = start_with(0, &host, &fabric.limited(there)).await;

@@ -69,6 +69,10 @@ pub enum Part<'a> {
 }
 
 impl Part<'_> {
+    fn event(&self) -> Option<Event<'_>> {
+        if let Self::After(event, _) = self { Some(*event) } else { None }
+    }
+
     fn len(&self) -> usize {
         match self {
             Self::Host(bytes) => bytes.len(),
@@ -197,7 +201,7 @@ impl Channel {
         events_timeout: Duration,
         timeout: Duration,
     ) -> Result<(), Error> {
-        let mut start = Instant::now();
+        let start = Instant::now();
         self.check(Self::SENDER, len)?;
         let mut free = 0;
         for (at, part) in parts {
@@ -227,14 +231,15 @@ impl Channel {
                 let values = DeviceSlice::<u8>::from_raw(address, len);
                 group(|group| group.send(communicator, values, Self::RECEIVER, gpu.stream()))?;
             }
-            for (_, part) in parts {
-                if let Part::After(event, _) = part {
-                    let is_past = || gpu.is_past(*event);
-                    wait("computing what is sent", communicator, is_past, start, Some(events_timeout))?;
-                    start = Instant::now();
-                }
-            }
-            wait("sending", communicator, || gpu.is_through(), start, Some(timeout))
+            let events = || parts.iter().filter_map(|(_, part)| part.event());
+            let are_past = || events().try_fold(true, |all, event| Ok(all && gpu.is_past(event)?));
+            let sending = if events().next().is_some() {
+                wait("computing what is sent", communicator, are_past, start, Some(events_timeout))?;
+                Instant::now()
+            } else {
+                start
+            };
+            wait("sending", communicator, || gpu.is_through(), sending, Some(timeout))
         })
     }
 

@@ -12,7 +12,7 @@ use cudarc::nccl::sys::ncclComm_t;
 use crate::config::{Config, argument, not_below};
 use crate::error::Error;
 use crate::library::{Api, api};
-use crate::shared::{Close, Shared, State};
+use crate::shared::{Close, Context, Shared, State};
 use crate::unique_id::UniqueId;
 
 /// One rank's end of a communicator, on the GPU that was current when it was made.
@@ -95,7 +95,7 @@ impl Communicator {
         if rank >= size {
             return Err(not_below("rank", rank, size));
         }
-        let made = Self::of(api, std::ptr::null_mut(), rank, size, config);
+        let made = Self::of(Shared::new(api, std::ptr::null_mut(), (rank, size), config, Context::current()));
         config.with_raw(|raw| {
             // SAFETY: NCCL copies the configuration, and keeps the place for the handle no longer than the call.
             made.shared.init(|handle| unsafe { (api.init)(handle, ranks, id.raw(), own, raw) })
@@ -103,8 +103,8 @@ impl Communicator {
         Ok(Connecting(Some(made)))
     }
 
-    fn of(api: &'static Api, handle: ncclComm_t, rank: usize, size: usize, config: &Config) -> Self {
-        Self { shared: Arc::new(Shared::new(api, handle, rank, size, config)), one_thread: PhantomData }
+    fn of(shared: Shared) -> Self {
+        Self { shared: Arc::new(shared), one_thread: PhantomData }
     }
 
     /// This rank, from 0 on.
@@ -208,7 +208,8 @@ impl Communicator {
         let (mut rank, mut size) = (0, 0);
         // SAFETY: the handle is new, and nobody else's.
         let asked = unsafe { [(api.rank)(handle, &mut rank), (api.size)(handle, &mut size)] };
-        let made = Self::of(api, handle, rank as usize, size as usize, config);
+        let (place, context) = ((rank as usize, size as usize), self.shared.context);
+        let made = Self::of(Shared::new(api, handle, place, config, context));
         for (function, code) in ["ncclCommUserRank", "ncclCommCount"].into_iter().zip(asked) {
             api.check(function, code)?;
         }

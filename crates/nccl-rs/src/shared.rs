@@ -42,17 +42,18 @@ pub(crate) struct Shared {
     /// stack.
     made: AtomicPtr<ncclComm>,
     is_closing: AtomicBool,
-    /// Somebody has waited for the end, so that nobody waits again where nobody wants to know.
+    /// Somebody has waited for the end as long as that may take, so that nobody waits again where nobody wants to know.
     was_awaited: AtomicBool,
     /// How closing went, once it has.
     closed: Mutex<Option<Result<(), Error>>>,
     closes: Condvar,
     /// The GPU that it is on, for threads that have another one or none: NCCL would open the first one there.
-    context: Option<Context>,
+    pub context: Option<Context>,
 }
 
 /// A GPU's primary context, kept to the end of the process: NCCL does so too, and what is left behind needs it.
-struct Context(CUcontext);
+#[derive(Clone, Copy)]
+pub(crate) struct Context(CUcontext);
 
 // SAFETY: a context may be made current on any thread.
 unsafe impl Send for Context {}
@@ -61,7 +62,7 @@ unsafe impl Sync for Context {}
 
 impl Context {
     /// That of this thread's GPU, if it has one.
-    fn current() -> Option<Self> {
+    pub fn current() -> Option<Self> {
         // SAFETY: opens NVIDIA's library, and closes it.
         let has_driver = unsafe { sys::is_culib_present() };
         has_driver.then(result::ctx::get_current)?.ok()??;
@@ -99,7 +100,14 @@ pub(crate) enum Close {
 }
 
 impl Shared {
-    pub fn new(api: &'static Api, handle: ncclComm_t, rank: usize, size: usize, config: &Config) -> Self {
+    /// Of one rank of so many.
+    pub fn new(
+        api: &'static Api,
+        handle: ncclComm_t,
+        (rank, size): (usize, usize),
+        config: &Config,
+        context: Option<Context>,
+    ) -> Self {
         let Config { queue_timeout, close_timeout, .. } = *config;
         Self {
             api,
@@ -113,7 +121,7 @@ impl Shared {
             was_awaited: AtomicBool::new(false),
             closed: Mutex::new(None),
             closes: Condvar::new(),
-            context: Context::current(),
+            context,
         }
     }
 
@@ -230,17 +238,19 @@ impl Shared {
     /// Aborts what is given up, and waits for the end if `waits`, unless somebody has.
     pub fn give_up(self: &Arc<Self>, waits: bool) {
         self.start_closing(Close::Abort);
-        if !self.was_awaited.swap(true, Ordering::AcqRel) && waits {
+        if waits && !self.was_awaited.load(Ordering::Acquire) {
             // Whoever gives it up does not want to know.
             let _ = self.wait_closed();
         }
+        self.was_awaited.store(true, Ordering::Release);
     }
 
     /// Ends the communicator if nobody has, and waits for the end.
     pub fn close(self: &Arc<Self>, how: Close) -> Result<(), Error> {
         self.start_closing(how);
+        let closed = self.wait_closed();
         self.was_awaited.store(true, Ordering::Release);
-        self.wait_closed()
+        closed
     }
 
     fn wait_closed(&self) -> Result<(), Error> {

@@ -144,7 +144,8 @@ pub fn slot(data: &[u8]) {
     }
     assert!((SLOT_TABLE_BYTES..=SLOT_BYTES).contains(&incoming.slot_bytes()));
     let (place, rows) = (head.load.place(head.kind, SLOT_BYTES), head.load.rows as usize);
-    assert!(place.message + head.load.message as usize <= place.rows);
+    // A message that runs into a table is refused below.
+    assert!(place.message + head.load.message as usize <= place.rows || head.kind == SlotKind::Ahead);
     assert!(place.rows + rows <= place.behind.unwrap_or(SLOT_BYTES));
     if head.kind == SlotKind::Ahead {
         match within(2 * SLOT_TABLE_BYTES + SLACK, || taken_ahead(&start, place.message, head.load)) {

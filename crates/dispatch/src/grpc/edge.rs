@@ -242,7 +242,7 @@ async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &
     let hears: Arc<dyn LanesOwner> =
         Arc::new(Hears { owner: owner.clone(), worker: state.config.worker.clone(), traffic: state.traffic.clone() });
     // A connection before this one has said that it is gone.
-    state.lanes.iter().for_each(|lanes| drop(lanes.left()));
+    state.lanes.iter().for_each(|lanes| lanes.forget_left());
     let opened = given_up.run_until_cancelled(open(&state.config, outbound)).await;
     let (mut answers, peer) = match opened {
         None => return GIVEN_UP.into(),
@@ -267,13 +267,21 @@ async fn run_connection(state: &State, owner: &Weak<impl EdgeOwner>, given_up: &
         return reason;
     }
     state.set_down(GIVEN_UP);
-    if let Some(lanes) = &state.lanes {
-        lanes.ask_again(lanes.left(), &sender, &hears).await;
-    }
-    // Ends the request stream; the worker answers what it has and ends its own.
-    drop(sender);
-    let rest = timeout(LINGER, self::receive(state, &mut answers, owner)).await;
-    rest.unwrap_or_else(|_| GIVEN_UP.into())
+    let finish = async {
+        if let Some(lanes) = &state.lanes {
+            lanes.ask_again(&sender, &hears).await;
+        }
+        // Ends the request stream; the worker answers what it has and ends its own.
+        drop(sender);
+        future::pending().await
+    };
+    let rest = async {
+        tokio::select! {
+            reason = self::receive(state, &mut answers, owner) => reason,
+            never = finish => never,
+        }
+    };
+    timeout(LINGER, rest).await.unwrap_or_else(|_| GIVEN_UP.into())
 }
 
 const GIVEN_UP: &str = "the edge was given up";

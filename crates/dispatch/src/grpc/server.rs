@@ -142,9 +142,7 @@ impl Caller {
                     continue;
                 }
                 Ok(Some(ExchangeMessage { kind: Some(Kind::Lane(said)) })) => {
-                    if let Some(answer) = self.hear(said, &mut lane) {
-                        room.send(Ok(ExchangeMessage { kind: Some(Kind::Lane(answer)) }));
-                    }
+                    self.hear(said, &mut lane, room);
                     continue;
                 }
                 Ok(Some(_)) => return fail(room, Status::invalid_argument("a message after Hello is no frame")),
@@ -182,39 +180,44 @@ impl Caller {
         self.inbox.take(header, frame, rows, reply);
     }
 
-    /// What the caller says of a lane, and what is to be said to that.
-    fn hear(&self, said: v1::Lane, lane: &mut Option<Lane>) -> Option<v1::Lane> {
+    /// What the caller says of a lane. `room` is for what is to be said to that.
+    fn hear(&self, said: v1::Lane, lane: &mut Option<Lane>, room: Room) {
         let generation = said.generation;
-        match said.what? {
-            What::Offer(offer) => {
+        let is_in_hand = |lane: &Lane| lane.generation() == generation;
+        match said.what {
+            Some(What::Offer(offer)) => {
                 // The one before is of no use any more.
                 *lane = None;
-                let what = match self.open(generation, &offer) {
-                    Ok(opened) => {
-                        *lane = Some(opened);
-                        What::Accepted(true)
-                    }
-                    Err(reason) => What::Failed(reason),
-                };
-                return Some(v1::Lane { generation, what: Some(what) });
+                *lane = self.take_offer(generation, &offer, room);
             }
-            What::Wake(sequence) => {
-                lane.iter().filter(|lane| lane.generation() == generation).for_each(|lane| lane.wake(sequence));
+            Some(What::Wake(sequence)) => {
+                lane.iter().filter(|lane| is_in_hand(lane)).for_each(|lane| lane.wake(sequence))
             }
-            What::Failed(_) => drop(lane.take_if(|lane| lane.generation() == generation)),
+            Some(What::Failed(_)) => drop(lane.take_if(|lane| is_in_hand(lane))),
             // The worker's to say.
-            What::Accepted(_) => {}
+            Some(What::Accepted(_)) | None => {}
         }
-        None
     }
 
-    fn open(&self, generation: u32, offer: &v1::LaneOffer) -> Result<Lane, String> {
-        let fabric = self.fabric.clone().ok_or("there is no NCCL here")?;
-        let offer = Offer::decode(offer).map_err(|invalid| invalid.to_string())?;
+    fn take_offer(&self, generation: u32, offer: &v1::LaneOffer, room: Room) -> Option<Lane> {
         let owner = Arc::new(LaneInbox { inbox: self.inbox.clone(), answers: self.answers.downgrade(), generation });
-        let opened =
-            Place::take(&*fabric).and_then(|place| Lane::open(fabric, generation, offer, End::Expert, owner, place));
-        opened.map_err(|error| error.to_string())
+        let fit = || {
+            let fabric = self.fabric.clone().ok_or("there is no NCCL here")?;
+            let offer = Offer::decode(offer).map_err(|invalid| invalid.to_string())?;
+            let place = Place::take(&*fabric).map_err(|error| error.to_string())?;
+            Ok::<_, String>((fabric, offer, place))
+        };
+        let (fabric, offer, place) = match fit() {
+            Ok(fit) => fit,
+            Err(reason) => {
+                room.send(owner.message(What::Failed(reason)));
+                return None;
+            }
+        };
+        // Before the lane can say that it has failed.
+        room.send(owner.message(What::Accepted(true)));
+        let opened = Lane::open(fabric, generation, offer, End::Expert, owner.clone(), place);
+        opened.inspect_err(|error| owner.failed(&error.to_string())).ok()
     }
 }
 

@@ -285,6 +285,8 @@ impl Drop for Lane {
 pub enum NotOpened {
     #[error("{0} lanes are open or being connected")]
     Many(usize),
+    #[error("calls to the GPU's driver do not return")]
+    Late,
     #[error("starting a thread: {0}")]
     Thread(#[from] std::io::Error),
 }
@@ -297,6 +299,9 @@ pub struct Place(#[expect(dead_code, reason = "it is what it counts")] Counted);
 
 impl Place {
     pub fn take(fabric: &dyn Fabric) -> Result<Self, NotOpened> {
+        if watch::is_late() {
+            return Err(NotOpened::Late);
+        }
         let lanes_max = fabric.lanes_max();
         Counted::take(&LANES, lanes_max).map(Self).ok_or(NotOpened::Many(lanes_max))
     }
@@ -470,7 +475,7 @@ impl State {
                         None => rest[..message as usize].to_vec(),
                         Some(bytes) => {
                             let mut taken = vec![0; message as usize];
-                            channel.receive(bytes, &mut taken, Some(SEND_TIMEOUT))?;
+                            channel.receive(bytes, &mut taken, Some(WRITTEN_TIMEOUT + SEND_TIMEOUT))?;
                             taken
                         }
                     };
@@ -480,7 +485,7 @@ impl State {
                 }
                 Kind::Ahead => {
                     if let Some(bytes) = place.behind {
-                        channel.receive(bytes, &mut start, Some(SEND_TIMEOUT))?;
+                        channel.receive(bytes, &mut start, Some(WRITTEN_TIMEOUT + SEND_TIMEOUT))?;
                     }
                     let (frame, bytes) = taken_ahead(&start, place.message, head.load)?;
                     if bytes > 0 {
@@ -550,7 +555,7 @@ fn parts_of(rows: &Payload, mut at: usize) -> Vec<(usize, Source<'_>)> {
 
 /// Rows of the message that came last: on the GPU, if it has room.
 fn take_rows(channel: &mut dyn Channel, at: usize, bytes: usize, device: Option<&Device>) -> Result<Payload, String> {
-    let room = device.filter(|_| bytes > 0).and_then(|device| Some((device, device.buffer(bytes).ok()?)));
+    let room = device.filter(|_| bytes > 0).and_then(|device| Some((device, device.buffer_if_free(bytes).ok()?)));
     let Some((device, to)) = room else {
         let mut rows = vec![0; bytes];
         if bytes > 0 {
@@ -567,7 +572,7 @@ impl Late for State {
     }
 
     fn tell(&self) {
-        self.owner.failed("calls to the GPU's driver do not return");
+        self.owner.failed(&NotOpened::Late.to_string());
     }
 }
 

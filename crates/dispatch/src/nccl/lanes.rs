@@ -1,6 +1,7 @@
 //! The attention worker's end of an edge's lanes, one after the other: which frames they carry, and what becomes of those when
 //! a lane fails.
 
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -10,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
 use super::core::{Carrier, Claim};
-use super::lane::{End, Lane, LaneOwner, Message, Offer, Place, Sender};
+use super::lane::{End, Lane, LaneOwner, Message, NotOpened, Offer, Place, Sender};
 use super::watch;
 use super::*;
 use crate::frame::{AheadFrame, AnswerFrame, Header, RequestFrame};
@@ -42,8 +43,10 @@ struct Current {
     answers: usize,
     /// Hears what the worker makes of an offer.
     reply: Option<oneshot::Sender<Result<(), String>>>,
-    /// What a lane that was given up has left unanswered.
-    left: Vec<RequestFrame>,
+    /// What lanes that have ended have left unanswered, oldest first, until it is asked again.
+    left: VecDeque<RequestFrame>,
+    /// An offer that nobody has taken up.
+    spare: Option<Offer>,
     /// For people: why there is none.
     state: String,
 }
@@ -77,7 +80,8 @@ impl Lanes {
             heard: Instant::now(),
             answers: 0,
             reply: None,
-            left: Vec::new(),
+            left: VecDeque::new(),
+            spare: None,
             state: "not offered yet".into(),
         };
         Arc::new(Self { fabric, hidden, current: Mutex::new(current), failures: AtomicU64::new(0) })
@@ -159,9 +163,9 @@ impl Lanes {
 
     /// Offers lanes, one after the other, as long as it is polled: as long as the stream lives.
     pub async fn keep(self: &Arc<Self>, stream: mpsc::Sender<Outbound>, owner: Arc<dyn LanesOwner>) {
-        let (mut backoff, mut spare) = (BACKOFF_MIN, None);
+        let mut backoff = BACKOFF_MIN;
         loop {
-            match self.run_lane(&stream, &owner, &mut spare).await {
+            match self.run_lane(&stream, &owner).await {
                 Ok(()) => backoff = BACKOFF_MIN,
                 Err(reason) => self.cannot(reason),
             }
@@ -171,23 +175,20 @@ impl Lanes {
         }
     }
 
-    /// One lane from beginning to end. An error if it was of little use, with the reason. `spare`: an offer that nobody has taken up.
+    /// One lane from beginning to end. An error if it was of little use, with the reason.
     async fn run_lane(
         self: &Arc<Self>,
         stream: &mpsc::Sender<Outbound>,
         owner: &Arc<dyn LanesOwner>,
-        spare: &mut Option<Offer>,
     ) -> Result<(), String> {
-        if watch::is_late() {
-            return Err("calls to the GPU's driver do not return".into());
-        }
         // First of all: of an offer that one side takes up alone, NCCL keeps two threads and two sockets.
         let place = Place::take(&*self.fabric).map_err(|error| error.to_string())?;
         let (reply, replied) = oneshot::channel();
         let generation = self.begin(reply);
         // Ends with the stream, too.
         let _given_up = GivenUp(self, generation);
-        let offer = match spare.take() {
+        let spare = self.current().spare.take();
+        let offer = match spare {
             Some(offer) => offer,
             None => self.new_offer().await?,
         };
@@ -195,9 +196,13 @@ impl Lanes {
         let gone = |_| "the stream is gone".to_owned();
         say(What::Offer(offer.encode())).await.map_err(gone)?;
         match timeout(OPEN_TIMEOUT, replied).await {
+            Ok(Ok(Ok(()))) if watch::is_late() => {
+                say(What::Failed(NotOpened::Late.to_string())).await.map_err(gone)?;
+                return Err(NotOpened::Late.to_string());
+            }
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(reason))) => {
-                *spare = Some(offer);
+                self.current().spare = Some(offer);
                 return Err(format!("the worker says: {reason}"));
             }
             Ok(Err(_)) | Err(_) => {
@@ -214,16 +219,17 @@ impl Lanes {
             ended: Mutex::new(Some(ended)),
         });
         let lane = Lane::open(self.fabric.clone(), generation, offer, End::Attention, hears, place);
-        let (reason, answers, left) = match lane.map(|lane| self.take_into_hand(lane)) {
-            Ok(Some(lane)) => self.until_ended(generation, &lane, end).await,
+        let reason = match lane.map(|lane| self.take_into_hand(lane)) {
+            Ok(Some(lane)) => self.until_ended(&lane, end).await,
             Ok(None) => return Err("the worker has given it up".into()),
-            Err(error) => (error.to_string(), 0, Vec::new()),
+            Err(error) => error.to_string(),
         };
+        self.take_back(generation);
         self.cannot(reason.clone());
         // If the stream is gone, whoever waits for the frames is told so.
         say(What::Failed(reason.clone())).await.map_err(gone)?;
-        self.ask_again(left, stream, owner).await;
-        if answers < LANE_FRAMES_MAX { Err(reason) } else { Ok(()) }
+        self.ask_again(stream, owner).await;
+        if self.current().answers < LANE_FRAMES_MAX { Err(reason) } else { Ok(()) }
     }
 
     fn begin(&self, reply: oneshot::Sender<Result<(), String>>) -> u32 {
@@ -253,40 +259,31 @@ impl Lanes {
         None
     }
 
-    /// Returns when the lane has ended: why, how many answers it has brought, and the frames that it leaves unanswered, oldest first.
-    async fn until_ended(
-        &self,
-        generation: u32,
-        lane: &Sender,
-        end: oneshot::Receiver<String>,
-    ) -> (String, usize, Vec<RequestFrame>) {
+    /// Returns when the lane has ended, with the reason.
+    async fn until_ended(&self, lane: &Sender, end: oneshot::Receiver<String>) -> String {
         let silence = async {
             self.silence().await;
             lane.fail(&format!("no answer for {ANSWER_TIMEOUT:?}"));
             std::future::pending().await
         };
         let reason = tokio::select! { reason = end => reason, () = silence => unreachable!("it fails the lane") };
-        let reason = reason.unwrap_or_else(|_| "it has ended".into());
-        let left = self.take_back(generation);
-        (reason, self.current().answers, left)
+        reason.unwrap_or_else(|_| "it has ended".into())
     }
 
-    /// Sends frames over the stream, those that somebody waits for.
-    pub async fn ask_again(
-        &self,
-        frames: Vec<RequestFrame>,
-        stream: &mpsc::Sender<Outbound>,
-        owner: &Arc<dyn LanesOwner>,
-    ) {
-        let hidden = self.hidden;
-        for frame in frames {
+    /// Sends what lanes have left unanswered over the stream, as far as somebody waits for it. Goes on where it was cancelled.
+    pub async fn ask_again(&self, stream: &mpsc::Sender<Outbound>, owner: &Arc<dyn LanesOwner>) {
+        let (hidden, oldest) = (self.hidden, || self.current().left.front().cloned());
+        while let Some(frame) = oldest() {
+            let header = frame.header;
             // It may have to wait for the GPU.
-            let encoded = tokio::task::spawn_blocking(move || (frame.header, frame.encode(hidden))).await;
-            let Ok((header, frame)) = encoded else { continue };
-            if owner.awaits(&header) {
+            let encoded = tokio::task::spawn_blocking(move || frame.encode(hidden)).await;
+            if let Some(frame) = encoded.ok().filter(|_| owner.awaits(&header)) {
                 // If the stream is gone, whoever waits is told so.
                 let _ = stream.send(Outbound::Encoded(frame)).await;
             }
+            let asked = self.current().left.pop_front();
+            // Not with the lock.
+            drop(asked);
         }
     }
 
@@ -306,20 +303,22 @@ impl Lanes {
         }
     }
 
-    /// Ends a lane, and says which frames it leaves unanswered, oldest first.
-    fn take_back(&self, generation: u32) -> Vec<RequestFrame> {
+    /// Ends a lane, and keeps what it leaves unanswered.
+    fn take_back(&self, generation: u32) {
         let mut current = self.current();
         let left = current.carrier.fail(generation);
+        current.left.extend(left.into_iter().flatten());
         let lane = current.lane.take_if(|lane| lane.generation() == generation);
         // Not with the lock.
         drop(current);
         drop(lane);
-        left.unwrap_or_default()
     }
 
-    /// What a lane that was given up has left unanswered.
-    pub fn left(&self) -> Vec<RequestFrame> {
-        std::mem::take(&mut self.current().left)
+    /// Forgets what lanes have left unanswered: whoever waits for it knows that the stream has ended.
+    pub fn forget_left(&self) {
+        let left = std::mem::take(&mut self.current().left);
+        // Not with the lock.
+        drop(left);
     }
 }
 
@@ -336,8 +335,7 @@ struct GivenUp<'a>(&'a Lanes, u32);
 
 impl Drop for GivenUp<'_> {
     fn drop(&mut self) {
-        let left = self.0.take_back(self.1);
-        self.0.current().left.extend(left);
+        self.0.take_back(self.1);
     }
 }
 

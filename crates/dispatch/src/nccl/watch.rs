@@ -66,9 +66,10 @@ impl Channel for Watched {
     fn send(&mut self, len: usize, parts: &[(usize, Source<'_>)], timeout: Duration) -> Result<(), String> {
         let is_written = |part: &(usize, Source<'_>)| match part.1 {
             Source::Here(_) => true,
-            Source::There(bytes) => bytes.written().is_none(),
+            Source::There(bytes) => bytes.written().is_none_or(|mark| mark.is_past().unwrap_or(true)),
         };
-        let written = if parts.iter().all(is_written) { Duration::ZERO } else { WRITTEN_TIMEOUT };
+        let are_written = self.call.within(Some(TAKE_TIMEOUT), || parts.iter().all(is_written));
+        let written = if are_written { Duration::ZERO } else { WRITTEN_TIMEOUT };
         self.call.within(Some(written + timeout), || self.channel.send(len, parts, timeout))
     }
 

@@ -163,19 +163,15 @@ impl Device {
         format!("bf16-{}", self.properties().architecture)
     }
 
-    /// Bytes of the arena, and those of them that are free.
+    /// Bytes of the arena, and those of them that nobody holds.
     pub fn memory(&self) -> (usize, usize) {
-        (self.arena.bytes, self.arena.free().total)
+        (self.arena.bytes, self.arena.free().total + self.late.bytes())
     }
 
-    /// `len` values that say nothing yet.
-    pub fn buffer<T: Pod>(&self, len: usize) -> Result<Buffer<T>, GpuError> {
+    /// `len` values that say nothing yet, where there is room for them.
+    pub(super) fn take<T: Pod>(&self, len: usize) -> Result<Buffer<T>, GpuError> {
         let bytes = (len * size_of::<T>()).next_multiple_of(ALIGNMENT);
-        self.late.give_back(false)?;
-        let at = match self.arena.take(bytes) {
-            Err(GpuError::Full { .. }) if self.late.give_back(true)? => self.arena.take(bytes),
-            taken => taken,
-        }?;
+        let at = self.arena.take(bytes)?;
         Ok(Buffer { arena: self.arena.clone(), at, bytes, len, values: PhantomData })
     }
 

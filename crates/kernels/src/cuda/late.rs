@@ -2,14 +2,21 @@
 //! whoever drops it may have locks that others wait for, and calls to the driver can take a while.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-use super::gpu::{Buffer, GpuError};
+use bytemuck::Pod;
+
+use super::gpu::{Buffer, Device, GpuError};
 use super::mark::Mark;
 
 /// Of one arena.
 #[derive(Debug, Default)]
-pub(super) struct Late(Mutex<VecDeque<(Mark, Buffer<u8>)>>);
+pub(super) struct Late {
+    /// In the order in which they were dropped, which is about that of their marks.
+    all: Mutex<VecDeque<(Mark, Buffer<u8>)>>,
+    /// Held by who gives them back.
+    giving: Mutex<()>,
+}
 
 impl Late {
     /// `buffer` is written to until the mark is past.
@@ -17,28 +24,63 @@ impl Late {
         self.all().push_back((mark, buffer));
     }
 
-    /// Gives back what the GPU is through with, or all of it once it is: whether that was anything. Where a call fails the GPU is lost,
-    /// and what is kept with it.
-    pub fn give_back(&self, waits: bool) -> Result<bool, GpuError> {
-        let mut any = false;
-        // Not with the lock. Marks come by about in their order.
-        while let Some((mark, buffer)) = self.oldest() {
-            if waits {
-                mark.wait()?;
-            } else if !mark.is_past()? {
-                self.all().push_front((mark, buffer));
-                break;
-            }
-            any = true;
-        }
-        Ok(any)
+    /// How much it is.
+    pub fn bytes(&self) -> usize {
+        self.all().iter().map(|(_, buffer)| buffer.len()).sum()
     }
 
-    fn oldest(&self) -> Option<(Mark, Buffer<u8>)> {
-        self.all().pop_front()
+    /// Gives back what the GPU is through with, unless somebody is at it.
+    fn give_back(&self) -> Result<(), GpuError> {
+        let _giving = match self.giving.try_lock() {
+            Err(TryLockError::WouldBlock) => return Ok(()),
+            Err(TryLockError::Poisoned(giving)) => giving.into_inner(),
+            Ok(giving) => giving,
+        };
+        while let Some(mark) = self.oldest() {
+            if !mark.is_past()? {
+                break;
+            }
+            self.pop();
+        }
+        Ok(())
+    }
+
+    /// The oldest's. It stays meanwhile.
+    fn oldest(&self) -> Option<Mark> {
+        self.all().front().map(|(mark, _)| mark.clone())
+    }
+
+    fn pop(&self) {
+        let oldest = self.all().pop_front();
+        // Not with the lock.
+        drop(oldest);
     }
 
     fn all(&self) -> MutexGuard<'_, VecDeque<(Mark, Buffer<u8>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Device {
+    /// `len` values that say nothing yet. Where there is no room for them, waits for memory that the GPU may still write to.
+    pub fn buffer<T: Pod>(&self, len: usize) -> Result<Buffer<T>, GpuError> {
+        if let Some(buffer) = GpuError::if_room(self.buffer_if_free(len))? {
+            return Ok(buffer);
+        }
+        let _giving = self.late.giving.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody may have given back what is needed.
+        let mut taken = self.take(len);
+        while let (Err(GpuError::Full { .. }), Some(mark)) = (&taken, self.late.oldest()) {
+            mark.wait()?;
+            self.late.pop();
+            taken = self.take(len);
+        }
+        taken
+    }
+
+    /// The same, but waits for nothing.
+    pub fn buffer_if_free<T: Pod>(&self, len: usize) -> Result<Buffer<T>, GpuError> {
+        self.late.give_back()?;
+        self.take(len)
     }
 }

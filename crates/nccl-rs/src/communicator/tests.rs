@@ -70,7 +70,7 @@ fn giving_up_while_connecting_does_not_block() {
 
 #[test]
 fn nobody_waits_twice_for_an_end() {
-    let close_timeout = Duration::from_millis(300);
+    let close_timeout = SECOND;
     let took = |end: fn(Communicator)| {
         let fake = Fake::new(Script { abort_takes: 60 * SECOND, ..Script::default() });
         let connected = fake.connected(&Config { close_timeout, ..Config::default() });

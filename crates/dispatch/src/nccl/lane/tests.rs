@@ -156,7 +156,7 @@ fn a_lane_that_nobody_wants_any_more_does_not_go_on_connecting() {
     let stuck = Stuck::default();
     let start = Instant::now();
     drop(open(&stuck, failed));
-    // Its thread has ended, and its place is free, when nothing else has what it had.
+    // Its thread has ended when nothing else has what it had.
     while Arc::strong_count(&stuck.is_aborted) > 1 {
         assert!(start.elapsed() < OPEN_TIMEOUT / 2);
         thread::sleep(Duration::from_millis(1));
