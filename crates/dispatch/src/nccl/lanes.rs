@@ -39,7 +39,7 @@ struct Current {
     carrier: Carrier<RequestFrame>,
     /// When the last answer came, or the first frame left since none waits.
     heard: Instant,
-    /// That it has brought.
+    /// How many answers have come over it.
     answers: usize,
     /// Hears what the worker makes of an offer.
     reply: Option<oneshot::Sender<Result<(), String>>>,
@@ -274,12 +274,13 @@ impl Lanes {
     pub async fn ask_again(&self, stream: &mpsc::Sender<Outbound>, owner: &Arc<dyn LanesOwner>) {
         let (hidden, oldest) = (self.hidden, || self.current().left.front().cloned());
         while let Some(frame) = oldest() {
-            let header = frame.header;
-            // It may have to wait for the GPU.
-            let encoded = tokio::task::spawn_blocking(move || frame.encode(hidden)).await;
-            if let Some(frame) = encoded.ok().filter(|_| owner.awaits(&header)) {
-                // If the stream is gone, whoever waits is told so.
-                let _ = stream.send(Outbound::Encoded(frame)).await;
+            if owner.awaits(&frame.header) {
+                // It may have to wait for the GPU.
+                let encoded = tokio::task::spawn_blocking(move || frame.encode(hidden)).await;
+                if let Ok(frame) = encoded {
+                    // If the stream is gone, whoever waits is told so.
+                    let _ = stream.send(Outbound::Encoded(frame)).await;
+                }
             }
             let asked = self.current().left.pop_front();
             // Not with the lock.
