@@ -11,10 +11,10 @@ COMMAND_LINE = {"log_format"}
 
 
 def keys_of(role: str) -> set:
-    """The fields of a role's Config, read from its source."""
-    source = (REPOSITORY / role / "src" / "config.rs").read_text()
-    body = re.search(r"pub struct Config \{\n(.*?)\n\}", source, re.DOTALL)[1]
-    return set(re.findall(r"^    pub (\w+):", body, re.MULTILINE))
+    """A role's settings, by the page that is made from its flags."""
+    page = (REPOSITORY / "docs" / "configuration.md").read_text()
+    rows = page.split(f"\n## {role}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE))
 
 
 def programs_know_their_settings(docs):
